@@ -1,0 +1,99 @@
+"""Checks of a model's inputs: each says what came, what was expected and what to do. Shipped."""
+
+import torch
+from torch import Tensor
+
+
+def check_regions(
+    features: Tensor, boxes: Tensor | None, mask: Tensor | None, size: int, needs_boxes: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Region features (I, R, size) with boxes (I, R, 4) and a boolean mask (I, R).
+
+    Raises:
+        ValueError: On wrong shapes, NaN, boxes outside [0, 1] or inside out, or an image without a valid region.
+    """
+    if features.ndim != 3 or features.shape[-1] != size or 0 in features.shape:
+        raise ValueError(
+            f"Region features have shape {tuple(features.shape)}; expected (images, regions, {size}), none of them 0. "
+            "Check region_feature_size, or the tower or cache they come from."
+        )
+    mask = _check_mask("region_mask", mask, features, "region")
+    _refuse_rows(~torch.isfinite(features).flatten(1).all(dim=1), "Region features hold NaN or infinity")
+    if boxes is None and needs_boxes:
+        raise ValueError(
+            "region_features came without region_boxes; the geometric context needs them: (images, regions, 4), xyxy "
+            "in [0, 1]. Without boxes, build the model with use_geometric_context=False."
+        )
+    if boxes is not None:
+        boxes = _check_boxes(boxes, mask)
+    return features, boxes, mask
+
+
+def _check_boxes(boxes: Tensor, mask: Tensor) -> Tensor:
+    if boxes.shape != (*mask.shape, 4):
+        raise ValueError(f"region_boxes has shape {tuple(boxes.shape)}; expected {(*mask.shape, 4)}, xyxy in [0, 1].")
+    inside = (boxes >= 0) & (boxes <= 1)
+    ordered = boxes[..., 2:] >= boxes[..., :2]
+    wrong = ~(inside.all(dim=-1) & ordered.all(dim=-1)) & mask
+    if wrong.any():
+        image, region = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"The box of region {region} of image {image} is {boxes[image, region].tolist()}; expected x1 ≤ x2, y1 ≤ y2, all "
+            "in [0, 1]. Divide pixel boxes by the image's width and height (the processor does, given image_sizes)."
+        )
+    return boxes.float() if boxes.dtype != torch.float64 else boxes
+
+
+def check_texts(
+    given: Tensor, attention_mask: Tensor | None, word_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Boolean attention and word masks (T, W) of token ids (T, W) or token features (T, W, F).
+
+    Raises:
+        ValueError: On wrong shapes, NaN, or a text without a word to match.
+    """
+    if given.ndim not in (2, 3) or 0 in given.shape:
+        raise ValueError(f"Texts have shape {tuple(given.shape)}; expected ids (texts, words) or features (texts, words, F).")
+    if given.is_floating_point():
+        _refuse_rows(~torch.isfinite(given).flatten(1).all(dim=1), "Text features hold NaN or infinity")
+    attended = _check_mask("attention_mask", attention_mask, given, "word")
+    words = _check_mask("word_mask", word_mask if word_mask is not None else attended, given, "word") & attended
+    _refuse_rows(~words.any(dim=1), "word_mask keeps no word that attention_mask keeps")
+    return attended, words
+
+
+def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor:
+    shape = of.shape[:2]
+    mask = torch.ones(shape, dtype=torch.bool, device=of.device) if mask is None else mask.bool()
+    if mask.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}, one flag a {item}.")
+    _refuse_rows(~mask.any(dim=1), f"{name} masks every {item}")
+    return mask
+
+
+def _refuse_rows(wrong: Tensor, what: str) -> None:
+    if wrong.any():
+        raise ValueError(f"{what} in the rows {wrong.nonzero().flatten().tolist()[:10]} of the batch; fix or drop those items.")
+
+
+def row_ids(
+    images: int, texts: int, image_ids: Tensor | None, text_image_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Image ids of both sides, which decide positives; without any, text k belongs to image k.
+
+    Raises:
+        ValueError: If only one side is given, or a length is wrong.
+    """
+    if image_ids is None and text_image_ids is None and images == texts:
+        rows = torch.arange(images, device=device)
+        return rows, rows
+    if image_ids is None or text_image_ids is None:
+        raise ValueError(
+            f"A loss over {images} images and {texts} texts needs both image_ids and text_image_ids, which say whose text is "
+            f"whose; got image_ids={'given' if image_ids is not None else None}, "
+            f"text_image_ids={'given' if text_image_ids is not None else None}."
+        )
+    for name, ids, count in (("image_ids", image_ids, images), ("text_image_ids", text_image_ids, texts)):
+        if ids.shape != (count,):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected ({count},), one id an item.")
+    return image_ids.to(device), text_image_ids.to(device)

@@ -1,0 +1,175 @@
+"""Sizes and switches of a TVRN model. Shipped with every checkpoint."""
+
+import difflib
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+# Unknown keywords are refused when a config is written by hand, and let through when one is read from a checkpoint:
+# a file saved by a newer release must still load.
+_LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
+
+REFINEMENTS = ("gate", "gru")
+SIMILARITY_HEADS = ("saf", "sgr")
+
+
+class TVRNConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`TVRNModel`]. The default sizes are the paper's.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Vision tower that turns `pixel_values` into regions. `None`: the model reads `region_features`.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Text tower. `None`: word embeddings and a bidirectional GRU trained from scratch.
+        freeze_vision, freeze_text (`bool`, defaults to `False`):
+            Frozen towers run without gradient and in evaluation mode.
+        vision_grid_size (`int`, *optional*):
+            Average-pool the tower's map to this many rows and columns of regions. `None` keeps the map as it is.
+        region_feature_size (`int`, defaults to 2048): Size of one region feature.
+        vocab_size, word_embedding_size, pad_token_id: The word embeddings (only without `text_config`).
+        hidden_size (`int`, defaults to 1024): D, the size of regions and words.
+        projection_size (`int`, defaults to 1024): P, the size of `image_embeds` and `text_embeds`.
+        similarity_size (`int`, defaults to 256): S, the size of one similarity vector.
+        attention_scale (`float`, defaults to 9.0): λ, inverse temperature of every attention over fragments.
+        leaky_slope (`float`, defaults to 0.1): Negative slope of the LeakyReLUs.
+        iou_threshold (`float`, defaults to 0.2):
+            Regions whose boxes overlap at least this much are geometric neighbours.
+        refinement (`"gate"` or `"gru"`, defaults to `"gate"`):
+            How contexts refine words and regions, on both sides; `"gru"` is the published form.
+        similarity_head (`"saf"` or `"sgr"`, defaults to `"saf"`): How similarity vectors become one logit.
+        use_geometric_context, use_text_refinement, use_semantic_alignment (`bool`, default `True`):
+            The ablation switches of the paper.
+        use_embedding_similarity (`bool`, defaults to `True`):
+            Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
+        embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
+        use_pooled_features (`bool`, defaults to `True`):
+            Let the embeddings also see the mean of the input features (regions, and words of a Hub text tower).
+        dropout (`float`, defaults to 0.4): Inside the attention pooling of both sides.
+        input_dropout (`float`, defaults to 0.0): On region features, word embeddings and text tower features.
+        margin, matching_temperature: Of the matching loss.
+        matching_loss_weight, pair_contrastive_loss_weight, contrastive_loss_weight, hardest_negative_loss_weight:
+            Weights of the loss's parts: matching and cross-entropy of the pair logits, InfoNCE of the embeddings,
+            hinge on the hardest negatives of the pair scores.
+        logit_scale_init_value (`float`, defaults to 2.6592): Log of the contrastive loss's first scale, as in CLIP.
+        pair_chunk_size (`int`, defaults to 1024):
+            Image–caption pairs scored at once; bounds the memory of the pair stage. More than one chunk in training is
+            checkpointed.
+        initializer_range (`float`, defaults to 0.02): Of embeddings; linear layers are Xavier-initialised.
+
+    Raises:
+        ValueError: On an unknown keyword, or a value outside its range.
+    """
+
+    model_type = "tvrn"
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    freeze_vision: bool = False
+    freeze_text: bool = False
+    vision_grid_size: int | None = None
+    region_feature_size: int = 2048
+    vocab_size: int = 10000
+    word_embedding_size: int = 300
+    pad_token_id: int | None = 0
+    hidden_size: int = 1024
+    projection_size: int = 1024
+    similarity_size: int = 256
+    attention_scale: float | int = 9.0
+    leaky_slope: float | int = 0.1
+    iou_threshold: float | int = 0.2
+    refinement: str = "gate"
+    similarity_head: str = "saf"
+    use_geometric_context: bool = True
+    use_text_refinement: bool = True
+    use_semantic_alignment: bool = True
+    use_embedding_similarity: bool = True
+    embedding_scale_init_value: float | int = 10.0
+    use_pooled_features: bool = True
+    dropout: float | int = 0.4
+    input_dropout: float | int = 0.0
+    margin: float | int = 0.2
+    matching_temperature: float | int = 0.05
+    matching_loss_weight: float | int = 1.0
+    pair_contrastive_loss_weight: float | int = 0.0
+    contrastive_loss_weight: float | int = 1.0
+    hardest_negative_loss_weight: float | int = 0.0
+    logit_scale_init_value: float | int = 2.6592
+    pair_chunk_size: int = 1024
+    initializer_range: float | int = 0.02
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        token = _LOADING.set(True)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        finally:
+            _LOADING.reset(token)
+
+    def __post_init__(self, **kwargs):
+        if not _LOADING.get():
+            self._refuse_unknown(kwargs)
+        self.vision_config = self._sub_config("vision_config", self.vision_config)
+        self.text_config = self._sub_config("text_config", self.text_config)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a value outside its range (also run by the model: attributes can be set later)."""
+        for name, choices in (("refinement", REFINEMENTS), ("similarity_head", SIMILARITY_HEADS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        positive = ("region_feature_size", "vocab_size", "word_embedding_size", "hidden_size", "projection_size")
+        positive += ("similarity_size", "attention_scale", "matching_temperature", "pair_chunk_size")
+        for name in positive:
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0.")
+        for name in ("iou_threshold", "dropout", "input_dropout", "margin", "leaky_slope"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
+        if self.vision_grid_size is not None and self.vision_grid_size < 1:
+            raise ValueError(f"vision_grid_size is {self.vision_grid_size}; expected None or at least 1.")
+        self._check_loss_weights()
+
+    def _check_loss_weights(self) -> None:
+        names = [name for name in type(self).__dataclass_fields__ if name.endswith("_loss_weight")]
+        for name in names:
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 0 (off) or more.")
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = set(type(self).__dataclass_fields__)
+        for key in kwargs:
+            # Base-class attributes without a field of their own (`name_or_path`, `attn_implementation`, …) are fine.
+            if key.startswith("_") or key in _BASE_KEYWORDS or hasattr(PreTrainedConfig, key):
+                continue
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see help(TVRNConfig)."
+            raise ValueError(f"TVRNConfig got an unknown keyword {key!r} (value {kwargs[key]!r}); {hint}")
+
+    @staticmethod
+    def _sub_config(name: str, value: Any) -> PreTrainedConfig | None:
+        if value is None or isinstance(value, PreTrainedConfig):
+            return value
+        model_type = value.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name} has model_type {model_type!r}; expected a type that transformers knows "
+                "(for example 'vit' or 'bert'), or a config object."
+            )
+        return CONFIG_MAPPING[model_type].from_dict(dict(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_BASE_KEYWORDS = frozenset(
+    {"attn_implementation", "experts_implementation", "torch_dtype", "model_type", "auto_map", "per_layer_config"}
+)
+
+__all__ = ["TVRNConfig"]

@@ -1,0 +1,166 @@
+"""Encoded images and texts: what one side of the pair score needs, computed once per item. Shipped."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+Encoded = TypeVar("Encoded", bound="EncodedItems")
+
+
+@dataclass
+class EncodedItems:
+    """Tensors whose first dimension is the item; a field may be `None` where the model's variant does not use it.
+
+    Every tensor travels and is sliced with its item, so an item's score cannot depend on its neighbours.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are set, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors().values())).shape[0]
+
+    def _map(self: Encoded, function) -> Encoded:
+        return type(self)(**{name: function(value) for name, value in self.tensors().items()})
+
+    def select(self: Encoded, indices) -> Encoded:
+        """The items at `indices` (a slice, a list or a 1-d tensor of row numbers), in that order."""
+        if isinstance(indices, slice):
+            return self._map(lambda value: value[indices])
+        rows = torch.as_tensor(indices, device=next(iter(self.tensors().values())).device)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        return self._map(lambda value: value.index_select(0, rows.long()))
+
+    @classmethod
+    def cat(cls: type[Encoded], parts: list[Encoded]) -> Encoded:
+        """Join galleries along the item dimension, padding regions or words to the longest."""
+        if not parts:
+            raise ValueError("cat got no parts; expected at least one encoded gallery.")
+        names = [list(part.tensors()) for part in parts]
+        if any(other != names[0] for other in names):
+            raise ValueError(f"cat got galleries of different model variants, with the tensors {names}.")
+        return cls(**{name: _cat_padded([getattr(part, name) for part in parts]) for name in names[0]})
+
+    def to(self: Encoded, *args, **kwargs) -> Encoded:
+        """As `Tensor.to`; a dtype applies to the large tensors of fragments alone.
+
+        Embeddings, weights and boxes keep their precision: they are small, and a cosine in bfloat16 moves ranks.
+        """
+        exact = ("embeds", "token_saliency", "word_weights", "region_boxes")
+        tensors = self.tensors().items()
+        return type(self)(
+            **{name: _to(value, name not in exact and value.is_floating_point(), *args, **kwargs) for name, value in tensors}
+        )
+
+    def save(self, path) -> None:
+        """Write the tensors to a safetensors file."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
+        save_file(tensors, path, metadata={"tvrn": json.dumps({"class": type(self).__name__})})
+
+    @classmethod
+    def load(cls: type[Encoded], path) -> Encoded:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            written = json.loads((file.metadata() or {}).get("tvrn", "{}")).get("class")
+            if written != cls.__name__:
+                raise ValueError(f"{path} holds {written or 'no encoded gallery'}; expected {cls.__name__}.")
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})
+
+
+@dataclass
+class EncodedImages(EncodedItems):
+    """Images without any text: I items of N unified tokens (R regions, or 2R with `refinement="gru"`).
+
+    Attributes:
+        embeds: (I, P) unit-norm image embeddings.
+        tokens: (I, N, D) unified regions U.
+        token_mask: (I, N) bool.
+        global_vector: (I, D) global image vector g^v.
+        token_saliency: (I, N) log of the regions' saliency a^v.
+        region_mask: (I, R) bool, valid regions first.
+        region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the tokens.
+        context_keys: (I, R, D) W_k c^v, the sources of the expansion.
+        context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input gates.
+        context_gram: (I, R, R) c^v c^vᵀ, which gives an expansion's norm without the expansion.
+    """
+
+    embeds: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    global_vector: Tensor
+    token_saliency: Tensor
+    region_mask: Tensor
+    region_boxes: Tensor | None = None
+    context_keys: Tensor | None = None
+    context_values: Tensor | None = None
+    context_gram: Tensor | None = None
+
+
+@dataclass
+class EncodedTexts(EncodedItems):
+    """Texts without any image: T items of W words.
+
+    Attributes:
+        embeds: (T, P) unit-norm text embeddings.
+        words: (T, W, D) words t.
+        word_mask: (T, W) bool, valid words first.
+        word_positions: (T, W) where each word stood in `input_ids`.
+        word_weights: (T, W) weights of the global text vector.
+        context_queries: (T, W, D) W_q c^t, the queries of the expansion.
+        gates: (T, W, D) A t, the image-independent half of the gate (`refinement="gate"`).
+        recurrent_words: (T, W, D) n(GRU(t) + t) (`refinement="gru"`).
+        recurrent_state: (T, D) the GRU's state at the last valid word (`refinement="gru"`).
+    """
+
+    embeds: Tensor
+    words: Tensor
+    word_mask: Tensor
+    word_positions: Tensor
+    word_weights: Tensor
+    context_queries: Tensor | None = None
+    gates: Tensor | None = None
+    recurrent_words: Tensor | None = None
+    recurrent_state: Tensor | None = None
+
+    def trim(self) -> "EncodedTexts":
+        """Drop the columns that are padding in every text."""
+        width = max(int(self.word_mask.sum(dim=1).max()), 1)
+        if width == self.word_mask.shape[1]:
+            return self
+        flat = ("embeds", "recurrent_state")
+        tensors = {k: v if k in flat else v[:, :width] for k, v in self.tensors().items()}
+        return EncodedTexts(**tensors)
+
+
+def _cat_padded(values: list[Tensor]) -> Tensor:
+    sizes = [max(value.shape[d] for value in values) for d in range(1, values[0].ndim)]
+    return torch.cat([_pad_to(value, sizes) for value in values])
+
+
+def _pad_to(value: Tensor, sizes: list[int]) -> Tensor:
+    pads: list[int] = []
+    for size, current in zip(reversed(sizes), reversed(value.shape[1:]), strict=True):
+        pads += [0, size - current]
+    return torch.nn.functional.pad(value, pads) if any(pads) else value
+
+
+def _to(value: Tensor, cast: bool, *args, **kwargs) -> Tensor:
+    if cast:
+        return value.to(*args, **kwargs)
+    args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
+    kwargs = {key: arg for key, arg in kwargs.items() if key != "dtype"}
+    return value.to(*args, **kwargs) if args or kwargs else value

@@ -1,0 +1,213 @@
+"""The pieces of TVRN that see one side only: attention over fragments, geometry, refinement, pooling. Shipped.
+
+Section numbers refer to the equations in the model card; masks are boolean with `True` = keep, and valid fragments
+always come before padding (see `valid_first`). No layer here has batch statistics.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_tvrn import TVRNConfig
+
+
+# A grid's IoUs are exactly 0.2 and 0.5: without a slack float32 decides at random whether they reach the threshold.
+IOU_SLACK = 1e-4
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype for norms and softmaxes: float32, or float64 where the input is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def normalize(x: Tensor, dim: int = -1) -> Tensor:
+    """n(x): unit L2 norm along `dim`; the norm is taken in float32, the result has the dtype of `x`."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x))
+    return x / norm.clamp_min(1e-8).to(x.dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the valid rows: (B, N, D), (B, N) -> (B, D)."""
+    weights = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def masked_softmax(x: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Softmax in float32 (or better) over the valid entries; exactly 0 elsewhere."""
+    x = x.to(wide(x))
+    return x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(dim=dim).masked_fill(~mask, 0.0)
+
+
+def valid_first(mask: Tensor) -> Tensor:
+    """Order (B, N) that puts the valid fragments first and keeps their order."""
+    return torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the fragments of every item: (B, N, …), (B, M) -> (B, M, …)."""
+    index = order.view(*order.shape, *([1] * (x.ndim - 2))).expand(*order.shape, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def box_iou(boxes: Tensor) -> Tensor:
+    """Intersection over union of an image's boxes with each other: (B, R, 4) xyxy -> (B, R, R)."""
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    intersection = (high - low).clamp_min(0).prod(dim=-1)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    union = area[:, :, None] + area[:, None, :] - intersection
+    return intersection / union.clamp_min(torch.finfo(boxes.dtype).tiny)
+
+
+def grid_boxes(rows: int, columns: int, device=None) -> Tensor:
+    """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) xyxy in [0, 1]."""
+    top, left = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    corners = [left - 1, top - 1, left + 2, top + 2]
+    sizes = [columns, rows, columns, rows]
+    scaled = [(corner.float() / size).clamp(0, 1).flatten() for corner, size in zip(corners, sizes, strict=True)]
+    return torch.stack(scaled, dim=-1)
+
+
+class FragmentAttention(nn.Module):
+    """att(q, c): every query attends to the sources; one set of weights serves self-attention and expansion (§2)."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.scale = config.attention_scale
+        self.slope = config.leaky_slope
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def weights(self, scores: Tensor, query_mask: Tensor, source_mask: Tensor) -> Tensor:
+        """Attention from affinities: (…, sources, queries) -> the same shape, summing to 1 over the valid sources.
+
+        Each source's affinities are L2-normalised over the *valid* queries first, so padding never shifts them.
+        """
+        scores = F.leaky_relu(scores.to(wide(scores)), self.slope)
+        scores = normalize(scores.masked_fill(~query_mask.unsqueeze(-2), 0.0))
+        return masked_softmax(self.scale * scores, source_mask.unsqueeze(-1), dim=-2)
+
+    def forward(self, fragments: Tensor, mask: Tensor) -> Tensor:
+        """Self-attention: (B, N, D), (B, N) -> contexts (B, N, D), unit norm."""
+        scores = self.key(fragments) @ self.query(fragments).transpose(1, 2)
+        weights = self.weights(scores, mask, mask).to(fragments.dtype)
+        return normalize(weights.transpose(1, 2) @ fragments)
+
+
+class GeometricAttention(nn.Module):
+    """n(P v): attention among regions whose boxes overlap (§2)."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.scale = config.attention_scale
+        self.threshold = config.iou_threshold
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, regions: Tensor, boxes: Tensor, mask: Tensor) -> Tensor:
+        """(B, R, D), (B, R, 4), (B, R) -> (B, R, D), unit norm."""
+        cosine = normalize(self.query(regions)) @ normalize(self.key(regions)).transpose(1, 2)
+        itself = torch.eye(regions.shape[1], dtype=torch.bool, device=regions.device)
+        near = (box_iou(boxes) >= self.threshold - IOU_SLACK) & mask.unsqueeze(1) | itself
+        weights = masked_softmax(self.scale * cosine, near, dim=-1).to(regions.dtype)
+        return normalize(weights @ regions)
+
+
+class Gate(nn.Module):
+    """n(x + σ(A x + B y) ∘ C y): refinement of fragments x by contexts y (§4, `refinement="gate"`)."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.own = nn.Linear(size, size, bias=False)
+        # B and C side by side: the pair stage applies them to the contexts before pairing.
+        self.context = nn.Linear(size, 2 * size, bias=False)
+
+    def forward(self, fragments: Tensor, contexts: Tensor) -> Tensor:
+        gate, carried = self.context(contexts).chunk(2, dim=-1)
+        return normalize(fragments + torch.sigmoid(self.own(fragments) + gate) * carried)
+
+
+class Recurrence(nn.Module):
+    """n(GRU([x; y]) + [x; x]): refinement by a GRU that reads the fragments, then their contexts (§2, §4).
+
+    The state is carried past padding: the sequence is the valid fragments, then their contexts.
+    """
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
+
+    def read(self, fragments: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """First half: (B, N, D) -> refined fragments (B, N, D) and the state at the last valid one (B, D)."""
+        outputs, _ = self.gru(fragments)
+        last = (mask.sum(dim=1) - 1).clamp_min(0)
+        state = outputs[torch.arange(len(outputs), device=outputs.device), last]
+        return normalize(outputs + fragments), state
+
+    def input_gates(self, contexts: Tensor) -> Tensor:
+        """W_ih y without its bias, (…, D) -> (…, 3D): linear, so it commutes with attention and norm."""
+        return F.linear(contexts, self.gru.weight_ih_l0)
+
+    def steps(self, input_gates: Tensor, state: Tensor) -> Tensor:
+        """GRU over prepared input gates (B, N, 3D) from `state` (B, D) -> outputs (B, N, D); a loop over fragments only."""
+        gates = input_gates + self.gru.bias_ih_l0
+        outputs = []
+        for step in range(gates.shape[1]):
+            reset_in, update_in, new_in = gates[:, step].chunk(3, dim=-1)
+            hidden = F.linear(state, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+            reset_state, update_state, new_state = hidden.chunk(3, dim=-1)
+            update = torch.sigmoid(update_in + update_state)
+            new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_state) * new_state)
+            state = new + update * (state - new)
+            outputs.append(state)
+        return torch.stack(outputs, dim=1)
+
+    def forward(self, fragments: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, D), (B, N, D), (B, N) -> (B, 2N, D)."""
+        first, state = self.read(fragments, mask)
+        outputs, _ = self.gru(contexts, state.unsqueeze(0).contiguous())
+        return torch.cat([first, normalize(outputs + fragments)], dim=1)
+
+
+class AttentionPooling(nn.Module):
+    """Attention of fragments against their mean (§4b), LayerNorm where SGRAF has BatchNorm."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.local = nn.Sequential(nn.Linear(size, size), nn.LayerNorm(size), nn.Tanh(), nn.Dropout(config.dropout))
+        self.overall = nn.Sequential(nn.Linear(size, size), nn.LayerNorm(size), nn.Tanh(), nn.Dropout(config.dropout))
+        self.score = nn.Linear(size, 1, bias=False)  # a bias would cancel in the softmax
+
+    def forward(self, fragments: Tensor, mask: Tensor) -> Tensor:
+        """Weights of the fragments: (B, N, D), (B, N) -> (B, N), summing to 1 over the valid ones."""
+        mean = self.overall(masked_mean(fragments, mask)).unsqueeze(1)
+        scores = self.score(self.local(fragments) * mean).squeeze(-1)
+        return masked_softmax(scores, mask, dim=-1).to(fragments.dtype)
+
+
+class WordEncoder(nn.Module):
+    """Word embeddings and a bidirectional GRU whose directions are averaged (§3a)."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(
+            config.vocab_size, config.word_embedding_size, padding_idx=config.pad_token_id
+        )
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.gru = nn.GRU(config.word_embedding_size, config.hidden_size, batch_first=True, bidirectional=True)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(T, W) ids, (T, W) with the valid words first -> (T, W, D)."""
+        embedded = self.dropout(self.embeddings(input_ids))
+        packed = nn.utils.rnn.pack_padded_sequence(
+            embedded, mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        outputs, _ = nn.utils.rnn.pad_packed_sequence(
+            self.gru(packed)[0], batch_first=True, total_length=input_ids.shape[1]
+        )
+        forward, backward = outputs.chunk(2, dim=-1)
+        return (forward + backward) / 2

@@ -1,0 +1,492 @@
+"""TVRN: a mutually textual and visual refinement network for image–text matching. Shipped with every checkpoint.
+
+S. Pang, Y. Zeng, J. Zhao, J. Xue, "A Mutually Textual and Visual Refinement Network for Image-Text Matching", IEEE
+Transactions on Multimedia 26, 2024. A pair's score depends on that image and that caption alone.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .checks_tvrn import check_regions, check_texts, row_ids
+from .configuration_tvrn import TVRNConfig
+from .encoded_tvrn import EncodedImages, EncodedTexts
+from .layers_tvrn import (
+    AttentionPooling,
+    FragmentAttention,
+    Gate,
+    GeometricAttention,
+    Recurrence,
+    WordEncoder,
+    grid_boxes,
+    masked_mean,
+    normalize,
+    take,
+    valid_first,
+    wide,
+)
+from .losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
+from .pair_tvrn import PairStage
+from .towers_tvrn import build_tower, load_tower, region_feature_size, region_map
+
+
+# Captions of one chunk share their padded length: sorted by length, this many at a time waste little.
+CAPTIONS_PER_CHUNK = 32
+
+
+@dataclass
+class TVRNOutput(ModelOutput):
+    """What [`TVRNModel`] returns.
+
+    Attributes:
+        loss: Scalar, with `return_loss=True`.
+        logits_per_image: (I, T) pair logits; the sigmoid is the matching score.
+        logits_per_text: (T, I), its transpose.
+        image_embeds: (I, P) unit norm.
+        text_embeds: (T, P) unit norm.
+        loss_parts: The loss's unweighted parts by name, detached.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    loss_parts: dict[str, Tensor] | None = None
+
+
+class TVRNPreTrainedModel(PreTrainedModel):
+    """Weights: initialisation, loading with nothing missing and nothing left over."""
+
+    config_class = TVRNConfig
+    base_model_prefix = "tvrn"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules: list[str] = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GRU):
+            for name, parameter in module.named_parameters():
+                if "bias" in name:
+                    init.zeros_(parameter)
+                else:
+                    init.xavier_uniform_(parameter)
+        elif isinstance(module, PairStage) and module.config.use_embedding_similarity:
+            init.constant_(module.embedding_scale, module.config.embedding_scale_init_value)
+            init.zeros_(module.embedding_shift)
+        elif isinstance(module, TVRNModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report."""
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        wrong = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
+        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold this model: {wrong}. Expected every weight of the "
+                "config and no other; was the config changed after training?"
+            )
+        return (model, info) if wanted else model
+
+
+class TVRNModel(TVRNPreTrainedModel):
+    """Scores images against captions from their regions and words.
+
+    Inputs are either `pixel_values` (with a vision tower) or region features, and token ids. See [`TVRNConfig`].
+    """
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__(config)
+        config.check()
+        size = config.hidden_size
+        self.vision_model = build_tower(config.vision_config) if config.vision_config is not None else None
+        self.text_model = build_tower(config.text_config) if config.text_config is not None else None
+        self.word_encoder = WordEncoder(config) if config.text_config is None else None
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.region_projection = nn.Linear(config.region_feature_size, size)
+        if config.text_config is not None:
+            self.word_projection = nn.Linear(config.text_config.hidden_size, size)
+        self.attention = FragmentAttention(config)
+        self.geometry = GeometricAttention(config) if config.use_geometric_context else None
+        self.visual_refinement = _refinement(config)
+        self.textual_refinement = _refinement(config) if config.use_text_refinement else None
+        self.image_pooling = AttentionPooling(config)
+        self.text_pooling = AttentionPooling(config)
+        self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
+        self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
+        if config.use_pooled_features:
+            self.pooled_image_embedding = _pooled_embedding(config.region_feature_size, config)
+            if config.text_config is not None:
+                self.pooled_text_embedding = _pooled_embedding(config.text_config.hidden_size, config)
+        self.pair = PairStage(config)
+        # Shape [1]: 0-d parameters break fully_shard.
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+        self.gradient_checkpointing = False
+        self._freeze()
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | None = None,
+        text: str | os.PathLike | None = None,
+        *,
+        trust_remote_code: bool = False,
+        **config,
+    ) -> "TVRNModel":
+        """A new TVRN on pretrained towers from the Hub or a folder.
+
+        Args:
+            vision: Vision model id or path (or the vision half of a CLIP-like one); `None` reads region features.
+            text: Text model id or path; `None` trains word embeddings and a BiGRU from scratch.
+            trust_remote_code: Run code from the towers' repositories.
+            **config: Fields of [`TVRNConfig`], such as `freeze_vision=True`.
+
+        Raises:
+            ValueError: If a tower can't be found or has no spatial (vision) or token (text) output.
+        """
+        towers = {}
+        if vision is not None:
+            tower = towers["vision_model"] = load_tower(vision, "vision_config", trust_remote_code)
+            config["vision_config"] = tower.config
+            config.setdefault("region_feature_size", region_feature_size(tower))
+        if text is not None:
+            tower = towers["text_model"] = load_tower(text, "text_config", trust_remote_code)
+            config["text_config"] = tower.config
+        model = cls(TVRNConfig(**config))
+        for name, tower in towers.items():
+            setattr(model, name, tower)
+        model._freeze()
+        return model
+
+    # -- towers -------------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        for tower, frozen in self._towers():
+            if frozen:
+                tower.requires_grad_(False)
+
+    def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
+        if self.vision_model is not None:
+            yield self.vision_model, self.config.freeze_vision
+        if self.text_model is not None:
+            yield self.text_model, self.config.freeze_text
+
+    def train(self, mode: bool = True) -> "TVRNModel":
+        """As `nn.Module.train`; frozen towers, and every BatchNorm of a tower, stay in evaluation mode.
+
+        Batch statistics would make an image's regions depend on the other images of its batch.
+        """
+        super().train(mode)
+        for tower, frozen in self._towers():
+            if frozen:
+                tower.eval()
+            for module in tower.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def extract_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The vision tower alone, what a region cache stores: features (B, R, F), boxes (B, R, 4), mask (B, R)."""
+        if self.vision_model is None:
+            raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
+        frozen = self.config.freeze_vision
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            output = self.vision_model(pixel_values=pixel_values)
+            grid = region_map(output, pixel_values, self.vision_model.config)
+        if self.config.vision_grid_size is not None:
+            grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
+        rows, columns = grid.shape[-2:]
+        features = grid.flatten(2).transpose(1, 2)
+        boxes = grid_boxes(rows, columns, device=grid.device).expand(len(grid), -1, -1)
+        return features, boxes, torch.ones(features.shape[:2], dtype=torch.bool, device=grid.device)
+
+    def extract_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The text tower alone: last hidden states (T, W, F)."""
+        if self.text_model is None:
+            raise ValueError("This model has no text tower: its words come from embeddings and a GRU.")
+        with torch.no_grad() if self.config.freeze_text else contextlib.nullcontext():
+            return self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    # -- one side at a time ---------------------------------------------------------------------------------------
+
+    def encode_images(
+        self,
+        pixel_values: Tensor | None = None,
+        region_features: Tensor | None = None,
+        region_boxes: Tensor | None = None,
+        region_mask: Tensor | None = None,
+    ) -> EncodedImages:
+        """Everything the pair score needs of images, without any text (§2).
+
+        Args:
+            pixel_values: (I, 3, H, W), for a model with a vision tower.
+            region_features: (I, R, F) instead.
+            region_boxes: (I, R, 4) xyxy in [0, 1]; required with region features unless `use_geometric_context=False`.
+            region_mask: (I, R), 1 = keep.
+
+        Raises:
+            ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
+        """
+        if (pixel_values is None) == (region_features is None):
+            raise ValueError("encode_images takes either pixel_values or region_features, exactly one of them.")
+        if pixel_values is not None:
+            region_features, region_boxes, region_mask = self.extract_regions(pixel_values)
+        features, boxes, mask = check_regions(
+            region_features, region_boxes, region_mask, self.config.region_feature_size, self.geometry is not None
+        )
+        order = valid_first(mask)
+        features, mask = take(features, order), take(mask, order)
+        boxes = take(boxes, order) if boxes is not None else None
+        features = self.input_dropout(features.to(self.region_projection.weight.dtype))
+        regions = normalize(self.region_projection(features))
+        contexts = self._visual_contexts(regions, boxes, mask)
+        joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
+        tokens, token_mask = self._refine_regions(regions, joint, mask)
+        weights = self.image_pooling(tokens, token_mask)
+        overall = normalize((weights.unsqueeze(1).to(tokens.dtype) @ tokens).squeeze(1))
+        embeds = self.image_embedding(torch.cat([overall, masked_mean(tokens, token_mask)], dim=-1))
+        if self.config.use_pooled_features:
+            embeds = embeds + self.pooled_image_embedding(masked_mean(features, mask))
+        return EncodedImages(
+            embeds=normalize(embeds.to(self.logit_scale.dtype)),
+            tokens=tokens,
+            token_mask=token_mask,
+            global_vector=overall,
+            token_saliency=self._region_saliency(tokens, overall, token_mask),
+            region_mask=mask,
+            region_boxes=boxes,
+            **self._expansion_sources(contexts),
+        )
+
+    def _visual_contexts(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> Tensor:
+        contexts = self.attention(regions, mask)
+        if self.geometry is None or boxes is None:
+            return contexts
+        return normalize((contexts + self.geometry(regions, boxes, mask)) / 2)
+
+    def _refine_regions(self, regions: Tensor, joint: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.visual_refinement, Gate):
+            return self.visual_refinement(regions, joint), mask
+        return self.visual_refinement(regions, joint, mask), torch.cat([mask, mask], dim=1)
+
+    def _region_saliency(self, tokens: Tensor, overall: Tensor, mask: Tensor) -> Tensor:
+        """log a^v (I, N): log-softmax over the valid tokens of λ⟨U_i, g^v⟩; 0 (uniform) without semantic alignment."""
+        scores = self.config.attention_scale * (tokens @ overall.unsqueeze(-1)).squeeze(-1)
+        if not self.config.use_semantic_alignment:
+            scores = torch.zeros_like(scores)
+        scores = scores.to(wide(scores))
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
+        return scores.masked_fill(~mask, 0.0)
+
+    def _expansion_sources(self, contexts: Tensor) -> dict[str, Tensor]:
+        """What the textual refinement reads of an image: keys, transformed contexts and their Gram matrix."""
+        if self.textual_refinement is None:
+            return {}
+        if isinstance(self.textual_refinement, Gate):
+            values = self.textual_refinement.context(contexts)
+        else:
+            values = self.textual_refinement.input_gates(contexts)
+        gram = contexts @ contexts.transpose(1, 2)
+        return {"context_keys": self.attention.key(contexts), "context_values": values, "context_gram": gram}
+
+    def encode_texts(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> EncodedTexts:
+        """Everything the pair score needs of texts, without any image (§3).
+
+        Args:
+            input_ids: (T, W) token ids.
+            attention_mask: (T, W), 1 = keep.
+            word_mask: (T, W), 1 = a word to match, 0 = padding or a special token; default: every attended position.
+            text_features: (T, W, F) outputs of the text tower instead of ids, as `extract_words` gives them.
+
+        Raises:
+            ValueError: On wrong shapes, or a text without a word to match.
+        """
+        given = text_features if text_features is not None else input_ids
+        if given is None:
+            raise ValueError("encode_texts got neither input_ids nor text_features.")
+        attended, mask = check_texts(given, attention_mask, word_mask)
+        order = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
+        if self.word_encoder is not None:
+            pooled, words = None, self.word_encoder(take(input_ids, order), take(mask, order))
+        else:
+            hidden = text_features if text_features is not None else self.extract_words(input_ids, attended.long())
+            hidden = self.input_dropout(hidden.to(self.word_projection.weight.dtype))
+            pooled, words = masked_mean(hidden, attended), self.word_projection(take(hidden, order))
+        return self._encode_words(normalize(words), take(mask, order), order, pooled)
+
+    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor | None) -> EncodedTexts:
+        extras: dict[str, Tensor] = {}
+        summary = words
+        if self.textual_refinement is not None:
+            extras["context_queries"] = self.attention.query(self.attention(words, mask))
+        if isinstance(self.textual_refinement, Gate):
+            extras["gates"] = self.textual_refinement.own(words)
+        elif isinstance(self.textual_refinement, Recurrence):
+            summary, state = self.textual_refinement.read(words, mask)
+            extras |= {"recurrent_words": summary, "recurrent_state": state}
+        embeds = self.text_embedding(masked_mean(summary, mask))
+        if self.config.use_pooled_features and pooled is not None:
+            embeds = embeds + self.pooled_text_embedding(pooled)
+        return EncodedTexts(
+            embeds=normalize(embeds.to(self.logit_scale.dtype)),
+            words=words,
+            word_mask=mask,
+            word_positions=positions,
+            word_weights=self.text_pooling(words, mask),
+            **extras,
+        )
+
+    # -- pairs ------------------------------------------------------------------------------------------------------
+
+    def match(self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None) -> Tensor:
+        """Pair logits (I, T) in float32 (float64 for a float64 model); the sigmoid is the matching score (§4).
+
+        Args:
+            images, texts: As `encode_images` and `encode_texts` give them.
+            chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, never changes a score.
+
+        Raises:
+            ValueError: If a side is empty or `chunk_size` is below 1.
+        """
+        chunk_size = self.config.pair_chunk_size if chunk_size is None else chunk_size
+        if chunk_size < 1 or not len(images) or not len(texts):
+            raise ValueError(
+                f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of each."
+            )
+        device = images.tokens.device.type
+        if torch.is_autocast_enabled(device):
+            images, texts = (side.to(torch.get_autocast_dtype(device)) for side in (images, texts))
+        order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
+        texts = texts.select(order)
+        captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
+        images_per_chunk = chunk_size // captions
+        whole = len(images) <= images_per_chunk and len(texts) <= captions
+        score = self._score_block if whole and not self.gradient_checkpointing else self._score_block_checkpointed
+        image_blocks = [images.select(rows) for rows in _slices(len(images), images_per_chunk)]
+        columns = []
+        for rows in _slices(len(texts), captions):
+            block = texts.select(rows).trim()
+            columns.append(torch.cat([score(image_block, block) for image_block in image_blocks]))
+        return torch.cat(columns, dim=1).index_select(1, torch.argsort(order))
+
+    def _score_block(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        return self.pair(images, texts, self.attention, self.textual_refinement)
+
+    def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
+        if not torch.is_grad_enabled():
+            return self._score_block(images, texts)
+        return checkpoint(self._score_block, images, texts, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        region_features: Tensor | None = None,
+        region_boxes: Tensor | None = None,
+        region_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        text_image_ids: Tensor | None = None,
+        return_loss: bool = False,
+    ) -> TVRNOutput:
+        """Score I images against T texts; with `return_loss=True` also the weighted loss.
+
+        Args:
+            image_ids: (I,) int64, what decides positives; default: row numbers.
+            text_image_ids: (T,) int64, each text's image; default: text k belongs to image k (needs I = T).
+            others: As in `encode_images` and `encode_texts`.
+        """
+        images = self.encode_images(pixel_values, region_features, region_boxes, region_mask)
+        texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features)
+        logits = self.match(images, texts)
+        loss, parts = None, None
+        if return_loss:
+            image_ids, text_image_ids = row_ids(len(images), len(texts), image_ids, text_image_ids, logits.device)
+            loss, parts = self._loss(logits, images.embeds, texts.embeds, image_ids, text_image_ids)
+        return TVRNOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            image_embeds=images.embeds,
+            text_embeds=texts.embeds,
+            loss_parts=parts,
+        )
+
+    def _loss(
+        self, logits: Tensor, image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text_image_ids: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, parts = self.config, {}
+        ids = (image_ids, text_image_ids)
+        if config.matching_loss_weight:
+            parts["matching"] = matching_loss(
+                logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
+            )
+        if config.pair_contrastive_loss_weight:
+            parts["pair_contrastive"] = positives_cross_entropy(logits, *ids)
+        if config.contrastive_loss_weight:
+            parts["contrastive"] = contrastive_loss(image_embeds, text_embeds, self.logit_scale, *ids)
+        if config.hardest_negative_loss_weight:
+            parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
+        if not parts:
+            raise ValueError("return_loss=True but every *_loss_weight of the config is 0; set at least one above 0.")
+        loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def get_image_features(self, pixel_values: Tensor | None = None, **regions) -> BaseModelOutputWithPooling:
+        """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`."""
+        images = self.encode_images(pixel_values, **regions)
+        return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=images.embeds)
+
+    def get_text_features(self, input_ids: Tensor | None = None, **words) -> BaseModelOutputWithPooling:
+        """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`."""
+        texts = self.encode_texts(input_ids, **words)
+        return BaseModelOutputWithPooling(last_hidden_state=texts.words, pooler_output=texts.embeds)
+
+
+def _refinement(config: TVRNConfig) -> Gate | Recurrence:
+    return Gate(config) if config.refinement == "gate" else Recurrence(config)
+
+
+def _pooled_embedding(size: int, config: TVRNConfig) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.projection_size, bias=False))
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+__all__ = ["TVRNModel", "TVRNOutput", "TVRNPreTrainedModel"]

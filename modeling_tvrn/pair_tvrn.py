@@ -1,0 +1,181 @@
+"""The pair stage: every image of a block against every caption of a block, without a loop over either. Shipped.
+
+No weight matrix is applied per pair before the similarity transform (with `refinement="gate"`): what depends on one
+side only was computed when the item was encoded, linear maps were moved in front of the attention they commute with,
+and a Gram matrix gives a context's norm.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_tvrn import TVRNConfig
+from .encoded_tvrn import EncodedImages, EncodedTexts
+from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, normalize, wide
+
+
+class SimilarityAttention(nn.Module):
+    """SAF: gated, saliency-weighted mean of the similarity vectors, then one logit (§4b)."""
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.similarity_size, 1)
+        self.logit = nn.Linear(config.similarity_size, 1)
+
+    def forward(self, nodes: Tensor, weights: Tensor) -> Tensor:
+        """(n, M, S) nodes, (n, M) weights ω (0 = padding) -> (n,) logits."""
+        # w·(Σ ωβ s / Σ ωβ) = Σ ωβ (w·s) / Σ ωβ: only two numbers a node are needed.
+        projected = F.linear(nodes, torch.cat([self.gate.weight, self.logit.weight])).to(weights.dtype)
+        mixing = weights * torch.sigmoid(projected[..., 0] + self.gate.bias)
+        return (mixing * projected[..., 1]).sum(dim=-1) / mixing.sum(dim=-1) + self.logit.bias
+
+
+class GraphReasoningStep(nn.Module):
+    """One step of SGR: s_p ← ReLU(W_r Σ_q edge_pq s_q), edges weighted by saliency (§4b)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.source = nn.Linear(size, size, bias=False)
+        self.target = nn.Linear(size, size, bias=False)
+        self.update = nn.Linear(size, size, bias=False)
+
+    def forward(self, nodes: Tensor, log_weights: Tensor) -> Tensor:
+        """(n, M, S), (n, M) with −inf (the dtype's minimum) at padding -> (n, M, S)."""
+        scores = self.source(nodes) @ self.target(nodes).transpose(1, 2)
+        edges = (scores.to(log_weights.dtype) + log_weights.unsqueeze(1)).softmax(dim=-1).to(nodes.dtype)
+        return F.relu(self.update(edges @ nodes))
+
+
+class SimilarityGraph(nn.Module):
+    """SGR: three steps over the similarity vectors as a graph, read at the global node (§4b)."""
+
+    def __init__(self, config: TVRNConfig, steps: int = 3):
+        super().__init__()
+        self.steps = nn.ModuleList(GraphReasoningStep(config.similarity_size) for _ in range(steps))
+        self.logit = nn.Linear(config.similarity_size, 1)
+
+    def forward(self, nodes: Tensor, weights: Tensor) -> Tensor:
+        """(n, M, S) nodes, (n, M) weights ω (0 = padding) -> (n,) logits."""
+        floor = torch.finfo(weights.dtype).min
+        log_weights = torch.where(weights > 0, weights.clamp_min(torch.finfo(weights.dtype).tiny).log(), floor)
+        for step in self.steps:
+            nodes = step(nodes, log_weights)
+        return self.logit(nodes[:, 0]).squeeze(-1).to(weights.dtype)
+
+
+HEADS = {"saf": SimilarityAttention, "sgr": SimilarityGraph}
+
+
+class PairStage(nn.Module):
+    """Textual refinement, semantic alignment and similarity reasoning (§4). Shapes: i images, t captions, W words.
+
+    `attention` and `refinement` are shared with the one-sided layers and handed in at call time by the model, so that
+    each parameter has one owner.
+    """
+
+    def __init__(self, config: TVRNConfig):
+        super().__init__()
+        self.config = config
+        self.local_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
+        self.global_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
+        self.head = HEADS[config.similarity_head](config)
+        if config.use_embedding_similarity:
+            self.embedding_scale = nn.Parameter(torch.full((1,), float(config.embedding_scale_init_value)))
+            self.embedding_shift = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts,
+        attention: FragmentAttention,
+        refinement: Gate | Recurrence | None,
+    ) -> Tensor:
+        """Logits (i, t) of every image of the block against every caption of the block."""
+        shape = (len(images), len(texts))
+        refined, scale = self.refine(images, texts, attention, refinement)
+        mask, weights = self.text_tokens(texts)
+        global_text = self.global_text(refined, scale, weights)
+        contexts, saliency = self.align(images, refined, scale, mask)
+        local = F.linear((contexts - refined * scale.to(refined.dtype)).square(), self.local_similarity.weight)
+        overall = self.global_similarity((images.global_vector.unsqueeze(1) - global_text).square())
+        nodes = torch.cat([overall.unsqueeze(2), local], dim=2).flatten(0, 1)
+        ones = torch.ones_like(saliency[..., :1])
+        node_weights = torch.cat([ones, saliency], dim=-1).flatten(0, 1)
+        logits = self.head(normalize(nodes), node_weights).view(shape)
+        if self.config.use_embedding_similarity:
+            cosine = (images.embeds @ texts.embeds.T).to(logits.dtype)
+            logits = logits + self.embedding_scale * cosine + self.embedding_shift
+        return logits
+
+    def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
+        """Mask and global weights of the refined tokens: words, or words and their expansions."""
+        doubled = texts.recurrent_words is not None
+        mask, weights = texts.word_mask, texts.word_weights
+        return (torch.cat([mask, mask], dim=1), torch.cat([weights, weights], dim=1)) if doubled else (mask, weights)
+
+    def expand(self, images: EncodedImages, texts: EncodedTexts, attention: FragmentAttention) -> Tensor:
+        """What the expansion e = att(c^t, c^v) carries to each word: (i, t·W, V), from `context_values`.
+
+        With e = n(Σ α c^v): M e = Σ α (M c^v) / ‖Σ α c^v‖, and the norm is √(αᵀ G α).
+        """
+        captions, words, size = texts.context_queries.shape
+        regions = images.context_keys.shape[1]
+        scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
+        scores = scores.view(len(images), regions, captions, words).transpose(1, 2)
+        alpha = attention.weights(scores, texts.word_mask, images.region_mask.unsqueeze(1))
+        alpha = alpha.transpose(1, 2).flatten(2)
+        squared = (alpha * (images.context_gram.to(alpha.dtype) @ alpha)).sum(dim=1, keepdim=True)
+        alpha = alpha * squared.clamp_min(1e-16).rsqrt()
+        return alpha.to(images.context_values.dtype).transpose(1, 2) @ images.context_values
+
+    def refine(
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts,
+        attention: FragmentAttention,
+        refinement: Gate | Recurrence | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Refined words T̃ (i, t, W or 2W, D) before normalisation, and 1/‖T̃‖ (i, t, W or 2W, 1)."""
+        shape = (len(images), *texts.words.shape)
+        if isinstance(refinement, Gate):
+            gate, carried = self.expand(images, texts, attention).view(*shape[:-1], -1).chunk(2, dim=-1)
+            refined = torch.addcmul(texts.words, torch.sigmoid(texts.gates + gate), carried)
+        elif isinstance(refinement, Recurrence):
+            gates = self.expand(images, texts, attention).view(-1, shape[2], 3 * shape[3])
+            state = texts.recurrent_state.expand(shape[0], -1, -1).flatten(0, 1)
+            expanded = refinement.steps(gates, state).view(shape) + texts.words
+            refined = torch.cat([texts.recurrent_words.expand(shape), expanded], dim=2)
+        else:
+            refined = texts.words.expand(shape)
+        norm = torch.linalg.vector_norm(refined, dim=-1, keepdim=True, dtype=wide(refined))
+        return refined, norm.clamp_min(1e-8).reciprocal()
+
+    @staticmethod
+    def global_text(refined: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+        """g^t = n(Σ_j w_j T_j): (i, t, D)."""
+        weights = (weights.unsqueeze(0) * scale.squeeze(-1)).to(refined.dtype)
+        return normalize((weights.unsqueeze(-2) @ refined).squeeze(-2))
+
+    def align(
+        self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Semantic alignment enhancement: contexts ctx (i, t, M, D) and the words' weights ω = n_tokens·a^t (i, t, M)."""
+        block = refined.shape[:3]
+        flat = refined.flatten(1, 2)
+        # The global image vector rides along as one more column: its cosines are the words' saliencies.
+        sources = torch.cat([images.tokens, images.global_vector.unsqueeze(1)], dim=1)
+        cosine = (flat @ sources.transpose(1, 2)).view(*block, -1).to(scale.dtype) * scale
+        affinity = F.leaky_relu(cosine[..., :-1], self.config.leaky_slope)
+        affinity = normalize(affinity.masked_fill(~mask[..., None], 0.0), dim=2)
+        affinity = self.config.attention_scale * affinity + images.token_saliency[:, None, None, :].to(scale.dtype)
+        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1)
+        contexts = normalize(beta.to(refined.dtype).flatten(1, 2) @ images.tokens).view(refined.shape)
+        return contexts, self.word_saliency(cosine[..., -1], mask)
+
+    def word_saliency(self, cosine: Tensor, mask: Tensor) -> Tensor:
+        """ω (i, t, M): mean 1 over the valid tokens, 0 at padding."""
+        if not self.config.use_semantic_alignment:
+            cosine = torch.zeros_like(cosine)
+        saliency = masked_softmax(self.config.attention_scale * cosine, mask, dim=-1)
+        return saliency * mask.sum(dim=-1, keepdim=True)
+
