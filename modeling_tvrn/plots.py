@@ -1,0 +1,214 @@
+"""Pictures of a run for its folder and its README: the training curve, and what one text query finds.
+
+matplotlib is imported when a picture is drawn, and drawn on a canvas of its own: pyplot's state is never touched.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from math import ceil, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+__all__ = ["plot_search_results", "plot_training_curve"]
+
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
+POSITIVE, OTHER = "#1a7f37", "#c3cad2"
+LINES = ("#2f6fb5", "#d1782b", "#1a7f37", "#8a4fa8", "#b23a48", "#6b7785")
+DPI = 150
+MAX_COLUMNS = 5
+
+
+def plot_training_curve(
+    history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    loss_keys: Sequence[str] | None = None,
+    rsum_key: str = "rsum",
+    chance: float | None = None,
+    title: str = "Training",
+) -> Path:
+    """Draw the loss parts and the validation rSum against the step.
+
+    Args:
+        history: one mapping a logged event; `step` in each, losses and rSum (percent) where they were measured.
+        path: the PNG to write; missing folders are made.
+        loss_keys: what the left panel shows; by default every key that is `loss` or holds "loss".
+        rsum_key: what the right panel shows; it is left out where the history has none.
+        chance: rSum of a random ranking, drawn as a dotted line.
+        title: written above.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        ValueError: for an empty history, events without `step`, or no finite value to draw.
+    """
+    _check_history(history)
+    keys = loss_keys if loss_keys is not None else _loss_keys(history)
+    losses = {key: series for key in keys if (series := _series(history, key))[0]}
+    rsum = _series(history, rsum_key)
+    if not losses and not rsum[0]:
+        known = sorted({key for event in history for key in event})
+        raise ValueError(f"history has no finite loss and no {rsum_key!r} (keys: {known}); name them by loss_keys, rsum_key")
+    panels = bool(losses) + bool(rsum[0])
+    figure = _figure(4.8 * panels + 0.4, 3.6, title)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if losses:
+        _draw_losses(axes.pop(0), losses)
+    if rsum[0]:
+        _draw_rsum(axes.pop(0), *rsum, chance=chance)
+    return _save(figure, path)
+
+
+def _check_history(history: Sequence[Mapping[str, Any]]) -> None:
+    if not history:
+        raise ValueError("history is empty; expected one mapping with 'step' for each logged event")
+    for number, event in enumerate(history):
+        if "step" not in event:
+            raise ValueError(f"history[{number}] has no 'step' (keys: {sorted(event)}); add the optimizer step")
+
+
+def _loss_keys(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that name a loss, the total first."""
+    found = dict.fromkeys(key for event in history for key in event if "loss" in key and "weight" not in key)
+    return sorted(found, key=lambda key: key != "loss")
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one key where it is a finite number."""
+    points = [(float(event["step"]), float(event[key])) for event in history if _is_finite(event.get(key))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and isfinite(float(value))
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, color=INK, fontsize=12, fontweight="bold", parse_math=False)  # a "$" in a query is a "$"
+    return figure
+
+
+def _style(axes: Axes, title: str, ylabel: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel("step", color=MUTED, fontsize=9)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GRID)
+
+
+def _draw_losses(axes: Axes, losses: Mapping[str, tuple[list[float], list[float]]]) -> None:
+    _style(axes, "Loss", "loss")
+    for number, (key, (steps, values)) in enumerate(losses.items()):
+        name = key.rsplit("/", 1)[-1].replace("_", " ")
+        label = name if name == "loss" else name.removesuffix(" loss").removeprefix("loss ")
+        axes.plot(
+            steps, values, color=LINES[number % len(LINES)], label="total" if label == "loss" else label,
+            linewidth=2.0 if label == "loss" else 1.3, marker="o" if len(steps) == 1 else None,
+        )  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _draw_rsum(axes: Axes, steps: list[float], values: list[float], chance: float | None) -> None:
+    _style(axes, "Validation rSum (six recalls, of 600)", "rSum, percent")
+    axes.plot(steps, values, color=LINES[0], linewidth=2.0, marker="o", markersize=3.5)
+    best = max(range(len(values)), key=values.__getitem__)
+    axes.plot(steps[best], values[best], marker="o", markersize=7, color=POSITIVE)
+    axes.annotate(
+        f"{values[best]:.1f}", (steps[best], values[best]), textcoords="offset points", xytext=(0, 7),
+        ha="center", fontsize=9, color=POSITIVE, fontweight="bold",
+    )  # fmt: skip
+    if chance is not None:
+        axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f"chance {chance:.1f}", (steps[-1], chance), textcoords="offset points", xytext=(0, 4), ha="right",
+            fontsize=8, color=MUTED,
+        )  # fmt: skip
+    axes.set_ylim(0, max(values[best], chance or 0.0) * 1.12 + 1)
+
+
+def plot_search_results(
+    query: str,
+    images: Sequence[Image],
+    scores: Sequence[float],
+    path: str | Path,
+    *,
+    positives: Sequence[bool] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Draw the images a text query found, best first, each with its score; the right answers are framed in green.
+
+    Args:
+        query: the text.
+        images: the k images found, in the order found.
+        scores: their k scores.
+        path: the PNG to write; missing folders are made.
+        positives: whether each image is a right answer; None where that is unknown.
+        labels: a line under each image, such as its file name or one of its captions.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        ValueError: for no images, or lists of different lengths.
+    """
+    if not images:
+        raise ValueError("no images to show; give at least one search result")
+    for name, values in (("scores", scores), ("positives", positives), ("labels", labels)):
+        if values is not None and len(values) != len(images):
+            raise ValueError(f"{len(values)} {name} for {len(images)} images; give one an image")
+    columns = min(len(images), MAX_COLUMNS)
+    rows = ceil(len(images) / columns)
+    width = max(1.9 * columns, 5.0)
+    heading = textwrap.fill(f"“{query}”", width=max(30, int(width * 8.5)))
+    height = rows * (2.55 if labels else 2.2) + 0.25 * (heading.count("\n") + 1) + 0.15
+    figure = _figure(width, height, heading)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for number, axes in enumerate(cells):
+        if number >= len(images):
+            axes.set_axis_off()
+            continue
+        right = positives is not None and bool(positives[number])
+        _draw_result(axes, images[number], f"{number + 1}.   {scores[number]:.3f}", right)
+        if labels:
+            axes.set_xlabel(_wrap(labels[number]), fontsize=7, color=MUTED, parse_math=False)
+    return _save(figure, path)
+
+
+def _wrap(label: str) -> str:
+    """At most three short lines; a longer label ends in an ellipsis."""
+    return "\n".join(textwrap.wrap(label, 28, max_lines=3, placeholder=" …"))
+
+
+def _draw_result(axes: Axes, image: Image, heading: str, right: bool) -> None:
+    axes.imshow(image.convert("RGB"), interpolation="nearest" if max(image.size) < 150 else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(heading, fontsize=9, color=POSITIVE if right else INK, fontweight="bold" if right else "normal")
+    for spine in axes.spines.values():
+        spine.set_color(POSITIVE if right else OTHER)
+        spine.set_linewidth(3.5 if right else 1.0)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png")
+    return target
