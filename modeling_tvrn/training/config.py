@@ -1,0 +1,170 @@
+"""What a training run is told: one flat set of keys, the same in YAML, on the command line and in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .settings import build, read_overrides, read_yaml, validate
+
+__all__ = ["TrainingConfig"]
+
+
+def _key(default: Any, section: str, help: str, **limits: Any) -> Any:
+    """A field with its help text and its limits (`minimum`, `above`, `maximum`, `below`, `choices`) in the metadata."""
+    metadata = {"help": help, "section": section, **limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainingConfig:
+    """Every key of a training run; `examples/train.py --help` prints them all.
+
+    Keys of the model's own configuration go under `model` (`model: {hidden_size: 256}` in YAML,
+    `model.hidden_size=256` on the command line): among them freezing of towers (`freeze_vision`, `freeze_text`),
+    sizes, losses and the ablation switches.
+
+    Raises:
+        ValueError: for a value of the wrong type or out of range, and for an unknown key under `model`.
+    """
+
+    data: str = _key("scenes", "data", "what load_pairs reads: flickr8k, flickr30k, coco, scenes, a path or a Hub id")
+    data_options: dict[str, Any] = _key({}, "data", "further keywords of load_pairs, the same for both splits")
+    train_split: str = _key("train", "data", "name of the split that is trained on")
+    validation_split: str = _key("validation", "data", "name of the split that chooses the best checkpoint")
+    max_train_images: int | None = _key(None, "data", "train on the first N images only (null: all)", minimum=1)
+    regions: str | None = _key(
+        None, "data", "folder of a region cache read instead of the pictures; {split} in it becomes the split's name"
+    )
+    num_workers: int = _key(0, "data", "processes that load data; 0 loads in the main process", minimum=0)
+
+    vision: str | None = _key(None, "towers", "Hub id or path of the vision backbone (null: region features)")
+    text: str | None = _key(None, "towers", "Hub id or path of the text encoder (null: words and BiGRU from scratch)")
+    image_size: int | None = _key(
+        None, "towers", "pixels a side that the image processor delivers (null: its own)", minimum=1
+    )
+    max_text_length: int = _key(64, "towers", "tokens at which a caption is cut (counted and reported)", minimum=3)
+    min_word_frequency: int = _key(
+        1, "towers", "BiGRU text: words seen less often in the training captions become <unk>", minimum=1
+    )
+    cache_text_features: bool = _key(
+        False, "towers", "run a frozen text tower once a caption and keep its token outputs in memory, half precision"
+    )
+    gradient_checkpointing: bool = _key(False, "towers", "recompute the towers' activations backwards to save memory")
+    model: dict[str, Any] = _key({}, "towers", "fields of TVRNConfig, as model.NAME=VALUE")
+
+    epochs: int = _key(10, "schedule", "times that every caption is seen", minimum=1)
+    max_steps: int | None = _key(None, "schedule", "optimizer steps; overrides epochs (null: epochs)", minimum=1)
+    batch_size: int = _key(64, "schedule", "captions a batch, each with its image", minimum=2)
+    batch_captions_per_image: int = _key(
+        1, "schedule", "captions of the same image put into the same batch", minimum=1
+    )
+    gradient_accumulation_steps: int = _key(
+        1, "schedule", "batches whose gradients make one optimizer step; negatives stay within a batch", minimum=1
+    )
+    matching_warmup_steps: int = _key(
+        0, "schedule", "first optimizer steps with the contrastive loss alone, before the pair score is trained", minimum=0
+    )
+
+    learning_rate: float = _key(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
+    tower_learning_rate: float = _key(5e-5, "optimizer", "highest rate of the towers that are not frozen", above=0.0)
+    warmup_ratio: float = _key(
+        0.05, "optimizer", "share of the steps over which the rate rises linearly", minimum=0.0, maximum=1.0
+    )
+    scheduler: str = _key(
+        "cosine", "optimizer", "what the rate does after the warm-up", choices=("cosine", "step", "constant")
+    )
+    decay_epochs: list[int] = _key([], "optimizer", "scheduler=step: epochs after which the rate is multiplied", minimum=1)
+    decay_factor: float = _key(0.1, "optimizer", "scheduler=step: what it is multiplied by", above=0.0, maximum=1.0)
+    weight_decay: float = _key(
+        0.01, "optimizer", "AdamW's, on matrices only: none on biases, norms and temperatures", minimum=0.0
+    )
+    adam_beta1: float = _key(0.9, "optimizer", "AdamW's decay of the gradient's mean", minimum=0.0, below=1.0)
+    adam_beta2: float = _key(0.999, "optimizer", "AdamW's decay of the squared gradient's mean", minimum=0.0, below=1.0)
+    adam_epsilon: float = _key(1e-8, "optimizer", "AdamW's floor under the root", above=0.0)
+    max_grad_norm: float | None = _key(2.0, "optimizer", "gradients are scaled down to this norm (null: never)", above=0.0)
+    ema_decay: float | None = _key(
+        None, "optimizer", "evaluate and save a running mean of the weights with this decay a step (null: off)",
+        above=0.0, below=1.0,
+    )
+
+    word_dropout: float = _key(
+        0.0, "regularisation", "probability that a word is left out of matching (one at least stays)",
+        minimum=0.0, below=1.0,
+    )
+    region_dropout: float = _key(
+        0.0, "regularisation", "probability that a region is left out of matching (one at least stays)",
+        minimum=0.0, below=1.0,
+    )
+
+    evaluation_steps: int | None = _key(
+        None, "evaluation", "optimizer steps between two evaluations (null: at the end of each epoch)", minimum=1
+    )
+    evaluation_images: int | None = _key(
+        None, "evaluation", "evaluate on the first N validation images while training (null: all); the last one is on all",
+        minimum=2,
+    )
+    evaluation_batch_size: int = _key(64, "evaluation", "images, and captions, encoded at a time", minimum=1)
+    evaluation_chunk_size: int | None = _key(
+        None, "evaluation", "pairs scored at a time (null: the model's pair_chunk_size)", minimum=1
+    )
+    evaluate_embeddings: bool = _key(True, "evaluation", "also give the recalls of image_embeds and text_embeds alone")
+
+    output_dir: str = _key("runs/tvrn", "run", "folder that becomes the model: weights, processor, card, results, curve")
+    seed: int = _key(0, "run", "what initial weights, order of the data and dropout follow from", minimum=0)
+    mixed_precision: str = _key("no", "run", "precision of the forward pass", choices=("no", "bf16", "fp16"))
+    cpu: bool = _key(False, "run", "stay on the CPU even where there is an accelerator")
+    logging_steps: int = _key(50, "run", "optimizer steps between two logged lines and tracked values", minimum=1)
+    trackers: list[str] = _key([], "run", "where values are tracked", choices=("tensorboard", "trackio"))
+    query: str | None = _key(None, "run", "a text searched among the validation pictures at the end, drawn as query.png")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse keys that contradict one another."""
+        if self.batch_captions_per_image > self.batch_size // 2:
+            raise ValueError(
+                f"batch_captions_per_image = {self.batch_captions_per_image} leaves a batch of batch_size = "
+                f"{self.batch_size} with one image and no negatives; use at most {self.batch_size // 2}, or a larger batch"
+            )
+        if self.scheduler == "step" and not self.decay_epochs:
+            raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
+        if self.cache_text_features and not self.model.get("freeze_text", False):
+            raise ValueError(
+                "cache_text_features = True needs model.freeze_text = True, got False; "
+                "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
+            )
+        if self.cache_text_features and self.text is None:
+            raise ValueError(
+                "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
+                "name one with text=…, or drop cache_text_features"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> TrainingConfig:
+        """A configuration from keys and values; an unknown key is refused with the nearest known ones."""
+        return build(cls, values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
+        """A configuration from a YAML file and `key=value` overrides, which win.
+
+        Args:
+            path: the file; None starts from the defaults.
+            overrides: such as `"batch_size=128"` or `"model.hidden_size=256"`; values are read as YAML.
+
+        Raises:
+            ValueError: for an unknown key (near matches are listed), a value of the wrong type or out of range, a file
+                that is not a mapping, or an override without `=`.
+        """
+        return build(cls, read_overrides(overrides, read_yaml(path) if path is not None else {}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All keys and values, ready for YAML or JSON."""
+        return asdict(self)

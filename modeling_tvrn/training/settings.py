@@ -1,0 +1,198 @@
+"""Reading and checking settings: YAML, `key=value`, types and limits, and help for every key."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+__all__ = ["build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "validate"]
+
+Settings = TypeVar("Settings")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `no` is a word (a precision here) and `5e-4` is a number; PyYAML's 1.1 says otherwise."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    "-+0123456789.",
+)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no configuration file {str(path)!r}; give the path of a YAML file, as in examples/configs/")
+    values = _load(file.read_text(encoding="utf-8"))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected `key: value` lines")
+    return values
+
+
+def read_overrides(overrides: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `key=value` strings laid over them; a dotted key reaches into a mapping."""
+    merged = copy.deepcopy(values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} is not of the form key=value, as in batch_size=128")
+        try:
+            _put(merged, key.split("."), _load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML ({error}); quote it") from error
+    return merged
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = values[part] = {}
+        values = inner
+    values[path[-1]] = value
+
+
+def _undot(values: dict[str, Any]) -> dict[str, Any]:
+    """`{"model.hidden_size": 8}`, as a YAML file may say it, becomes `{"model": {"hidden_size": 8}}`."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if "." not in str(key):
+            nested[key] = {**value, **nested.get(key, {})} if isinstance(value, dict) else value
+    for key, value in values.items():
+        if "." in str(key):
+            _put(nested, key.split("."), value)
+    return nested
+
+
+def build(cls: type[Settings], values: dict[str, Any]) -> Settings:
+    """An instance of a settings dataclass from keys and values, refusing unknown keys."""
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    nested = _undot(values)
+    for key in nested:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; {near_matches(str(key), known)}")
+    return cls(**nested)
+
+
+def near_matches(key: str, known: Iterable[str]) -> str:
+    """A sentence naming the known keys nearest to a mistaken one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+    near += [name for name in names if len(key) > 3 and (key in name or name in key) and name not in near][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known keys are {', '.join(names)}"
+
+
+def validate(settings: Any) -> None:
+    """Check every field's type and limits, turn numbers into the declared type, and check the names under `model`."""
+    hints = typing.get_type_hints(type(settings))
+    for field in fields(settings):
+        value = _typed(field.name, getattr(settings, field.name), hints[field.name])
+        setattr(settings, field.name, value)
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None:
+                _check_limits(field, item)
+    _check_model_fields(settings.model)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the declared type, or a ValueError that says what was expected."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(kind) or kind for kind in allowed]
+    if list in kinds and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for kind, whole in zip(kinds, allowed, strict=True):
+        if type(value) is kind:
+            return [_typed(name, item, typing.get_args(whole)[0]) for item in value] if kind is list else value
+    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{name} = {value!r} is a {type(value).__name__}; expected {expected}")
+
+
+def _check_limits(field: Field[Any], value: Any) -> None:
+    limits = field.metadata
+    wrong = [
+        text
+        for text, bad in (
+            (f"at least {limits.get('minimum')}", "minimum" in limits and value < limits["minimum"]),
+            (f"above {limits.get('above')}", "above" in limits and value <= limits["above"]),
+            (f"at most {limits.get('maximum')}", "maximum" in limits and value > limits["maximum"]),
+            (f"below {limits.get('below')}", "below" in limits and value >= limits["below"]),
+            (f"one of {', '.join(limits.get('choices', ()))}", "choices" in limits and value not in limits["choices"]),
+        )
+        if bad or value != value
+    ]
+    if wrong:
+        raise ValueError(f"{field.name} = {value!r}; expected {wrong[0]} ({limits['help']})")
+
+
+def model_fields() -> dict[str, Any]:
+    """The fields of TVRNConfig itself (not those every configuration inherits) with their defaults."""
+    from transformers import PreTrainedConfig
+
+    from ..configuration_tvrn import TVRNConfig
+
+    inherited = {field.name for field in fields(PreTrainedConfig)}  # type: ignore[arg-type]
+    own = [field for field in fields(TVRNConfig) if field.name not in inherited]  # type: ignore[arg-type]
+    own += [field for field in fields(TVRNConfig) if field.name == "pad_token_id"]  # type: ignore[arg-type]
+    return {field.name: _default(field) for field in own}
+
+
+def _check_model_fields(values: dict[str, Any]) -> None:
+    if not values:
+        return
+    known = model_fields()
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key model.{key}; {near_matches(str(key), known)} (fields of TVRNConfig)")
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not MISSING else None
+
+
+def describe(cls: type) -> str:
+    """Help for every key of a settings dataclass: its default, limits and meaning, section by section."""
+    lines: list[str] = []
+    section = None
+    for field in fields(cls):
+        if field.metadata["section"] != section:
+            section = field.metadata["section"]
+            lines.append(f"\n{section}:")
+        choices = field.metadata.get("choices")
+        text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
+        lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
+    lines.append("\nmodel (fields of TVRNConfig):")
+    lines += [f"  model.{name}={_plain(default)}" for name, default in model_fields().items()]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _plain(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
