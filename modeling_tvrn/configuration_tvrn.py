@@ -172,4 +172,6 @@ _BASE_KEYWORDS = frozenset(
     {"attn_implementation", "experts_implementation", "torch_dtype", "model_type", "auto_map", "per_layer_config"}
 )
 
+TVRNConfig.register_for_auto_class()
+
 __all__ = ["TVRNConfig"]

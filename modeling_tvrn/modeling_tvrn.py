@@ -101,15 +101,17 @@ class TVRNPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report."""
         wanted = kwargs.pop("output_loading_info", False)
+        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         wrong = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
-        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+        if wrong and not tolerant:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold this model: {wrong}. Expected every weight of the "
                 "config and no other; was the config changed after training?"
             )
+        model._freeze()  # loading replaced the parameters that __init__ froze
         return (model, info) if wanted else model
 
 
@@ -216,7 +218,8 @@ class TVRNModel(TVRNPreTrainedModel):
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
         frozen = self.config.freeze_vision
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            output = self.vision_model(pixel_values=pixel_values)
+            # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
+            output = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype))
             grid = region_map(output, pixel_values, self.vision_model.config)
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
@@ -488,5 +491,7 @@ def _pooled_embedding(size: int, config: TVRNConfig) -> nn.Module:
 def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, length, step)]
 
+
+TVRNModel.register_for_auto_class("AutoModel")
 
 __all__ = ["TVRNModel", "TVRNOutput", "TVRNPreTrainedModel"]

@@ -22,7 +22,7 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = getattr(config, half, None) or config
-        return AutoModel.from_pretrained(
+        tower = AutoModel.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
@@ -34,6 +34,9 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
             f"No {half.removesuffix('_config')} tower at {str(path)!r}: {error} Expected a Hub model id or a folder with "
             "config.json and weights."
         ) from error
+    if os.path.isdir(path):  # saved with the checkpoint: a Hub id says where a tower is from, a path only whose disk it was on
+        tower.config.name_or_path = os.path.basename(os.path.abspath(path))
+    return tower
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
