@@ -219,7 +219,7 @@ class TVRNModel(TVRNPreTrainedModel):
         frozen = self.config.freeze_vision
         with torch.no_grad() if frozen else contextlib.nullcontext():
             # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
-            output = self.vision_model(pixel_values=pixel_values.to(self.vision_model.dtype))
+            output = self.vision_model(pixel_values=pixel_values.to(next(self.vision_model.parameters()).dtype))
             grid = region_map(output, pixel_values, self.vision_model.config)
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)

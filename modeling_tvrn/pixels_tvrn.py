@@ -1,9 +1,10 @@
 """Photographs to pixel values: as a Hub image processor makes them, and a quicker way to the very same pixels.
 
-The quick way resizes in uint8 and looks the values up in a table. A PIL-backed Hub processor converts each photograph between PIL and NumPy several times and rescales it in float64.
-Rescaling and normalising map each of the 256 byte values of a channel to one float, so the processor itself is asked
-once for those 3 x 256 floats. Whether its resizing and cropping are the common ones is not guessed from its class
-either: only a processor that gave the very same pixels on probe pictures is taken this way.
+The quick way resizes in uint8 and looks the values up in a table. A PIL-backed Hub processor converts each photograph
+between PIL and NumPy several times and rescales it in float64. Rescaling and normalising map each of the 256 byte
+values of a channel to one float, so the processor itself is asked once for those 3 x 256 floats. Whether its resizing
+and cropping are the common ones is not guessed from its class either: only a processor that gave the very same pixels
+on probe pictures is taken this way.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class PixelTable:
         return self._look_up(ready)
 
     def _resize(self, image: PIL.Image.Image) -> PIL.Image.Image | None:
-        if self.size is not None:
-            image = image.resize(_target_size(image.size, self.size), resample=self.resample)
+        target = image.size if self.size is None else _target_size(image.size, self.size)
+        if image.size != target:
+            image = image.resize(target, resample=self.resample)
         if self.crop is None:
             return image
         width, height = self.crop
@@ -61,7 +63,7 @@ class PixelTable:
 
     def _look_up(self, images: list[PIL.Image.Image]) -> np.ndarray:
         pixels = np.empty((len(images), 3, images[0].height, images[0].width), dtype=np.float32)
-        for target, image in zip(pixels, images):
+        for target, image in zip(pixels, images, strict=True):
             for channel, band in enumerate(image.split()):
                 # mode="clip" never clips a byte here; it spares NumPy a buffered copy of the output
                 np.take(self.values[channel], np.asarray(band), out=target[channel], mode="clip")
@@ -98,8 +100,8 @@ def hub_pixels(image_processor: Any, images: Sequence[Any], **settings: Any) -> 
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(
-            f"{type(image_processor).__name__} leaves the images of a batch at different shapes {shapes}: set its size "
-            "to a height and a width, or do_center_crop=True, or give image_size to TVRNProcessor.from_backbones"
+            f"{type(image_processor).__name__} leaves the images of a batch at different shapes {shapes}: set its "
+            "size to a height and a width, or do_center_crop=True, or give image_size to TVRNProcessor.from_backbones"
         )
     return np.stack(arrays).astype(np.float32, copy=False)
 

@@ -56,7 +56,7 @@ class TVRNProcessor(ProcessorMixin):
         self.truncated_captions = 0
         self._pixel_table: tuple[str, PixelTable | None] | None = None
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
@@ -208,7 +208,7 @@ class TVRNProcessor(ProcessorMixin):
         """
         os.makedirs(save_directory, exist_ok=True)
         if self._auto_class is not None:
-            custom_object_save(self, save_directory, config=self)  # type: ignore[arg-type]
+            custom_object_save(self, save_directory, config=self)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
         path = os.path.join(save_directory, PROCESSOR_NAME)
@@ -218,9 +218,7 @@ class TVRNProcessor(ProcessorMixin):
         return [path]
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> TVRNProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> TVRNProcessor:
         """Load from a folder or a Hub repository; `max_text_length=` overrides the saved one.
 
         Raises:

