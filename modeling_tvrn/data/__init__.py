@@ -1,0 +1,24 @@
+"""Image-caption pairs: one record shape out of every source, and what training makes batches of them with."""
+
+from .fingerprint import data_fingerprint
+from .images import MAX_IMAGE_PIXELS, ImageError
+from .loading import PRESETS, load_pairs
+from .records import PairDataset, PairStream
+from .sampler import EpochShuffledSampler
+from .skipped import SkipReport
+from .training_pairs import CaptionDataset, CaptionStream, PairCollator
+
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "PRESETS",
+    "CaptionDataset",
+    "CaptionStream",
+    "EpochShuffledSampler",
+    "ImageError",
+    "PairCollator",
+    "PairDataset",
+    "PairStream",
+    "SkipReport",
+    "data_fingerprint",
+    "load_pairs",
+]

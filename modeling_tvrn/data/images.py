@@ -1,0 +1,163 @@
+"""Encoded images: checked cheaply, decoded to RGB, bounded in size."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from .skipped import CORRUPT_IMAGE, HUGE_IMAGE, MISSING_IMAGE
+
+Check = Literal["header", "full", False]
+
+# Pillow's own warning threshold: a quarter of a gigabyte once decoded.
+MAX_IMAGE_PIXELS = 89_478_485
+# Raster formats only. Pillow would also start Ghostscript for an EPS file, whatever the file is called.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+_EXIF_ORIENTATION = 0x0112
+_TAIL = 64  # bytes at the end of a file in which its end marker is looked for
+
+# encoded bytes, a file, what `datasets` makes of an image that it does not decode, or a picture
+EncodedImage = bytes | memoryview | str | os.PathLike[str] | Mapping[str, Any] | PIL.Image.Image
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is the heading under which it is counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def decode_image(encoded: EncodedImage, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image:
+    """Decode to RGB, turned upright by its EXIF orientation; the first frame of an animation.
+
+    Raises:
+        ImageError: missing, corrupt, cut short, or of more than `max_pixels` pixels.
+    """
+    with _opened(encoded, max_pixels) as image:
+        try:
+            image.load()
+            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                image = PIL.ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+        except Exception as error:  # Pillow's decoders raise almost anything on corrupt data
+            raise _corrupt(encoded, error) from error
+
+
+def check_image(encoded: EncodedImage, how: Check, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    """Find out whether an image can be used.
+
+    Args:
+        how: "full" decodes it; "header" reads its header and looks for the end of the file's data, and decodes only
+            where that end is not found, so that files cut short are caught at a hundredth of the cost.
+
+    Raises:
+        ImageError: as `decode_image` does; "header" does not see damage in the middle of the data.
+    """
+    if how is False:
+        return
+    if how == "full":
+        decode_image(encoded, max_pixels)
+        return
+    with _opened(encoded, max_pixels) as image:
+        whole = _is_whole(image.format, encoded)
+    if not whole:
+        decode_image(encoded, max_pixels)
+
+
+def _opened(encoded: EncodedImage, max_pixels: int) -> PIL.Image.Image:
+    """The image with its header read and its size within bounds."""
+    if isinstance(encoded, PIL.Image.Image):
+        image = encoded.copy()  # the caller closes what it gets
+    else:
+        file = _as_file(encoded)
+        try:
+            image = PIL.Image.open(file, formats=FORMATS)
+        except PIL.Image.DecompressionBombError as error:
+            raise ImageError(HUGE_IMAGE, f"{_described(encoded)}: {error}") from error
+        except FileNotFoundError as error:
+            raise ImageError(MISSING_IMAGE, f"{_described(encoded)}: there is no such file") from error
+        except Exception as error:
+            raise _corrupt(encoded, error) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise ImageError(HUGE_IMAGE, f"{_described(encoded)} is {width} x {height}, over {max_pixels} pixels")
+    return image
+
+
+def _content(encoded: EncodedImage) -> Any:
+    """The bytes or the path that stand behind an encoded image."""
+    if isinstance(encoded, Mapping):
+        return encoded.get("path") if encoded.get("bytes") is None else encoded["bytes"]
+    return encoded
+
+
+def _as_file(encoded: EncodedImage) -> Any:
+    content = _content(encoded)
+    if content is None:
+        raise ImageError(MISSING_IMAGE, "the image field is empty")
+    if isinstance(content, str | os.PathLike):
+        return Path(content)
+    return io.BytesIO(content)
+
+
+def _is_whole(image_format: str | None, encoded: EncodedImage) -> bool:
+    """Whether the data end as this format's data do. "No" is a suspicion only: bytes may follow the image."""
+    if isinstance(encoded, PIL.Image.Image):
+        return True
+    size, head, tail = _ends(_content(encoded))
+    if image_format == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    if image_format in ("JPEG", "MPO"):
+        return b"\xff\xd9" in tail
+    if image_format == "PNG":
+        return b"IEND" in tail
+    return False
+
+
+def _ends(content: Any) -> tuple[int, bytes, bytes]:
+    """Size, first and last bytes of a file or of bytes."""
+    if not isinstance(content, str | os.PathLike):
+        view = memoryview(content)
+        return len(view), bytes(view[:16]), bytes(view[-_TAIL:])
+    with open(content, "rb") as file:
+        head = file.read(16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        return size, head, file.read()
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit grey at 255 instead of scaling it
+        grey = np.asarray(image).astype(np.float32) / 257
+        image = PIL.Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.mode == "RGB":
+        return image.copy()  # a plain Image, free of the file and of the decoder's plugin class
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # the colour under full transparency is arbitrary: show it as on a page
+        image = image.convert("RGBA")
+        page = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(page, image)
+    return image.convert("RGB")
+
+
+def _corrupt(encoded: EncodedImage, error: Exception) -> ImageError:
+    return ImageError(CORRUPT_IMAGE, f"{_described(encoded)}: {type(error).__name__}: {error}")
+
+
+def _described(encoded: EncodedImage) -> str:
+    content = _content(encoded)
+    if isinstance(content, str | os.PathLike):
+        return str(content)
+    if isinstance(content, PIL.Image.Image):
+        return f"a {content.mode} picture"
+    return f"{len(content)} bytes"

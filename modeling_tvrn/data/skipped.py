@@ -1,0 +1,66 @@
+"""What was left out while reading, and why: counted, with examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+logger = logging.getLogger(__name__)
+
+CORRUPT_IMAGE = "corrupt image"
+MISSING_IMAGE = "missing image"
+HUGE_IMAGE = "image over the pixel limit"
+BAD_REGIONS = "bad region features"
+EMPTY_CAPTION = "empty caption"
+NO_CAPTION = "no caption left"
+ID_MISMATCH = "caption ids do not match the captions"
+
+
+class SkipReport(Mapping[str, int]):
+    """A mapping reason -> how many; `examples[reason]` holds the first few cases in words.
+
+    Images are counted by record, empty captions by caption. In a data loader every worker keeps a report of its own.
+    """
+
+    def __init__(self, max_examples: int = 5) -> None:
+        self.max_examples = max_examples
+        self.examples: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one case."""
+        self._counts[reason] = self._counts.get(reason, 0) + 1
+        kept = self.examples.setdefault(reason, [])
+        if len(kept) < self.max_examples:
+            kept.append(example)
+
+    def clear(self) -> None:
+        """Forget everything, for another pass over the same data."""
+        self._counts.clear()
+        self.examples.clear()
+
+    @property
+    def total(self) -> int:
+        """All cases of all reasons."""
+        return sum(self._counts.values())
+
+    def warn(self, name: str) -> None:
+        """Log one warning that names every reason, its count and an example; nothing where nothing was skipped."""
+        if self._counts:
+            logger.warning("%s: skipped %s", name, self)
+
+    def __getitem__(self, reason: str) -> int:
+        return self._counts[reason]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __str__(self) -> str:
+        parts = (f"{count} x {reason} (such as {self.examples[reason][0]})" for reason, count in self._counts.items())
+        return "; ".join(parts) or "nothing"
+
+    def __repr__(self) -> str:
+        return f"SkipReport({self._counts})"
