@@ -45,9 +45,9 @@ def process(processor, images: list[PIL.Image.Image], regions: dict[str, list[np
 @torch.no_grad()
 def score(model, processor, raw) -> dict[str, np.ndarray]:
     """Logits and embeddings of the raw inputs."""
-    output = model.eval()(**process(processor, *raw))
+    output = model.eval()(**process(processor, *raw).to(model.device))
     names = ("logits_per_image", "image_embeds", "text_embeds")
-    return {name: output[name].float().numpy() for name in names}
+    return {name: output[name].float().cpu().numpy() for name in names}
 
 
 def main(checkpoints: Path, inputs: Path, output: Path, package_root: str | None = None) -> None:

@@ -201,9 +201,9 @@ def apart(tmp_path_factory, checkpoints, inputs) -> dict[str, tuple[Path, dict, 
     return results
 
 
-def assert_same(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: float = 1e-6) -> None:
     for name, value in expected.items():
-        np.testing.assert_allclose(result[name], value, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(result[name], value, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow
@@ -309,8 +309,9 @@ class TestPrecisionAndPlacement:
         folder, expected = checkpoints
         model = AutoModel.from_pretrained(folder / variant, device_map=device_map)
         processor = AutoProcessor.from_pretrained(folder / variant)
-        if model.device.type == "cpu":
-            assert_same(score(model, processor, raw_inputs(inputs)), expected[variant])
+        assert device_map == "auto" or model.device.type == "cpu"
+        atol = 1e-6 if model.device.type == "cpu" else 1e-2  # an accelerator convolves with shorter mantissas
+        assert_same(score(model, processor, raw_inputs(inputs)), expected[variant], atol)
 
     def test_shards(self, tmp_path, towers, inputs, checkpoints):
         model, processor = build(towers, **VARIANTS["vit_bert"])
