@@ -56,7 +56,7 @@ class EncodedItems:
 
         Embeddings, weights and boxes keep their precision: they are small, and a cosine in bfloat16 moves ranks.
         """
-        exact = ("embeds", "token_saliency", "word_weights", "region_boxes")
+        exact = ("embeds", "token_saliency", "token_gram", "context_gram", "word_weights", "region_boxes")
         tensors = self.tensors().items()
         return type(self)(
             **{name: _to(value, name not in exact and value.is_floating_point(), *args, **kwargs) for name, value in tensors}
@@ -91,11 +91,12 @@ class EncodedImages(EncodedItems):
         token_mask: (I, N) bool.
         global_vector: (I, D) global image vector g^v.
         token_saliency: (I, N) log of the regions' saliency a^v.
+        token_gram: (I, N, N) U Uᵀ, which gives a context's norm without the context.
         region_mask: (I, R) bool, valid regions first.
         region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the tokens.
         context_keys: (I, R, D) W_k c^v, the sources of the expansion.
         context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input gates.
-        context_gram: (I, R, R) c^v c^vᵀ, which gives an expansion's norm without the expansion.
+        context_gram: (I, R, R) c^v c^vᵀ, likewise for an expansion.
     """
 
     embeds: Tensor
@@ -103,6 +104,7 @@ class EncodedImages(EncodedItems):
     token_mask: Tensor
     global_vector: Tensor
     token_saliency: Tensor
+    token_gram: Tensor
     region_mask: Tensor
     region_boxes: Tensor | None = None
     context_keys: Tensor | None = None

@@ -33,9 +33,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_softmax(x: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """Softmax in float32 (or better) over the valid entries; exactly 0 elsewhere."""
+    """Softmax in float32 (or better) over the valid entries, of which there is at least one; exactly 0 elsewhere."""
     x = x.to(wide(x))
-    return x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(dim=dim).masked_fill(~mask, 0.0)
+    return x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(dim=dim)
+
+
+def gram(x: Tensor) -> Tensor:
+    """x xᵀ of every item's fragments in float32 (or better): (B, N, D) -> (B, N, N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(wide(x)) @ x.to(wide(x)).transpose(1, 2)
 
 
 def valid_first(mask: Tensor) -> Tensor:

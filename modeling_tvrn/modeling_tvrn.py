@@ -28,6 +28,7 @@ from .layers_tvrn import (
     GeometricAttention,
     Recurrence,
     WordEncoder,
+    gram,
     grid_boxes,
     masked_mean,
     normalize,
@@ -42,6 +43,8 @@ from .towers_tvrn import build_tower, load_tower, region_feature_size, region_ma
 
 # Captions of one chunk share their padded length: sorted by length, this many at a time waste little.
 CAPTIONS_PER_CHUNK = 32
+# One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass
@@ -281,6 +284,7 @@ class TVRNModel(TVRNPreTrainedModel):
             token_mask=token_mask,
             global_vector=overall,
             token_saliency=self._region_saliency(tokens, overall, token_mask),
+            token_gram=gram(tokens),
             region_mask=mask,
             region_boxes=boxes,
             **self._expansion_sources(contexts),
@@ -314,8 +318,7 @@ class TVRNModel(TVRNPreTrainedModel):
             values = self.textual_refinement.context(contexts)
         else:
             values = self.textual_refinement.input_gates(contexts)
-        gram = contexts @ contexts.transpose(1, 2)
-        return {"context_keys": self.attention.key(contexts), "context_values": values, "context_gram": gram}
+        return {"context_keys": self.attention.key(contexts), "context_values": values, "context_gram": gram(contexts)}
 
     def encode_texts(
         self,
@@ -377,26 +380,26 @@ class TVRNModel(TVRNPreTrainedModel):
 
         Args:
             images, texts: As `encode_images` and `encode_texts` give them.
-            chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, never changes a score.
+            chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, does not change scores.
 
         Raises:
             ValueError: If a side is empty or `chunk_size` is below 1.
         """
-        chunk_size = self.config.pair_chunk_size if chunk_size is None else chunk_size
-        if chunk_size < 1 or not len(images) or not len(texts):
+        if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
             raise ValueError(
                 f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of each."
             )
         device = images.tokens.device.type
         if torch.is_autocast_enabled(device):
             images, texts = (side.to(torch.get_autocast_dtype(device)) for side in (images, texts))
+        # Captions of one length share a chunk, so that little of it is padding.
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
         texts = texts.select(order)
+        chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts)
         captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
-        images_per_chunk = chunk_size // captions
-        whole = len(images) <= images_per_chunk and len(texts) <= captions
+        image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
+        whole = len(image_blocks) == 1 and len(texts) == captions
         score = self._score_block if whole and not self.gradient_checkpointing else self._score_block_checkpointed
-        image_blocks = [images.select(rows) for rows in _slices(len(images), images_per_chunk)]
         columns = []
         for rows in _slices(len(texts), captions):
             block = texts.select(rows).trim()
@@ -408,7 +411,7 @@ class TVRNModel(TVRNPreTrainedModel):
 
     def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not (self.config.checkpoint_pair_chunks or self.gradient_checkpointing):
             return self._score_block(images, texts)
         return checkpoint(self._score_block, images, texts, use_reentrant=False, preserve_rng_state=False)
 
@@ -486,6 +489,13 @@ def _refinement(config: TVRNConfig) -> Gate | Recurrence:
 
 def _pooled_embedding(size: int, config: TVRNConfig) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.projection_size, bias=False))
+
+
+def _auto_chunk_size(texts: EncodedTexts) -> int:
+    """Pairs whose (pairs, words, D) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
+    budget = CHUNK_BYTES.get(texts.words.device.type, CHUNK_BYTES["cuda"])
+    words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (2 if texts.recurrent_words is not None else 1)
+    return max(budget // (words * texts.words.shape[-1] * texts.words.element_size()), 1)
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -96,7 +96,8 @@ class PairStage(nn.Module):
         mask, weights = self.text_tokens(texts)
         global_text = self.global_text(refined, scale, weights)
         contexts, saliency = self.align(images, refined, scale, mask)
-        local = F.linear((contexts - refined * scale.to(refined.dtype)).square(), self.local_similarity.weight)
+        difference = torch.addcmul(contexts, refined, scale.to(refined.dtype), value=-1)
+        local = self.local_similarity(difference.square())
         overall = self.global_similarity((images.global_vector.unsqueeze(1) - global_text).square())
         nodes = torch.cat([overall.unsqueeze(2), local], dim=2).flatten(0, 1)
         ones = torch.ones_like(saliency[..., :1])
@@ -123,10 +124,9 @@ class PairStage(nn.Module):
         scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
         scores = scores.view(len(images), regions, captions, words).transpose(1, 2)
         alpha = attention.weights(scores, texts.word_mask, images.region_mask.unsqueeze(1))
-        alpha = alpha.transpose(1, 2).flatten(2)
-        squared = (alpha * (images.context_gram.to(alpha.dtype) @ alpha)).sum(dim=1, keepdim=True)
-        alpha = alpha * squared.clamp_min(1e-16).rsqrt()
-        return alpha.to(images.context_values.dtype).transpose(1, 2) @ images.context_values
+        alpha = alpha.transpose(1, 2).flatten(2).transpose(1, 2)
+        alpha = alpha * inverse_norm(alpha, images.context_gram)
+        return alpha.to(images.context_values.dtype) @ images.context_values
 
     def refine(
         self,
@@ -168,8 +168,9 @@ class PairStage(nn.Module):
         affinity = F.leaky_relu(cosine[..., :-1], self.config.leaky_slope)
         affinity = normalize(affinity.masked_fill(~mask[..., None], 0.0), dim=2)
         affinity = self.config.attention_scale * affinity + images.token_saliency[:, None, None, :].to(scale.dtype)
-        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1)
-        contexts = normalize(beta.to(refined.dtype).flatten(1, 2) @ images.tokens).view(refined.shape)
+        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1).flatten(1, 2)
+        beta = beta * inverse_norm(beta, images.token_gram)
+        contexts = (beta.to(refined.dtype) @ images.tokens).view(refined.shape)
         return contexts, self.word_saliency(cosine[..., -1], mask)
 
     def word_saliency(self, cosine: Tensor, mask: Tensor) -> Tensor:
@@ -179,3 +180,9 @@ class PairStage(nn.Module):
         saliency = masked_softmax(self.config.attention_scale * cosine, mask, dim=-1)
         return saliency * mask.sum(dim=-1, keepdim=True)
 
+
+def inverse_norm(weights: Tensor, gram: Tensor) -> Tensor:
+    """1/‖Σ_i w_i x_i‖ from the Gram matrix x xᵀ, without the sum: (B, N, R), (B, R, R) -> (B, N, 1)."""
+    with torch.autocast(weights.device.type, enabled=False):
+        squared = (weights * (weights @ gram.to(weights.dtype))).sum(dim=-1, keepdim=True)
+    return squared.clamp_min(1e-16).rsqrt()
