@@ -56,7 +56,9 @@ def plot_training_curve(
     rsum = _series(history, rsum_key)
     if not losses and not rsum[0]:
         known = sorted({key for event in history for key in event})
-        raise ValueError(f"history has no finite loss and no {rsum_key!r} (keys: {known}); name them by loss_keys, rsum_key")
+        raise ValueError(
+            f"history has no finite loss and no {rsum_key!r} (keys: {known}); name them by loss_keys and rsum_key"
+        )
     panels = bool(losses) + bool(rsum[0])
     figure = _figure(4.8 * panels + 0.4, 3.6, title)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from modeling_tvrn.plots import plot_search_results, plot_training_curve
 
-HISTORY = [
+HISTORY: list[dict[str, Any]] = [
     {"step": 10, "loss": 3.0, "matching_loss": 2.0, "learning_rate": 1e-3},
     {"step": 20, "loss": 2.0, "matching_loss": 1.5, "learning_rate": 1e-3},
     {"step": 20, "rsum": 120.0},

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
+from PIL.Image import Image
 
 from .captions import write_captions
 from .description import SPLITS, FamilyKey, Group, Scene, draw_description, look_alikes, split_keys, split_of
@@ -21,11 +22,12 @@ DEFAULT_COUNTS = {"train": 4000, "validation": 500, "test": 500}
 FAMILY_SIZE = 4
 CAPTION_COUNTS = (2, 5)
 MIN_IMAGE_SIZE = 32
+KEPT_PICTURES = 2**27  # bytes: every epoch of a usual training set, drawn once
 _FRUITLESS_FAMILIES = 2000  # in a row: the split is used up
 
 
 class SceneRecords(Sequence[dict[str, Any]]):
-    """Records of generated scenes; descriptions and captions are kept, a picture is drawn when its record is asked for.
+    """Records of generated scenes; captions are there at once, a picture is drawn when its record is asked for.
 
     Attributes:
         scenes: the symbolic description of each record.
@@ -42,6 +44,7 @@ class SceneRecords(Sequence[dict[str, Any]]):
         self.image_size = image_size
         self.image_ids = [f"{split}-{seed}-{row:06d}" for row in range(len(scenes))]
         self.captions = [self._write(row) for row in range(len(scenes))]
+        self._kept: dict[int, tuple[Image, np.ndarray, list[str]]] = {}
 
     def _rng(self, row: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), row, purpose])
@@ -54,6 +57,18 @@ class SceneRecords(Sequence[dict[str, Any]]):
         """The objects of one record where the picture shows them."""
         return place_objects(self.scenes[row], self._rng(row, 1))
 
+    def _drawn(self, row: int) -> tuple[Image, np.ndarray, list[str]]:
+        """Picture, boxes and labels of a record; made again only where the collection is too large to be kept."""
+        if row in self._kept:
+            return self._kept[row]
+        objects = self.objects(row)
+        picture = draw_scene(objects, self.image_size, self._rng(row, 2))
+        boxes = np.array([item.box for item in objects], dtype=np.float32)
+        drawn = picture, boxes, [f"{item.size} {item.colour} {item.shape}" for item in objects]
+        if (len(self._kept) + 1) * 3 * self.image_size**2 <= KEPT_PICTURES:
+            self._kept[row] = drawn
+        return drawn
+
     def __len__(self) -> int:
         return len(self.scenes)
 
@@ -65,16 +80,17 @@ class SceneRecords(Sequence[dict[str, Any]]):
         if isinstance(row, slice):
             return [self[index] for index in range(len(self))[row]]
         row = range(len(self))[row]  # negative rows, and IndexError past the end
-        objects, image_id = self.objects(row), self.image_ids[row]
+        picture, boxes, labels = self._drawn(row)
+        image_id = self.image_ids[row]
         return {
-            "image": draw_scene(objects, self.image_size, self._rng(row, 2)),
+            "image": picture.copy(),
             "captions": list(self.captions[row]),
             "image_id": image_id,
             "caption_ids": [f"{image_id}#{number}" for number in range(len(self.captions[row]))],
             "split": self.split,
             "filename": f"{image_id}.png",
-            "boxes": np.array([item.box for item in objects], dtype=np.float32),
-            "labels": [f"{item.size} {item.colour} {item.shape}" for item in objects],
+            "boxes": boxes.copy(),
+            "labels": list(labels),
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

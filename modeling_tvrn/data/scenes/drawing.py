@@ -28,6 +28,7 @@ RADII = {"circle": 0.5, "square": 0.6, "triangle": 0.58, "star": 0.56, "cross": 
 EXTENT = 1.18  # no shape, however turned, is wider than this many diameters
 MAX_TILT = math.radians(12)
 SUPERSAMPLING = 3
+SHADOW_STRENGTH = [round(0.4 * value) for value in range(256)]  # PIL applies a table much faster than a function
 
 Point = tuple[float, float]
 
@@ -78,9 +79,7 @@ def _diameters(group: Group, rng: np.random.Generator) -> list[float]:
 def _place_halves(scene: Scene, rng: np.random.Generator) -> list[PlacedObject]:
     """Each group in its half; along the other axis both are centred alike, so that only one relation holds."""
     groups = [(group, _diameters(group, rng)) for group in (scene.first, scene.second)]
-    spacings = [
-        rng.uniform(EXTENT * max(diameters), max(0.26, EXTENT * max(diameters))) for _, diameters in groups
-    ]
+    spacings = [rng.uniform(EXTENT * max(diameters), max(0.26, EXTENT * max(diameters))) for _, diameters in groups]
     reach = max(
         (len(diameters) - 1) * spacing / 2 + EXTENT * max(diameters) / 2
         for (_, diameters), spacing in zip(groups, spacings, strict=True)
@@ -157,7 +156,7 @@ def _paint(canvas: Image.Image, item: PlacedObject, rng: np.random.Generator) ->
     mask = Image.new("L", (width, height))
     corners = [(x * side - x1 + margin, y * side - y1 + margin) for x, y in item.outline]
     ImageDraw.Draw(mask).polygon(corners, fill=255)
-    shadow = mask.filter(ImageFilter.GaussianBlur(margin / 3)).point(lambda value: value * 0.4)
+    shadow = mask.filter(ImageFilter.GaussianBlur(margin / 3)).point(SHADOW_STRENGTH)
     canvas.paste((10, 10, 14), (x1 - margin, y1 - margin + margin // 2), shadow)
     colour = np.array(RGB[item.colour]) + rng.uniform(-10, 10, size=3)
     light = np.linspace(1.06, 0.88, height)[:, None, None]
