@@ -1,0 +1,250 @@
+"""Region features of a data set's photographs: extracted once, kept on disk, read by image id."""
+
+import importlib.metadata
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .extraction import ImagePreparation, RegionExtraction
+from .fingerprint import ItemId, items_fingerprint, plain_id
+from .shards import BrokenShardError
+from .store import ArrayStore, StoreWriter, read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+class RegionCache:
+    """Region features, boxes and masks of images, memory-mapped and looked up by image id.
+
+    Attributes:
+        fingerprint: What the regions were made from: backbone, preprocessing, regions, numbers, data.
+        info: Where they came from and what the extraction took; decides nothing.
+    """
+
+    def __init__(self, store: ArrayStore) -> None:
+        missing = {"region_features", "region_boxes", "region_mask"} - store.layout.keys()
+        if missing:
+            raise ValueError(f"the store in {str(store.directory)!r} is no region cache: it has no {sorted(missing)}")
+        self.store = store
+        self.fingerprint = store.fingerprint
+        self.info = store.info
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> "RegionCache":
+        """Open a finished cache.
+
+        Args:
+            directory: Its folder.
+            fingerprint: What it must have been made from, as `region_fingerprint` gives it. Only the sections that are
+                named are compared: without `"data"`, for one, the images may be others.
+
+        Raises:
+            FileNotFoundError: If there is none in `directory`.
+            StaleStoreError: If it was made from something else; every differing field is named with both values.
+            ValueError: If it is unfinished or broken.
+        """
+        return cls(ArrayStore.load(directory, fingerprint))
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        processor: Any,
+        records: Iterable[Mapping[str, Any]],
+        directory: str | os.PathLike,
+        *,
+        batch_size: int = 32,
+        dtype: str = "float16",
+        compute_dtype: str = "float32",
+        boxes_column: str | None = None,
+        max_regions: int = 36,
+        feature_map: Callable[[Tensor], Tensor] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        shard_size: int = 512,
+        num_workers: int = 0,
+        overwrite: bool = False,
+        info: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> "RegionCache":
+        """Run a frozen backbone once over records; a build that was killed continues, a finished one is just opened.
+
+        Args:
+            model, processor, dtype, compute_dtype, boxes_column, max_regions, feature_map: See [`RegionExtraction`].
+            records: Of `load_pairs`, map-style or a stream; every image id once.
+            directory: The cache's folder; one that holds another cache is refused.
+            batch_size: Images in memory and in the backbone at once.
+            fingerprint: In place of the computed one, where the model is a bare function.
+            shard_size: Images a file, and so the most that a kill loses.
+            num_workers: Processes that decode and preprocess beside this one; only for map-style records.
+            overwrite: Drop what is in the folder.
+            info: Facts to keep with the cache that decide nothing.
+            progress: Show a progress bar.
+
+        Raises:
+            StaleStoreError: If the folder's cache was made from something else.
+            ValueError: On bad settings or records, and on NaN features (naming the image).
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        extraction = RegionExtraction(model, processor, dtype, compute_dtype, boxes_column, max_regions, feature_map)
+        made_from = dict(extraction.fingerprint() if fingerprint is None else fingerprint)
+        ids = image_ids_of(records)
+        if ids is not None:
+            made_from["data"] = items_fingerprint(ids)
+        if not overwrite and (finished := cls._finished(directory, made_from)) is not None:
+            return finished
+        writer = StoreWriter(directory, made_from, shard_size, overwrite)
+        facts = _origin(extraction) | {"resumed_after": len(writer.ids)}
+        started = time.monotonic()
+        cut = _fill(writer, extraction, records, ids, batch_size, num_workers, progress)
+        if cut:
+            logger.warning("%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions)
+        facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
+        return cls(writer.finish(facts | dict(info or {})))
+
+    @classmethod
+    def _finished(cls, directory: str | os.PathLike, made_from: Mapping[str, Any]) -> "RegionCache | None":
+        """The cache in a folder if it is whole; of a stream (no section "data") it can't be known to be."""
+        manifest = read_manifest(directory)
+        if manifest is None or not manifest["complete"] or "data" not in made_from:
+            return None
+        try:
+            return cls.load(directory, made_from)
+        except BrokenShardError as error:
+            logger.warning("%s: building what is missing", error)
+            return None
+
+    @property
+    def ids(self) -> tuple[ItemId, ...]:
+        """Image ids, in the order in which they were stored."""
+        return self.store.ids
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.store
+
+    def __getitem__(self, image_ids: Iterable[ItemId]) -> dict[str, Tensor]:
+        """Regions of n images: `region_features` (n, R, F), `region_boxes` (n, R, 4), `region_mask` (n, R).
+
+        Raises:
+            KeyError: If an image id is not in the cache; the message names it.
+        """
+        return {name: torch.from_numpy(array) for name, array in self.store[image_ids].items()}
+
+    def __repr__(self) -> str:
+        regions, features = self.store.layout["region_features"][1]
+        return (
+            f"RegionCache({str(self.store.directory)!r}, images={len(self)}, regions={regions}, features={features})"
+        )
+
+
+def region_fingerprint(
+    model: Any, processor: Any, records: Iterable[Mapping[str, Any]] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """What a cache for this model, processor and these records must have been made from.
+
+    Args:
+        model, processor, **settings: As given to `RegionCache.build`; see [`RegionExtraction`].
+        records: Map-style records; without them the data are not compared.
+    """
+    found = RegionExtraction(model, processor, **settings).fingerprint()
+    ids = None if records is None else image_ids_of(records)
+    return found if ids is None else found | {"data": items_fingerprint(ids)}
+
+
+def image_ids_of(records: Iterable[Mapping[str, Any]]) -> list[ItemId] | None:
+    """Image ids of map-style records, without decoding an image; `None` for a stream."""
+    ids = getattr(records, "image_ids", None)
+    if ids is None or not hasattr(records, "__getitem__"):
+        return None
+    return [plain_id(image_id) for image_id in ids]
+
+
+def _fill(
+    writer: StoreWriter,
+    extraction: RegionExtraction,
+    records: Any,
+    ids: list[ItemId] | None,
+    batch_size: int,
+    num_workers: int,
+    progress: bool,
+) -> int:
+    """Extract what the writer lacks; returns how many images had more boxes than are kept."""
+    done = list(writer.ids)
+    batches: Iterable[dict[str, Any]]
+    if ids is None:
+        if num_workers:
+            raise ValueError(f"num_workers is {num_workers}, but a stream is read here: use 0, or map-style records")
+        batches = _stream_batches(extraction, records, done, batch_size, writer.directory)
+    else:
+        _check_resumable(done, ids, writer.directory)
+        prepared = _PreparedBatches(extraction.preparation(), records, len(done), batch_size)
+        batches = DataLoader(prepared, batch_size=None, num_workers=num_workers)
+    total = None if ids is None else len(ids)
+    cut = 0
+    bar = tqdm(total=total, initial=len(done), unit="image", desc="extracting regions", disable=not progress)
+    with bar, extraction.evaluating():
+        for batch in batches:
+            writer.append(batch["image_ids"], extraction.extract(batch))
+            cut += batch.get("cut", 0)
+            bar.update(len(batch["image_ids"]))
+    return cut
+
+
+def _check_resumable(stored: Sequence[ItemId], wanted: Sequence[ItemId], directory: Path) -> None:
+    """Refuse to continue unless the data begin with what is stored."""
+    for row, old in enumerate(stored):
+        new = repr(wanted[row]) if row < len(wanted) else "nothing more"
+        if repr(old) != new:
+            raise ValueError(
+                f"the unfinished cache in {str(directory)!r} has image {old!r} at place {row} where the data have "
+                f"{new}: continue with the data it was begun with, or build with overwrite=True"
+            )
+
+
+class _PreparedBatches(Dataset[dict[str, Any]]):
+    """Batches of decoded and preprocessed records, for the workers of a loader."""
+
+    def __init__(self, prepare: ImagePreparation, records: Any, start: int, batch_size: int) -> None:
+        self.prepare = prepare
+        self.records = records
+        self.rows = [
+            range(first, min(first + batch_size, len(records))) for first in range(start, len(records), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.prepare([self.records[row] for row in self.rows[number]])
+
+
+def _stream_batches(
+    extraction: RegionExtraction, records: Iterable[Any], done: Sequence[ItemId], batch_size: int, directory: Path
+) -> Iterator[dict[str, Any]]:
+    prepare = extraction.preparation()
+    stream = iter(records)
+    passed = [plain_id(record["image_id"]) for record in itertools.islice(stream, len(done))]
+    _check_resumable(done, passed, directory)
+    while waiting := list(itertools.islice(stream, batch_size)):
+        yield prepare(waiting)
+
+
+def _origin(extraction: RegionExtraction) -> dict[str, Any]:
+    config = getattr(extraction.backbone, "config", None)
+    return {
+        "backbone": getattr(config, "_name_or_path", "") or type(extraction.model).__name__,
+        "device": str(extraction.device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+    }

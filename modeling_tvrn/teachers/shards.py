@@ -1,0 +1,112 @@
+"""One file of a store: the arrays of some hundred items in safetensors, with the items' ids in its header."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from .fingerprint import ItemId
+
+_DTYPES = {
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of one item
+
+
+class BrokenShardError(ValueError):
+    """A shard that is missing, cut short, or of another build."""
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole shard on disk: whose arrays it holds, and where in the file each lies."""
+
+    path: Path
+    ids: tuple[ItemId, ...]
+    build: str  # digest of what the arrays were made from
+    layout: Layout
+    offsets: dict[str, int]
+
+    @classmethod
+    def open(cls, path: Path) -> "Shard":
+        """Read the header alone, and check the file's length against it.
+
+        Raises:
+            BrokenShardError: If the file is missing, half-written, or no shard of a store.
+        """
+        try:
+            size = path.stat().st_size
+            header, start = _read_header(path, size)
+            metadata = header.pop("__metadata__")
+            end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            layout = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"][1:])) for name, entry in header.items()}
+            offsets = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
+            shard = cls(path, tuple(json.loads(metadata["ids"])), metadata["build"], layout, offsets)
+        except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BrokenShardError(f"{path} is not a shard of a store ({type(error).__name__}: {error})") from error
+        if size != end:
+            raise BrokenShardError(f"{path} is half-written: it has {size} bytes and its header says {end}")
+        return shard
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Map the arrays into memory, read-only: a page is read from disk when it is first used."""
+        return {
+            name: np.memmap(self.path, dtype, "r", self.offsets[name], (len(self.ids), *shape))
+            for name, (dtype, shape) in self.layout.items()
+        }
+
+
+def write_shard(path: Path, ids: Sequence[ItemId], build: str, arrays: Mapping[str, np.ndarray]) -> Shard:
+    """Write a shard so that it has its name only once it is whole on the disk."""
+    for name, array in arrays.items():
+        if str(array.dtype) not in _DTYPES.values():
+            raise ValueError(f"{name!r} is {array.dtype}, expected one of {sorted(_DTYPES.values())}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        # save_file would leave the file to its owner alone; a cache is shared.
+        temporary.write_bytes(save(contiguous, metadata={"ids": json.dumps(list(ids)), "build": build}))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Shard.open(path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Put a written file in its place: synced first, so that after a power cut it is there whole or not at all."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_header(path: Path, size: int) -> tuple[dict, int]:
+    """The header of a safetensors file (8 bytes of length, then JSON) and where its data starts."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise BrokenShardError(f"{path} is half-written: its header takes {start} bytes and the file has {size}")
+        return json.loads(file.read(start - 8)), start
