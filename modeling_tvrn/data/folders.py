@@ -25,6 +25,13 @@ def find_image(root: Path, names: Sequence[str]) -> Path:
     return root / (names[0] if names else "(no file name)")
 
 
+def names_of_file(values: Mapping[str, Any], layout: Layout) -> list[str]:
+    """The names under which a row's image file may be found, the fullest first."""
+    folder, name = (str(values.get(column or "") or "") for column in (layout.folder, layout.filename))
+    joint = f"{folder}/{name}" if folder and name and folder != name else ""
+    return [part for part in (joint, folder, name) if part]
+
+
 class FolderSource(PairSource):
     """Image files of one caption table; rows that name the same file are one row with all their captions."""
 
@@ -53,12 +60,8 @@ class FolderSource(PairSource):
 
     def content(self, row: int) -> Content:
         values = self._rows[row]
-        folder, name = (
-            str(values.get(column) or "") for column in (self.layout.folder, self.layout.filename) if column
-        )
-        names = [f"{folder}/{name}", folder, name] if folder and folder != name else [name]
         kept = {column: values.get(column) for column in self.extra_columns}
-        return kept | {"image": find_image(self.root, [part for part in names if part])}
+        return kept | {"image": find_image(self.root, names_of_file(values, self.layout))}
 
 
 def open_folder(

@@ -81,7 +81,7 @@ def detect_layout(
 
     Args:
         columns: the source's column names.
-        chosen: the user's own choice, role -> column ("captions" may name a list of them).
+        chosen: the user's own choice, role -> column; None for "in no column". "captions" may name a list.
         source: its name, for the message.
         has_images: whether the images come from elsewhere (a folder), so that no column need hold them.
 
@@ -93,12 +93,12 @@ def detect_layout(
     captions = chosen.get("captions") or _caption_columns(columns, source)
     layout = Layout(
         captions=tuple([captions] if isinstance(captions, str) else captions),
-        image=chosen.get("image") or _first(IMAGE_COLUMNS, columns),
+        image=chosen.get("image", _first(IMAGE_COLUMNS, columns)),
         regions=tuple(name for name in REGION_COLUMNS if name in columns),
-        image_id=chosen.get("image_id") or _first(IMAGE_ID_COLUMNS, columns),
-        caption_ids=chosen.get("caption_ids") or _first(CAPTION_ID_COLUMNS, columns),
-        split=chosen.get("split") or _first(SPLIT_COLUMNS, columns),
-        filename=chosen.get("filename") or _first(FILENAME_COLUMNS, columns),
+        image_id=chosen.get("image_id", _first(IMAGE_ID_COLUMNS, columns)),
+        caption_ids=chosen.get("caption_ids", _first(CAPTION_ID_COLUMNS, columns)),
+        split=chosen.get("split", _first(SPLIT_COLUMNS, columns)),
+        filename=chosen.get("filename", _first(FILENAME_COLUMNS, columns)),
         folder=_first(FOLDER_COLUMNS, columns),
     )
     if not layout.captions or not (has_images or layout.image or "region_features" in layout.regions):
@@ -110,6 +110,8 @@ def _check_chosen(chosen: Mapping[str, Any], columns: Sequence[str], source: str
     for role, names in chosen.items():
         if role not in ROLES:
             raise ValueError(f"columns={{{role!r}: ...}}: unknown role; choose among {', '.join(ROLES)}")
+        if names is None and role != "captions":
+            continue
         if not names or (isinstance(names, list | tuple) and role != "captions"):
             raise ValueError(f"columns={{{role!r}: {names!r}}}: expected a column name (a list only for 'captions')")
         for name in [names] if isinstance(names, str) else names:
@@ -137,8 +139,8 @@ def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
         f"{source} has no column of {lacks} that is understood; columns seen: {list(columns)}. Understood: images in "
         f"{', '.join(IMAGE_COLUMNS)} (or region_features with region_boxes, or names of files in "
         f"{FILENAME_COLUMNS[0]}, ... with image_root=); captions in {', '.join(CAPTION_COLUMNS)}, or numbered as "
-        f"caption_0, caption_1, ...; ids in {', '.join(IMAGE_ID_COLUMNS + CAPTION_ID_COLUMNS)}. For other names pass columns={{'image': ..., "
-        "'captions': ..., 'image_id': ...}"
+        f"caption_0, caption_1, ...; ids in {', '.join(IMAGE_ID_COLUMNS + CAPTION_ID_COLUMNS)}. For other names "
+        "pass columns={'image': ..., 'captions': ..., 'image_id': ...}"
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .folders import find_image
+from .folders import find_image, names_of_file
 from .schema import Layout, SourceRow, detect_layout
 from .sources import Content, PairSource, joined
 from .splits import EVERY_SPLIT, SplitChoice, choose_splits, group_by_split
@@ -78,19 +79,13 @@ class TableSource(PairSource):
             return content | {"region_features": np.empty((0, 0))} | arrays
         image = values[self.layout.image] if self.layout.image else None
         if self.image_root is not None and not _holds_bytes(image):
-            image = find_image(self.image_root, _names_of_file(image, values, self.layout))
+            path = image.get("path") if isinstance(image, Mapping) else image
+            image = find_image(self.image_root, [*([path] if path else []), *names_of_file(values, self.layout)])
         return content | {"image": image}
 
 
 def _holds_bytes(image: Any) -> bool:
     return isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes") is not None)
-
-
-def _names_of_file(image: Any, values: Mapping[str, Any], layout: Layout) -> list[str]:
-    """The names under which an image file may be found, the fullest first."""
-    image = image.get("path") if isinstance(image, Mapping) else image
-    folder, name = (str(values.get(column) or "") if column else "" for column in (layout.folder, layout.filename))
-    return [part for part in (image, f"{folder}/{name}" if folder and name else "", folder, name) if part]
 
 
 class ParquetSource(TableSource):
@@ -204,18 +199,33 @@ def open_hub(
     import datasets
 
     place = {"name": config_name, "revision": revision, "token": token, "cache_dir": cache_dir}
-    builder = datasets.load_dataset_builder(repository, **place)
+    with _hub_errors(repository):
+        builder = datasets.load_dataset_builder(repository, **place)
     available = [str(part) for part in (builder.info.splits or builder.config.data_files or {})]
     choice = choose_splits(available, split, repository)
     image_folder = None if image_root is None else Path(image_root)
     parts = []
     for part in choice.parts:
-        dataset = datasets.load_dataset(repository, split=part, streaming=streaming, **place)
+        with _hub_errors(repository):
+            dataset = datasets.load_dataset(repository, split=part, streaming=streaming, **place)
         seen = dataset.column_names or list(next(iter(dataset)))
         layout = _table_layout(seen, repository, columns, image_folder, extra_columns)
         table = {"name": repository, "split": part, "layout": layout, "image_root": image_folder}
         parts.append(HubSource(dataset, extra_columns=extra_columns, **table))
     return joined(repository, parts), choice
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Failures to find or reach a dataset, said in one way."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
+        raise ValueError(
+            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {error} "
+            f"({type(error).__name__}). Check the name, the network and, for gated data, the token; or download it "
+            "and pass the folder"
+        ) from error
 
 
 def _table_layout(
