@@ -1,5 +1,25 @@
 """Training: the configuration of a run and the loop that turns pairs into a model folder."""
 
-from .config import TrainingConfig
+from typing import TYPE_CHECKING
 
-__all__ = ["TrainingConfig"]
+from .config import TrainingConfig
+from .settings import describe
+
+if TYPE_CHECKING:
+    from .loop import train
+    from .watch import TrainingStopped
+
+__all__ = ["TrainingConfig", "TrainingStopped", "describe", "train"]
+
+
+def __getattr__(name: str) -> object:
+    """The loop and what it needs are loaded on first use: a configuration is read without torch."""
+    if name == "train":
+        from .loop import train
+
+        return train
+    if name == "TrainingStopped":
+        from .watch import TrainingStopped
+
+        return TrainingStopped
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

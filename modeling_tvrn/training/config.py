@@ -13,7 +13,7 @@ __all__ = ["TrainingConfig"]
 
 
 def _key(default: Any, section: str, help: str, **limits: Any) -> Any:
-    """A field with its help text and its limits (`minimum`, `above`, `maximum`, `below`, `choices`) in the metadata."""
+    """A field with its help text and its limits (minimum, above, maximum, below, choices) in the metadata."""
     metadata = {"help": help, "section": section, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -67,7 +67,7 @@ class TrainingConfig:
         1, "schedule", "batches whose gradients make one optimizer step; negatives stay within a batch", minimum=1
     )
     matching_warmup_steps: int = _key(
-        0, "schedule", "first optimizer steps with the contrastive loss alone, before the pair score is trained", minimum=0
+        0, "schedule", "first optimizer steps with the contrastive loss alone, without the pair score", minimum=0
     )
 
     learning_rate: float = _key(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
@@ -78,34 +78,51 @@ class TrainingConfig:
     scheduler: str = _key(
         "cosine", "optimizer", "what the rate does after the warm-up", choices=("cosine", "step", "constant")
     )
-    decay_epochs: list[int] = _key([], "optimizer", "scheduler=step: epochs after which the rate is multiplied", minimum=1)
+    decay_epochs: list[int] = _key(
+        [], "optimizer", "scheduler=step: epochs after which the rate is multiplied", minimum=1
+    )
     decay_factor: float = _key(0.1, "optimizer", "scheduler=step: what it is multiplied by", above=0.0, maximum=1.0)
     weight_decay: float = _key(
         0.01, "optimizer", "AdamW's, on matrices only: none on biases, norms and temperatures", minimum=0.0
     )
     adam_beta1: float = _key(0.9, "optimizer", "AdamW's decay of the gradient's mean", minimum=0.0, below=1.0)
-    adam_beta2: float = _key(0.999, "optimizer", "AdamW's decay of the squared gradient's mean", minimum=0.0, below=1.0)
+    adam_beta2: float = _key(
+        0.999, "optimizer", "AdamW's decay of the squared gradient's mean", minimum=0.0, below=1.0
+    )
     adam_epsilon: float = _key(1e-8, "optimizer", "AdamW's floor under the root", above=0.0)
-    max_grad_norm: float | None = _key(2.0, "optimizer", "gradients are scaled down to this norm (null: never)", above=0.0)
+    max_grad_norm: float | None = _key(
+        2.0, "optimizer", "gradients are scaled down to this norm (null: never)", above=0.0
+    )
     ema_decay: float | None = _key(
-        None, "optimizer", "evaluate and save a running mean of the weights with this decay a step (null: off)",
-        above=0.0, below=1.0,
+        None,
+        "optimizer",
+        "evaluate and save a running mean of the weights with this decay a step (null: off)",
+        above=0.0,
+        below=1.0,
     )
 
     word_dropout: float = _key(
-        0.0, "regularisation", "probability that a word is left out of matching (one at least stays)",
-        minimum=0.0, below=1.0,
+        0.0,
+        "regularisation",
+        "probability that a word is left out of matching (one at least stays)",
+        minimum=0.0,
+        below=1.0,
     )
     region_dropout: float = _key(
-        0.0, "regularisation", "probability that a region is left out of matching (one at least stays)",
-        minimum=0.0, below=1.0,
+        0.0,
+        "regularisation",
+        "probability that a region is left out of matching (one at least stays)",
+        minimum=0.0,
+        below=1.0,
     )
 
     evaluation_steps: int | None = _key(
         None, "evaluation", "optimizer steps between two evaluations (null: at the end of each epoch)", minimum=1
     )
     evaluation_images: int | None = _key(
-        None, "evaluation", "evaluate on the first N validation images while training (null: all); the last one is on all",
+        None,
+        "evaluation",
+        "evaluate on the first N validation images while training (null: all), at the end on all",
         minimum=2,
     )
     evaluation_batch_size: int = _key(64, "evaluation", "images, and captions, encoded at a time", minimum=1)
@@ -114,13 +131,13 @@ class TrainingConfig:
     )
     evaluate_embeddings: bool = _key(True, "evaluation", "also give the recalls of image_embeds and text_embeds alone")
 
-    output_dir: str = _key("runs/tvrn", "run", "folder that becomes the model: weights, processor, card, results, curve")
+    output_dir: str = _key("runs/tvrn", "run", "folder of the model: weights, processor, card, results, curve")
     seed: int = _key(0, "run", "what initial weights, order of the data and dropout follow from", minimum=0)
     mixed_precision: str = _key("no", "run", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     cpu: bool = _key(False, "run", "stay on the CPU even where there is an accelerator")
     logging_steps: int = _key(50, "run", "optimizer steps between two logged lines and tracked values", minimum=1)
     trackers: list[str] = _key([], "run", "where values are tracked", choices=("tensorboard", "trackio"))
-    query: str | None = _key(None, "run", "a text searched among the validation pictures at the end, drawn as query.png")
+    query: str | None = _key(None, "run", "a text searched among the validation pictures in the end: query.png")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -131,7 +148,7 @@ class TrainingConfig:
         if self.batch_captions_per_image > self.batch_size // 2:
             raise ValueError(
                 f"batch_captions_per_image = {self.batch_captions_per_image} leaves a batch of batch_size = "
-                f"{self.batch_size} with one image and no negatives; use at most {self.batch_size // 2}, or a larger batch"
+                f"{self.batch_size} with one image and no negatives; use at most {self.batch_size // 2}"
             )
         if self.scheduler == "step" and not self.decay_epochs:
             raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
@@ -139,6 +156,12 @@ class TrainingConfig:
             raise ValueError(
                 "cache_text_features = True needs model.freeze_text = True, got False; "
                 "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
+            )
+        has_tower = self.vision is not None or self.model.get("vision_config") is not None
+        if self.regions is not None and has_tower and not self.model.get("freeze_vision", False):
+            raise ValueError(
+                f"regions = {self.regions!r} holds the outputs of a frozen tower, but model.freeze_vision = False; "
+                "set model.freeze_vision=true, or drop regions so that the tower learns from the pictures"
             )
         if self.cache_text_features and self.text is None:
             raise ValueError(

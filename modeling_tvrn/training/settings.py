@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver(
 
 
 def _load(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -60,9 +60,12 @@ def read_overrides(overrides: Sequence[str], values: dict[str, Any]) -> dict[str
         if not equals or not key:
             raise ValueError(f"override {override!r} is not of the form key=value, as in batch_size=128")
         try:
-            _put(merged, key.split("."), _load(text))
+            value = _load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"override {override!r}: the value is not valid YAML ({error}); quote it") from error
+        # `query=a dog: running` is a sentence with a colon; a mapping on one line has braces
+        is_text = isinstance(value, dict) and not text.lstrip().startswith("{")
+        _put(merged, key.split("."), text if is_text else value)
     return merged
 
 
@@ -157,9 +160,9 @@ def model_fields() -> dict[str, Any]:
 
     from ..configuration_tvrn import TVRNConfig
 
-    inherited = {field.name for field in fields(PreTrainedConfig)}  # type: ignore[arg-type]
-    own = [field for field in fields(TVRNConfig) if field.name not in inherited]  # type: ignore[arg-type]
-    own += [field for field in fields(TVRNConfig) if field.name == "pad_token_id"]  # type: ignore[arg-type]
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    own = [field for field in fields(TVRNConfig) if field.name not in inherited]
+    own += [field for field in fields(TVRNConfig) if field.name == "pad_token_id"]
     return {field.name: _default(field) for field in own}
 
 
@@ -195,4 +198,6 @@ def describe(cls: type) -> str:
 
 
 def _plain(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,122 @@
+"""From a configuration to what is trained: the records of both splits, the processor and the model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import CONFIG_MAPPING, ViTImageProcessorPil
+
+from ..data import load_pairs
+from ..modeling_tvrn import TVRNModel
+from ..processing_tvrn import TVRNProcessor
+from ..teachers import RegionCache, region_fingerprint, with_regions
+from ..towers_tvrn import build_tower, region_feature_size
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["build_model", "build_processor", "load_records", "with_cached_regions"]
+
+
+def load_records(config: TrainingConfig, split: str) -> Any:
+    """The map-style records of one split, with their pictures or region features."""
+    records = load_pairs(config.data, split=split, **config.data_options)
+    if split == config.train_split and config.max_train_images is not None:
+        records = records.select(range(min(config.max_train_images, len(records))))
+    logger.info("%s, split %s: %d images, %d captions", config.data, split, len(records), caption_count(records))
+    return records
+
+
+def caption_count(records: Any) -> int:
+    """Captions of all records, without decoding an image."""
+    return sum(len(captions) for captions in records.captions)
+
+
+def with_cached_regions(config: TrainingConfig, split: str, records: Any, model: TVRNModel, processor: Any) -> Any:
+    """The records with regions from the configured cache in place of pictures; as they are where none is configured.
+
+    Raises:
+        ValueError: there is no cache, or it is stale: made by another tower, preprocessing or grid than this model's.
+    """
+    if config.regions is None:
+        return records
+    folder = config.regions.replace("{split}", split)
+    try:
+        cache = RegionCache.load(folder)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"regions = {config.regions!r}: no region cache in {folder!r}; build it with examples/extract_regions.py "
+            f"--split {split} --output {folder}, or drop regions to read the pictures"
+        ) from error
+    if model.vision_model is not None:
+        expected = region_fingerprint(model, processor)
+        # How the numbers were computed is the user's choice, and a detector's boxes are no grid of the model's.
+        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
+        cache = RegionCache.load(folder, {name: expected[name] for name in sections})
+    return with_regions(records, cache)
+
+
+def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
+    """The towers' own processor; words from the training captions where there is no text tower."""
+    processor = TVRNProcessor.from_backbones(
+        config.vision, config.text, image_size=config.image_size, max_text_length=config.max_text_length
+    )
+    image_processor = processor.image_processor
+    if config.model.get("vision_config") is not None:
+        image_processor = _plain_image_processor(config)
+    if config.text is not None:
+        return TVRNProcessor(image_processor, processor.tokenizer, max_text_length=config.max_text_length)
+    return TVRNProcessor.from_captions(
+        (caption for captions in train_records.captions for caption in captions),
+        image_processor,
+        min_frequency=config.min_word_frequency,
+        max_text_length=config.max_text_length,
+    )
+
+
+def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
+    """For a vision tower from scratch: a square of `image_size` pixels, values in [-1, 1]."""
+    side = config.image_size or config.model["vision_config"].get("image_size") or 224
+    return ViTImageProcessorPil(size={"height": side, "width": side})
+
+
+def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
+    """A new model on the configured towers, with the sizes that follow from processor and data filled in."""
+    fields = copy.deepcopy(config.model)
+    if config.vision is not None and fields.get("vision_config") is not None:
+        raise ValueError(
+            f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
+            "(a pretrained one, or a configuration to start from scratch)"
+        )
+    if config.text is None:
+        _size_words(fields, processor)
+    if config.vision is None:
+        fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
+    model = TVRNModel.from_backbones(config.vision, config.text, **fields)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _size_words(fields: dict[str, Any], processor: TVRNProcessor) -> None:
+    target = fields if fields.get("text_config") is None else fields["text_config"]
+    target.setdefault("vocab_size", len(processor.tokenizer))
+    target.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
+
+
+def _region_feature_size(fields: dict[str, Any], train_records: Any) -> int:
+    vision_config = fields.get("vision_config")
+    if vision_config is not None:
+        tower_class = CONFIG_MAPPING[vision_config["model_type"]]
+        return region_feature_size(build_tower(tower_class.from_dict(dict(vision_config))))
+    record = train_records[0]
+    if "region_features" not in record:
+        raise ValueError(
+            "the data holds pictures but there is no vision tower; name one with vision=… (Hub id or path) or "
+            "model.vision_config, or give data with region_features"
+        )
+    return int(record["region_features"].shape[-1])

@@ -1,0 +1,60 @@
+"""The model folder: written whole or not at all, and only with a model better than the one it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..modeling_tvrn import TVRNModel
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["BestModel", "save_model"]
+
+
+def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> None:
+    """Write model and processor so that the folder loads with `trust_remote_code`, then move the files into place.
+
+    A run that is killed while it saves leaves the folder's former model as it was.
+    """
+    target = Path(folder)
+    aside = target / ".saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    for path in sorted(aside.iterdir()):
+        os.replace(path, target / path.name)
+    aside.rmdir()
+
+
+class BestModel:
+    """Keeps in a folder the model with the highest validation rSum.
+
+    Attributes:
+        step: the optimizer step of the model that is kept, 0 before there is one.
+        rsum: its validation rSum, percent of 600.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.step = 0
+        self.rsum = -math.inf
+        if (self.folder / "config.json").exists():
+            logger.warning("%s holds a model already; it is replaced at the first evaluation", self.folder)
+
+    def offer(self, step: int, rsum: float, model: Any, processor: Any) -> bool:
+        """Save the model if it is better than the one kept; ties keep the earlier."""
+        if rsum <= self.rsum:
+            return False
+        save_model(self.folder, model, processor)
+        self.step, self.rsum = step, rsum
+        return True
+
+    def load(self) -> TVRNModel:
+        """The model that is kept, read back from the folder: what is measured is what was written."""
+        return TVRNModel.from_pretrained(self.folder).eval()

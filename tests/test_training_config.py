@@ -1,0 +1,109 @@
+"""Keys of a run: read from YAML and the command line, checked, and explained where they are wrong."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from modeling_tvrn.training import TrainingConfig, describe
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "examples" / "configs").glob("*.yaml"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path, "batch_size: 12\nepochs: 3\nmodel: {hidden_size: 16, dropout: 0.1}\n")
+    config = TrainingConfig.from_yaml(path, ["batch_size=24", "model.hidden_size=32", "model.similarity_head=sgr"])
+    assert (config.batch_size, config.epochs) == (24, 3)
+    assert config.model == {"hidden_size": 32, "dropout": 0.1, "similarity_head": "sgr"}
+    assert config.seed == TrainingConfig().seed
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("learning_rate=5e-4", 5e-4),  # PyYAML alone reads a string: YAML 1.1 wants a point in it
+        ("learning_rate=1", 1.0),
+        ("mixed_precision=no", "no"),  # and False here
+        ("max_steps=null", None),
+        ("cpu=true", True),
+        ("decay_epochs=[3, 5]", [3, 5]),
+        ("trackers=tensorboard", ["tensorboard"]),
+        ("query=left: a red circle", "left: a red circle"),
+        ("data_options={count: 3}", {"count": 3}),
+    ],
+)
+def test_values_are_read_as_yaml_of_today(override: str, value: object) -> None:
+    name = override.partition("=")[0]
+    found = getattr(TrainingConfig.from_yaml(None, [override]), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -> None:
+    path = written(tmp_path, "model.hidden_size: 8\nmodel: {dropout: 0.0}\ndata_options: {count: 5}\n")
+    config = TrainingConfig.from_yaml(path, ["model.vision_config.model_type=vit", "data_options.seed=3"])
+    assert config.model == {"dropout": 0.0, "hidden_size": 8, "vision_config": {"model_type": "vit"}}
+    assert config.data_options == {"count": 5, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batchsize=8"], "unknown key 'batchsize'; did you mean batch_size"),
+        (["learning_rates=1"], "unknown key 'learning_rates'; did you mean learning_rate"),
+        (["model.hiden_size=8"], "unknown key model.hiden_size; did you mean hidden_size"),
+        (["model.zzz=8"], "unknown key model.zzz; known keys are .*hidden_size.*"),
+        (["query=[left"], "not valid YAML(.|\n)*quote it"),
+        (["batch_size"], "'batch_size' is not of the form key=value"),
+        (["batch_size=eight"], "batch_size = 'eight' is a str; expected int"),
+        (["epochs=2.5"], "epochs = 2.5 is a float; expected int"),
+        (["epochs=true"], "epochs = True is a bool; expected int"),
+        (["batch_size=1"], "batch_size = 1; expected at least 2"),
+        (["learning_rate=0"], "learning_rate = 0.0; expected above 0"),
+        (["word_dropout=1"], "word_dropout = 1.0; expected below 1"),
+        (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
+        (["trackers=wandb"], "trackers = 'wandb'; expected one of tensorboard, trackio"),
+        (["model=8"], "model = 8 is a int; expected dict"),
+        (["scheduler=step"], "scheduler = 'step' needs decay_epochs"),
+        (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),
+        (["cache_text_features=true", "text=some/encoder"], "needs model.freeze_text = True, got False"),
+        (["cache_text_features=true", "model.freeze_text=true"], "needs a text tower, got text = None"),
+        (["regions=cache", "vision=some/tower"], "but model.freeze_vision = False"),
+    ],
+)
+def test_a_wrong_key_or_value_says_what_was_expected(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.from_yaml(None, overrides)
+
+
+def test_a_missing_or_misshapen_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no configuration file .*gone.yaml"):
+        TrainingConfig.from_yaml(tmp_path / "gone.yaml")
+    with pytest.raises(ValueError, match="holds a list; expected `key: value` lines"):
+        TrainingConfig.from_yaml(written(tmp_path, "- batch_size\n"))
+    assert TrainingConfig.from_yaml(written(tmp_path, "# nothing\n")) == TrainingConfig()
+
+
+def test_help_explains_every_key_with_its_default() -> None:
+    text = describe(TrainingConfig)
+    for field in dataclasses.fields(TrainingConfig):
+        assert len(field.metadata["help"]) > 10
+        assert f"  {field.name}=" in text and field.metadata["help"] in text
+    assert "batch_size=64" in text and "mixed_precision=no" in text and "model.hidden_size=1024" in text
+    assert "model.freeze_text=false" in text and "model.chunk_size_feed_forward" not in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_survive_a_round_trip(path: Path) -> None:
+    config = TrainingConfig.from_yaml(path)
+    assert TrainingConfig.from_mapping(config.as_dict()) == config
+
+
+def test_reading_a_configuration_loads_no_torch(run_python) -> None:
+    code = "import sys; import modeling_tvrn.training; print('torch' in sys.modules, 'accelerate' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
