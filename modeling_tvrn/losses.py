@@ -10,6 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .soft_labels_tvrn import (
+    CUSA,
+    CUSALoss,
+    at_least_float32,
+    cross_modal_soft_label_loss,
+    soft_labels,
+    uni_modal_soft_label_loss,
+)
+
+__all__ = [
+    "CUSA",
+    "CUSALoss",
+    "check_score_spread",
+    "contrastive_loss",
+    "cross_modal_soft_label_loss",
+    "hardest_negative_loss",
+    "matching_loss",
+    "matching_loss_floor",
+    "positive_mask",
+    "positives_cross_entropy",
+    "soft_labels",
+    "uni_modal_soft_label_loss",
+]
+
 
 def positive_mask(image_ids: Tensor, text_image_ids: Tensor) -> Tensor:
     """Which pairs are positive: (I, T) boolean, true where a caption's image id is the row's.
@@ -148,7 +172,7 @@ def check_score_spread(scores: Tensor, minimum: float = 1e-4) -> float:
     Raises:
         RuntimeError: If the spread is below `minimum` or NaN.
     """
-    spread = _wide(scores.detach()).std().item()
+    spread = at_least_float32(scores.detach()).std().item()
     if not spread >= minimum:
         raise RuntimeError(
             f"The scores' standard deviation is {spread:.1e} over {tuple(scores.shape)} pairs; expected at least "
@@ -184,8 +208,8 @@ def contrastive_loss(
     scale = torch.as_tensor(logit_scale, device=image_embeds.device)
     # Autocast would multiply in bfloat16, whose step near 1 times a scale of 100 is half a unit of the logit.
     with torch.autocast(image_embeds.device.type, enabled=False):
-        similarity = _wide(image_embeds) @ _wide(text_embeds).T
-        return positives_cross_entropy(similarity * _wide(scale).exp(), image_ids, text_image_ids)
+        similarity = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T
+        return positives_cross_entropy(similarity * at_least_float32(scale).exp(), image_ids, text_image_ids)
 
 
 def positives_cross_entropy(logits: Tensor, image_ids: Tensor, text_image_ids: Tensor) -> Tensor:
@@ -228,14 +252,9 @@ def _checked(scores: Tensor, image_ids: Tensor, text_image_ids: Tensor, bounded:
             f"{expected}. NaN means the model or its input is broken: look for NaN features or lower the learning "
             "rate."
         )
-    return _wide(scores), positive_mask(image_ids.to(scores.device), text_image_ids.to(scores.device))
+    return at_least_float32(scores), positive_mask(image_ids.to(scores.device), text_image_ids.to(scores.device))
 
 
 def _check_margin(margin: float) -> None:
     if not margin >= 0:
         raise ValueError(f"margin is {margin}; expected a number of at least 0, such as 0.2.")
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32 at least: sums of exponentials in half precision lose the small terms."""
-    return values if values.dtype == torch.float64 else values.float()

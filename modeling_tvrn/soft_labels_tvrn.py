@@ -1,0 +1,275 @@
+"""CUSA: similarities of frozen uni-modal teachers as soft labels, for any model that matches images and texts.
+Shipped.
+
+Huang, Nie, Wang, Shang, AAAI 2024. A batch is N pairs, one caption a row: an image that stands in the batch twice has
+two rows. The diagonal is kept on both sides. Labels carry no gradient.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TEACHER_COMBINATIONS = ("own", "mean", "geometric_mean")
+
+
+def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0) -> Tensor:
+    """Each item's distribution over the batch by its teacher: softmax of the cosines over the temperature.
+
+    Args:
+        teacher_embeds: (N, D), any norm above 0.
+        teacher_temperature: Above 0.
+
+    Returns:
+        (N, N) rows that sum to 1, without gradient; float32 (float64 for float64 vectors).
+
+    Raises:
+        ValueError: On another shape, NaN, a vector of zeros, or a bad temperature.
+    """
+    _check_temperature("teacher_temperature", teacher_temperature)
+    return (_cosines("teacher_embeds", teacher_embeds.detach()) / teacher_temperature).softmax(dim=1)
+
+
+def cross_modal_soft_label_loss(
+    similarity: Tensor, image_soft_labels: Tensor, text_soft_labels: Tensor, student_temperature: Tensor | float
+) -> Tensor:
+    """CSA: ½ KL(image labels ‖ softmax(similarity / τ)) + ½ KL(text labels ‖ softmax(similarityᵀ / τ)).
+
+    Args:
+        similarity: (N, N), rows images, columns texts: cosines of a dual encoder, or matching scores of TVRN.
+        image_soft_labels, text_soft_labels: (N, N), rows that sum to 1; of images for rows, of texts for columns.
+        student_temperature: τ, above 0.
+
+    Returns:
+        Scalar; KL summed over a row, averaged over rows; float32 (float64 for float64 similarities).
+
+    Raises:
+        ValueError: On shapes that differ, NaN, labels that are no distributions, or a bad temperature.
+    """
+    image_part = _divergence("image_soft_labels", image_soft_labels, similarity, student_temperature)
+    text_part = _divergence("text_soft_labels", text_soft_labels, similarity.T, student_temperature)
+    return (image_part + text_part) / 2
+
+
+def uni_modal_soft_label_loss(
+    image_similarity: Tensor,
+    text_similarity: Tensor,
+    image_soft_labels: Tensor,
+    text_soft_labels: Tensor,
+    image_temperature: Tensor | float,
+    text_temperature: Tensor | float,
+) -> Tensor:
+    """USA: ½ KL(image labels ‖ softmax(image similarity / τ_I)) + ½ KL(text labels ‖ softmax(text similarity / τ_T)).
+
+    Args:
+        image_similarity, text_similarity: (N, N) cosines within one modality, of the student's uni-modal embeddings.
+        image_soft_labels, text_soft_labels: (N, N), rows that sum to 1.
+        image_temperature, text_temperature: τ_I and τ_T, above 0.
+
+    Returns:
+        Scalar; KL summed over a row, averaged over rows; float32 (float64 for float64 similarities).
+
+    Raises:
+        ValueError: On shapes that differ, NaN, labels that are no distributions, or a bad temperature.
+    """
+    image_part = _divergence("image_soft_labels", image_soft_labels, image_similarity, image_temperature)
+    text_part = _divergence("text_soft_labels", text_soft_labels, text_similarity, text_temperature)
+    return (image_part + text_part) / 2
+
+
+class CUSALoss(NamedTuple):
+    """What `CUSA` adds to a model's own loss: the weighted sum, and its parts unweighted and detached (None if
+    off)."""
+
+    loss: Tensor
+    cross_modal: Tensor | None
+    uni_modal: Tensor | None
+
+
+class CUSA(nn.Module):
+    """α·CSA + β·USA with learned temperatures, from any model's similarities and embeddings.
+
+    The temperatures are learned as they are: call `clamp_temperatures()` after every optimizer step.
+
+    Args:
+        alpha, beta: Weights of the cross-modal and the uni-modal part, at least 0; 0 leaves the part out.
+        student_temperature: Where the three learned temperatures start.
+        temperature_bounds: Of the cross-modal temperature.
+        uni_modal_temperature_bounds: Of the other two.
+        teacher_temperature: Of both teachers, fixed.
+        teachers: Whose cosines label the cross-modal part. `"own"`: images' for rows, texts' for columns. `"mean"` and
+            `"geometric_mean"` (the square root of the product, negative products clipped to 0) of both, for both.
+
+    Raises:
+        ValueError: On a negative weight, both weights 0, a temperature outside its bounds, or an unknown combination.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.75,
+        student_temperature: float = 0.45,
+        temperature_bounds: tuple[float, float] = (0.10, 0.99),
+        uni_modal_temperature_bounds: tuple[float, float] = (0.10, 1.00),
+        teacher_temperature: float = 1.0,
+        teachers: str = "own",
+    ) -> None:
+        super().__init__()
+        _check_weights(alpha, beta)
+        if teachers not in TEACHER_COMBINATIONS:
+            raise ValueError(f"teachers is {teachers!r}; expected one of {', '.join(TEACHER_COMBINATIONS)}.")
+        _check_temperature("teacher_temperature", teacher_temperature)
+        self.alpha, self.beta, self.teachers = alpha, beta, teachers
+        self.teacher_temperature = teacher_temperature
+        self.bounds: Mapping[str, tuple[float, float]] = {
+            "student_temperature": temperature_bounds,
+            "image_temperature": uni_modal_temperature_bounds,
+            "text_temperature": uni_modal_temperature_bounds,
+        }
+        for name, (low, high) in self.bounds.items():
+            if not 0 < low <= student_temperature <= high:
+                raise ValueError(
+                    f"student_temperature is {student_temperature}, outside the bounds ({low}, {high}) of {name}; "
+                    "expected 0 < lower bound <= student_temperature <= upper bound."
+                )
+        # Shape (1,): parameters without dimensions cannot be sharded.
+        self.student_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
+        self.image_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
+        self.text_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
+
+    @torch.no_grad()
+    def clamp_temperatures(self) -> None:
+        """Bring the learned temperatures back into their bounds."""
+        for name, (low, high) in self.bounds.items():
+            self.get_parameter(name).clamp_(low, high)
+
+    def forward(
+        self,
+        image_teacher_embeds: Tensor,
+        text_teacher_embeds: Tensor,
+        similarity: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+    ) -> CUSALoss:
+        """The term to add to the model's own loss.
+
+        Args:
+            image_teacher_embeds, text_teacher_embeds: (N, any) each, of frozen teachers.
+            similarity: (N, N) cosines or scores, rows images; needed if alpha > 0.
+            image_embeds, text_embeds: (N, any) each, the student's uni-modal embeddings; needed if beta > 0.
+
+        Raises:
+            ValueError: On a part without its input, wrong shapes, NaN, or temperatures outside their bounds.
+        """
+        self._check_bounds()
+        given = {"similarity": similarity, "image_embeds": image_embeds, "text_embeds": text_embeds}
+        needed = [*(["similarity"] if self.alpha else []), *(["image_embeds", "text_embeds"] if self.beta else [])]
+        if missing := [name for name in needed if given[name] is None]:
+            raise ValueError(
+                f"CUSA with alpha={self.alpha} and beta={self.beta} came without {', '.join(missing)}; pass it, or "
+                "set the weight of the part that needs it (alpha: similarity, beta: embeddings) to 0."
+            )
+        cosines = _teacher_cosines(image_teacher_embeds, text_teacher_embeds)
+        parts: dict[str, Tensor] = {}
+        if similarity is not None and self.alpha:
+            labels = self._rows(*self._combined(*cosines))
+            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, self.student_temperature)
+        if image_embeds is not None and text_embeds is not None and self.beta:
+            students = _cosines("image_embeds", image_embeds), _cosines("text_embeds", text_embeds)
+            temperatures = self.image_temperature, self.text_temperature
+            parts["uni_modal"] = uni_modal_soft_label_loss(*students, *self._rows(*cosines), *temperatures)
+        weights = {"cross_modal": self.alpha, "uni_modal": self.beta}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        detached = {name: part.detach() for name, part in parts.items()}
+        return CUSALoss(loss, detached.get("cross_modal"), detached.get("uni_modal"))
+
+    def _combined(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
+        if self.teachers == "own":
+            return image_cosines, text_cosines
+        if self.teachers == "mean":
+            both = (image_cosines + text_cosines) / 2
+        else:
+            both = (image_cosines * text_cosines).clamp(min=0).sqrt()
+        return both, both
+
+    def _rows(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
+        image_labels, text_labels = (
+            (cosines / self.teacher_temperature).softmax(dim=1) for cosines in (image_cosines, text_cosines)
+        )
+        return image_labels, text_labels
+
+    def _check_bounds(self) -> None:
+        for name, (low, high) in self.bounds.items():
+            temperature = self.get_parameter(name).detach()
+            if not torch.equal(temperature, temperature.clamp(low, high)):
+                raise ValueError(
+                    f"{name} is {temperature.item()}, outside its bounds ({low}, {high}); call clamp_temperatures() "
+                    "after every optimizer step."
+                )
+
+
+def _teacher_cosines(image_teacher_embeds: Tensor, text_teacher_embeds: Tensor) -> tuple[Tensor, Tensor]:
+    if len(image_teacher_embeds) != len(text_teacher_embeds):
+        raise ValueError(
+            f"There are {len(image_teacher_embeds)} image and {len(text_teacher_embeds)} text teacher vectors; "
+            "expected one of each for every pair of the batch: repeat an image's vector for each of its captions."
+        )
+    with torch.no_grad():
+        images = _cosines("image_teacher_embeds", image_teacher_embeds)
+        return images, _cosines("text_teacher_embeds", text_teacher_embeds)
+
+
+def _cosines(name: str, embeds: Tensor) -> Tensor:
+    """(N, N) cosines of (N, D) vectors, in float32 at least."""
+    if embeds.ndim != 2 or 0 in embeds.shape:
+        raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (items, size), neither of them 0.")
+    norms = embeds.detach().norm(dim=1)
+    usable = norms.isfinite() & (norms > 0)
+    if not usable.all():
+        raise ValueError(
+            f"{name} holds NaN, infinity or a vector of zeros in the rows "
+            f"{(~usable).nonzero().flatten().tolist()[:10]}; expected vectors with a direction. Compute those items "
+            "again, or drop them."
+        )
+    # Autocast would multiply in bfloat16, whose step near 1 is the size of the differences that labels are made of.
+    with torch.autocast(embeds.device.type, enabled=False):
+        unit = F.normalize(at_least_float32(embeds), dim=1)
+        return unit @ unit.T
+
+
+def _divergence(name: str, labels: Tensor, similarity: Tensor, temperature: Tensor | float) -> Tensor:
+    """KL(labels ‖ softmax(similarity / temperature)), summed over a row and averaged over rows."""
+    _check_temperature("temperature", temperature)
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or labels.shape != similarity.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)} and its similarity {tuple(similarity.shape)}; expected both to "
+            "be (N, N), one row and one column for each pair of the batch. A narrower label would broadcast and teach "
+            "nothing."
+        )
+    labels, similarity = at_least_float32(labels.detach()), at_least_float32(similarity)
+    distributions = (labels >= 0).all() & ((labels.sum(dim=1) - 1).abs() < 1e-3).all()
+    if not (distributions & similarity.isfinite().all()):
+        raise ValueError(
+            f"{name} must have rows that sum to 1 (sums from {labels.sum(dim=1).min().item():.4g} to "
+            f"{labels.sum(dim=1).max().item():.4g}, least entry {labels.min().item():.4g}), and its similarity must "
+            "be finite; make labels with soft_labels(), and look for NaN in the embeddings."
+        )
+    return F.kl_div((similarity / temperature).log_softmax(dim=1), labels, reduction="batchmean")
+
+
+def _check_temperature(name: str, temperature: Tensor | float) -> None:
+    value = temperature.item() if isinstance(temperature, Tensor) else temperature
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; expected a number above 0, such as 0.45.")
+
+
+def _check_weights(alpha: float, beta: float) -> None:
+    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
+        raise ValueError(f"alpha is {alpha} and beta is {beta}; expected both at least 0 and one above it.")
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Sums of exponentials in half precision lose their small terms."""
+    return values if values.dtype == torch.float64 else values.float()
