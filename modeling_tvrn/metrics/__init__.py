@@ -1,0 +1,31 @@
+"""Image–text retrieval metrics: exact ranks, R@K and rSum in percent, chance, uni-modal recall, paired bootstrap."""
+
+from .bootstrap import BootstrapComparison, paired_bootstrap
+from .ranking import RankCounter, positive_pairs, shortlist_ranks
+from .retrieval import (
+    RECALL_AT,
+    Recalls,
+    RetrievalMetrics,
+    chance_level,
+    mean_metrics,
+    recall_table,
+    retrieval_metrics,
+)
+from .unimodal import UnimodalMetrics, unimodal_metrics
+
+__all__ = [
+    "RECALL_AT",
+    "BootstrapComparison",
+    "RankCounter",
+    "Recalls",
+    "RetrievalMetrics",
+    "UnimodalMetrics",
+    "chance_level",
+    "mean_metrics",
+    "paired_bootstrap",
+    "positive_pairs",
+    "recall_table",
+    "retrieval_metrics",
+    "shortlist_ranks",
+    "unimodal_metrics",
+]

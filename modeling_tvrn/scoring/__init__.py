@@ -1,0 +1,19 @@
+"""Scores and exact ranks over encoded galleries: blocks, streamed ranks, shortlist and rerank, averaged models."""
+
+from .blocks import rank, score_matrix
+from .models import AveragedGallery, AveragedModel, EmbeddingScore, Gallery, PairModel, average
+from .rerank import SearchCosts, SearchMetrics, search_then_rerank
+
+__all__ = [
+    "AveragedGallery",
+    "AveragedModel",
+    "EmbeddingScore",
+    "Gallery",
+    "PairModel",
+    "SearchCosts",
+    "SearchMetrics",
+    "average",
+    "rank",
+    "score_matrix",
+    "search_then_rerank",
+]
