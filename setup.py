@@ -56,8 +56,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]),
-    package_data={"modeling_tvrn": ["py.typed"]},
+    # The card template travels inside the installed package; in a checkout it lies beside it.
+    packages=[*find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]), "modeling_tvrn.model_cards"],
+    package_dir={"modeling_tvrn.model_cards": "model_cards"},
+    package_data={"modeling_tvrn": ["py.typed"], "modeling_tvrn.model_cards": ["*.md"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -14,11 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(1, str(ROOT))  # a checkout runs without having been installed
-
-from modeling_tvrn.training import TrainingConfig, describe  # noqa: E402
+from modeling_tvrn.training import TrainingConfig, describe
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "scenes.yaml"
 

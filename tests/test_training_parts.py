@@ -42,7 +42,7 @@ def tiny_batch() -> dict[str, torch.Tensor]:
     }
 
 
-# -- batches ------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch_size", "together"), [(4, 1), (7, 1), (6, 2), (10, 5), (60, 1)])
@@ -50,7 +50,7 @@ def test_every_caption_comes_once_an_epoch_whatever_the_batch_size(batch_size: i
     rows = np.repeat(np.arange(11), [5, 3, 1, 4, 2, 5, 5, 2, 1, 3, 4])
     batches = CaptionBatches(rows, batch_size, together, seed=3)
     seen = list(batches)
-    assert sorted(sum(seen, [])) == list(range(len(rows)))
+    assert sorted(row for batch in seen for row in batch) == list(range(len(rows)))
     assert len(seen) == len(batches)
     assert all(2 <= len(batch) <= batch_size + 1 for batch in seen)
 
@@ -84,7 +84,7 @@ def test_a_single_left_over_caption_joins_the_batch_before_it() -> None:
         CaptionBatches([0], 4)
 
 
-# -- dropping words and regions -------------------------------------------------------------------------------------
+# -- dropping words and regions --------------------------------------------------------------------------
 
 
 def test_dropping_keeps_one_valid_position_and_never_adds_one() -> None:
@@ -128,7 +128,7 @@ def test_the_reported_matching_loss_stands_above_its_floor() -> None:
     assert Objective(model).eval()(batch)["parts"]["matching"].item() == pytest.approx(raw.item() - floor, abs=1e-5)
 
 
-# -- optimizer --------------------------------------------------------------------------------------------------------
+# -- optimizer -------------------------------------------------------------------------------------------
 
 
 def test_towers_and_new_parts_have_their_own_rates_and_only_matrices_decay() -> None:
@@ -182,7 +182,7 @@ def test_the_mean_of_weights_follows_and_is_exchanged_for_a_while() -> None:
     assert torch.equal(layer.weight, own)
 
 
-# -- watching -----------------------------------------------------------------------------------------------------------
+# -- watching --------------------------------------------------------------------------------------------
 
 
 def see(watch: Watch, step: int, loss: float = 1.0, norm: float = 1.0, logits: torch.Tensor | None = None) -> None:
@@ -217,7 +217,7 @@ def test_scores_that_stay_all_the_same_stop_the_run_and_one_such_batch_does_not(
         watch.check()
 
 
-# -- cached text features -----------------------------------------------------------------------------------------------
+# -- cached text features --------------------------------------------------------------------------------
 
 
 def frozen_text_model() -> tuple[TVRNModel, TVRNProcessor]:
