@@ -195,7 +195,9 @@ def chance_level(
 
 def recall_table(systems: Mapping[str, Recalls], title: str = "") -> str:
     """A Markdown table of R@K and rSum, in percent, one row per system."""
-    heads = [f"{arrow} R@{k}" for arrow in ("image→text", "text→image") for k in RECALL_AT] + [" rSum"]
+    heads = [f"{way}R@{k}" for way in ("image→text ", "text→image ") for k in RECALL_AT]
+    # The direction stands once: a table of seven wide columns does not fit a terminal.
+    heads = [head if head.endswith("@1") else f" {head.split()[1]:>4}" for head in heads] + [" rSum"]
     width = max([len(title), *map(len, systems)])
     lines = [f"| {title:<{width}} | " + " | ".join(heads) + " |", "|" + "-" * (width + 2) + "|"]
     lines[1] += "|".join("-" * (len(head) + 1) + ":" for head in heads) + "|"

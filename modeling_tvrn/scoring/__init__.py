@@ -2,7 +2,7 @@
 
 from .blocks import rank, score_matrix
 from .models import AveragedGallery, AveragedModel, EmbeddingScore, Gallery, PairModel, average
-from .rerank import SearchCosts, SearchMetrics, search_then_rerank
+from .rerank import SearchCosts, SearchMetrics, mean_search, search_then_rerank
 
 __all__ = [
     "AveragedGallery",
@@ -13,6 +13,7 @@ __all__ = [
     "SearchCosts",
     "SearchMetrics",
     "average",
+    "mean_search",
     "rank",
     "score_matrix",
     "search_then_rerank",

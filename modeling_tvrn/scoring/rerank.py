@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import RetrievalMetrics, positive_pairs, shortlist_ranks
+from ..metrics import RetrievalMetrics, mean_metrics, positive_pairs, shortlist_ranks
 from ..metrics.ranking import Ranks, check_scores
 from .blocks import check_galleries, pair_bar
 from .models import Gallery, PairModel, evaluating, match, wide
@@ -185,3 +185,18 @@ class _Shortlists:
 
 def _percent(right: Tensor) -> float:
     return 100.0 * float(right.any(dim=1).double().mean())
+
+
+def mean_search(parts: Sequence[SearchMetrics]) -> SearchMetrics:
+    """The mean of several galleries' searches (COCO 1K's folds): recalls averaged, costs summed."""
+    mean, costs = mean_metrics(parts), [part.costs for part in parts]
+    total = SearchCosts(
+        shortlist_size=costs[0].shortlist_size,
+        image_to_text_shortlist_recall=float(np.mean([each.image_to_text_shortlist_recall for each in costs])),
+        text_to_image_shortlist_recall=float(np.mean([each.text_to_image_shortlist_recall for each in costs])),
+        shortlist_seconds=sum(each.shortlist_seconds for each in costs),
+        rerank_seconds=sum(each.rerank_seconds for each in costs),
+        pairs_scored=sum(each.pairs_scored for each in costs),
+        pairs_total=sum(each.pairs_total for each in costs),
+    )
+    return SearchMetrics(**{name: getattr(mean, name) for name in RetrievalMetrics.__dataclass_fields__}, costs=total)

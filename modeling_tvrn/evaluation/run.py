@@ -1,0 +1,200 @@
+"""`evaluate`: a named protocol from records to a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..metrics import RetrievalMetrics, chance_level, mean_metrics
+from ..scoring import EmbeddingScore, SearchMetrics, average, mean_search, rank, search_then_rerank
+from ..teachers.fingerprint import weights_digest
+from .captions import CaptionTable
+from .encoding import encode_captions, encode_images
+from .protocols import Protocol, find_protocol
+from .provenance import command, commit, versions
+from .report import EvaluatedModel, EvaluationReport
+
+System = tuple[Any, Any, Any]  # model, encoded images, encoded texts
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    protocol: str = "validation",
+    *,
+    batch_size: int = 64,
+    chunk_size: int | None = None,
+    shortlist_size: int | None = None,
+    exhaustive: bool | None = None,
+    embeddings: bool = True,
+    data: str | None = None,
+    split: str | None = None,
+    seeds: Sequence[int] = (),
+    num_workers: int = 0,
+    progress: bool = True,
+) -> EvaluationReport:
+    """Encode a gallery, rank it both ways and report it, by a named protocol (evaluation.md).
+
+    Args:
+        model: A `TVRNModel`, or a list of them whose matching scores are averaged.
+        processor: Its processor, or a list with one for each model.
+        dataset: Records of `load_pairs`, map-style or a stream; or a list of records. For several models with inputs
+            of their own (regions of different towers) a tuple with one data set for each, of the same images.
+        protocol: `validation` (any size), `flickr8k-1k`, `flickr30k-1k`, `coco-5k` or `coco-1k`.
+        batch_size: Images, and captions, encoded at a time.
+        chunk_size: Pairs scored at a time (default: the model's own choice).
+        shortlist_size: Also, or only, search this many candidates a query by embeddings and rerank them.
+        exhaustive: Whether to score every pair; default: unless there is a shortlist.
+        embeddings: Whether to report the recalls of `image_embeds` and `text_embeds` alone.
+        data: What the report calls the data set; default: the name it has.
+        split: What the report calls the split; default: what the records say.
+        seeds: The report's seeds of the checkpoints.
+        num_workers: Processes that decode pictures (of map-style records).
+        progress: Show progress bars with the time left.
+
+    Returns:
+        An `EvaluationReport`: `metrics`, `embedding_metrics`, `search`; `table()`, `to_json(path)`.
+
+    Raises:
+        ValueError: If the gallery is not of the protocol's size (both are named), has repeated ids, or there is an
+            unknown protocol; and whatever encoding and scoring refuse.
+    """
+    chosen = find_protocol(protocol)
+    inputs = _pair_up(model, processor, dataset)
+    started = time.perf_counter()
+    gallery, systems, truncated = _encode(inputs, chosen, batch_size, num_workers, progress)
+    encoded = time.perf_counter()
+    measure = _Measure(chosen, gallery, chunk_size, progress)
+    exact = measure.ranked(average(systems)) if exhaustive or (exhaustive is None and shortlist_size is None) else None
+    search = measure.searched(average(systems), shortlist_size) if shortlist_size is not None else None
+    metrics = exact or search
+    if metrics is None:
+        raise ValueError("exhaustive=False leaves nothing to measure; give a shortlist_size, or let it be exhaustive.")
+    singles = [measure.ranked(each) if exact and len(systems) > 1 else None for each in systems]
+    own = measure.embeddings(average(systems)) if embeddings else None
+    found = zip(inputs, singles, strict=True)
+    device = next(inputs[0][0].parameters()).device
+    return EvaluationReport(
+        protocol=chosen.name,
+        data=data if data is not None else str(getattr(inputs[0][2], "name", "")),
+        split=split if split is not None else "+".join(dict.fromkeys(gallery.splits)),
+        image_count=gallery.image_count,
+        caption_count=gallery.caption_count,
+        fold_count=chosen.folds,
+        gallery_fingerprint=gallery.fingerprint,
+        metrics=metrics,
+        embedding_metrics=own,
+        search=search,
+        chance=measure.chance(),
+        models=[_describe(each, single) for (each, _, _), single in found],
+        seeds=list(seeds),
+        skipped=dict(getattr(inputs[0][2], "skipped", {})),
+        truncated_captions=truncated,
+        seconds={"encoding": encoded - started, "scoring": time.perf_counter() - encoded},
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        commit=commit(),
+        command=command(),
+        versions=versions(),
+    )
+
+
+def _pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, Any]]:
+    """(model, processor, data set) of each system."""
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    processors = list(processor) if isinstance(processor, list | tuple) else [processor] * len(models)
+    several = isinstance(dataset, tuple) and bool(dataset) and not isinstance(dataset[0], Mapping)
+    datasets = list(dataset) if several else [dataset] * len(models)
+    if not models or len({len(models), len(processors), len(datasets)}) != 1:
+        raise ValueError(
+            f"evaluate got {len(models)} models, {len(processors)} processors and {len(datasets)} data sets; expected"
+            " at least one model, a processor for each, and one data set for all or for each."
+        )
+    return list(zip(models, processors, datasets, strict=True))
+
+
+def _encode(
+    inputs: list[tuple[Any, Any, Any]], protocol: Protocol, batch_size: int, num_workers: int, progress: bool
+) -> tuple[CaptionTable, list[System], int]:
+    """The gallery, each model with its encoding of it, and how many captions the length limits cut."""
+    galleries: list[CaptionTable] = []
+    systems: list[System] = []
+    truncated = 0
+    for model, processor, dataset in inputs:
+        known = CaptionTable.of(dataset)
+        table = protocol.apply(known) if known is not None else None  # refused before hours of encoding
+        images, read = encode_images(model, processor, dataset, batch_size, num_workers, progress)
+        table = table if table is not None else protocol.apply(read)
+        before = _truncated(processor)
+        texts = encode_captions(model, processor, table.flat_captions, batch_size, progress)
+        truncated = max(truncated, _truncated(processor) - before)
+        galleries.append(table)
+        systems.append((model, images, texts))
+    prints = {table.fingerprint: table for table in galleries}
+    if len(prints) != 1:
+        sizes = [(table.image_count, table.caption_count) for table in galleries]
+        raise ValueError(
+            f"The models' data sets differ: fingerprints {[name[:12] for name in prints]}, images and captions"
+            f" {sizes}; expected the same images and captions in the same order."
+        )
+    return galleries[0], systems, truncated
+
+
+@dataclass
+class _Measure:
+    """One gallery, cut as the protocol says."""
+
+    protocol: Protocol
+    gallery: CaptionTable
+    chunk_size: int | None
+    progress: bool
+
+    def ranked(self, system: System) -> RetrievalMetrics:
+        """Exact metrics of the pair score."""
+        return mean_metrics(self._by_fold(system, lambda m, i, t, rows: rank(m, i, t, rows, **self._options())))
+
+    def searched(self, system: System, shortlist_size: int) -> SearchMetrics:
+        """Metrics and costs of search and rerank."""
+        return mean_search(
+            self._by_fold(
+                system, lambda m, i, t, rows: search_then_rerank(m, i, t, rows, shortlist_size, **self._options())
+            )
+        )
+
+    def embeddings(self, system: System) -> RetrievalMetrics:
+        """Exact metrics of the embeddings' cosine."""
+        return self.ranked((EmbeddingScore(), *system[1:]))
+
+    def chance(self) -> Any:
+        """The expectation of a random order; folds are of one size, so the first stands for all."""
+        images, captions = self.protocol.parts(self.gallery)[0]
+        return chance_level(len(images), len(captions), self.gallery.caption_image_rows[captions] - images[0])
+
+    def _options(self) -> dict[str, Any]:
+        return {"chunk_size": self.chunk_size, "progress": self.progress}
+
+    def _by_fold(self, system: System, measure: Callable[[Any, Any, Any, np.ndarray], Any]) -> list[Any]:
+        model, images, texts = system
+        rows, found = self.gallery.caption_image_rows, []
+        for image_rows, captions in self.protocol.parts(self.gallery):
+            if len(image_rows) == len(images):
+                return [measure(model, images, texts, rows)]  # no copy of a whole gallery
+            part = images.select(torch.from_numpy(image_rows)), texts.select(torch.from_numpy(captions))
+            found.append(measure(model, *part, rows[captions] - image_rows[0]))
+        return found
+
+
+def _describe(model: Any, metrics: RetrievalMetrics | None) -> EvaluatedModel:
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "name_or_path", "") or "")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return EvaluatedModel(name, weights_digest(model), dtype, metrics)
+
+
+def _truncated(processor: Any) -> int:
+    return int(getattr(processor, "truncated_captions", 0))
