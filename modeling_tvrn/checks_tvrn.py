@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from .configuration_tvrn import TVRNConfig
+from .encoded_tvrn import EncodedImages, EncodedTexts
+
 
 def check_regions(
     features: Tensor, boxes: Tensor | None, mask: Tensor | None, size: int, needs_boxes: bool
@@ -18,7 +21,7 @@ def check_regions(
             "Check region_feature_size, or the tower or cache they come from."
         )
     mask = _check_mask("region_mask", mask, features, "region")
-    _refuse_rows(~torch.isfinite(features).flatten(1).all(dim=1), "Region features hold NaN or infinity")
+    _refuse_nonfinite(features, "Region features")
     if boxes is None and needs_boxes:
         raise ValueError(
             "region_features came without region_boxes; the geometric context needs them: (images, regions, 4), xyxy "
@@ -44,22 +47,93 @@ def _check_boxes(boxes: Tensor, mask: Tensor) -> Tensor:
     return boxes.float() if boxes.dtype != torch.float64 else boxes
 
 
-def check_texts(
-    given: Tensor, attention_mask: Tensor | None, word_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def check_pixels(pixels: Tensor, channels: int) -> None:
+    """Pixels (I, channels, H, W).
+
+    Raises:
+        ValueError: On another shape, or NaN.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != channels or 0 in pixels.shape:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixels.shape)}; expected (images, {channels}, height, width), none of them 0. "
+            "The processor makes them from pictures."
+        )
+    _refuse_nonfinite(pixels, "pixel_values")
+
+
+def check_ids(ids: Tensor, vocab_size: int | None) -> Tensor:
+    """Token ids (T, W), in the vocabulary.
+
+    Raises:
+        ValueError: On another shape or dtype, or an id outside the vocabulary.
+    """
+    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected integers (texts, words), at least one of each."
+        )
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise ValueError(
+            f"input_ids hold {low if low < 0 else high}; expected ids from 0 to vocab_size − 1 = {(vocab_size or 0) - 1}. "
+            "Use the tokenizer the model was made with."
+        )
+    return ids
+
+
+def check_text_features(features: Tensor, size: int) -> Tensor:
+    """Outputs (T, W, size) of a text tower.
+
+    Raises:
+        ValueError: On another shape, or NaN.
+    """
+    if features.ndim != 3 or features.shape[-1] != size or 0 in features.shape:
+        raise ValueError(
+            f"text_features has shape {tuple(features.shape)}; expected (texts, words, {size}), none of them 0. Check which "
+            "tower they come from."
+        )
+    _refuse_nonfinite(features, "text_features")
+    return features
+
+
+def check_words(given: Tensor, attention_mask: Tensor | None, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Boolean attention and word masks (T, W) of token ids (T, W) or token features (T, W, F).
 
     Raises:
-        ValueError: On wrong shapes, NaN, or a text without a word to match.
+        ValueError: On wrong shapes, or a text without a word to match.
     """
-    if given.ndim not in (2, 3) or 0 in given.shape:
-        raise ValueError(f"Texts have shape {tuple(given.shape)}; expected ids (texts, words) or features (texts, words, F).")
-    if given.is_floating_point():
-        _refuse_rows(~torch.isfinite(given).flatten(1).all(dim=1), "Text features hold NaN or infinity")
     attended = _check_mask("attention_mask", attention_mask, given, "word")
     words = _check_mask("word_mask", word_mask if word_mask is not None else attended, given, "word") & attended
     _refuse_rows(~words.any(dim=1), "word_mask keeps no word that attention_mask keeps")
     return attended, words
+
+
+def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) -> None:
+    """Encoded images and texts of this model's variant and sizes.
+
+    Raises:
+        ValueError: If either was encoded by another variant.
+    """
+    size, gate = config.hidden_size, config.refinement == "gate"
+    refined = config.use_text_refinement
+    wanted = {
+        "images.embeds": config.projection_size,
+        "images.tokens": size,
+        "images.context_values": (2 if gate else 3) * size if refined else None,
+        "texts.embeds": config.projection_size,
+        "texts.words": size,
+        "texts.gates": size if refined and gate else None,
+        "texts.recurrent_words": size if refined and not gate else None,
+    }
+    found = {name: getattr(images if name[0] == "i" else texts, name.split(".")[1]) for name in wanted}
+    sizes = {name: None if value is None else value.shape[-1] for name, value in found.items()}
+    wrong = [f"{name} of size {sizes[name]}, not {wanted[name]}" for name in wanted if sizes[name] != wanted[name]]
+    if images.tokens.shape[1] != images.region_mask.shape[1] * (1 if gate else 2):
+        wrong.append(f"{images.tokens.shape[1]} tokens for {images.region_mask.shape[1]} regions")
+    if wrong:
+        raise ValueError(
+            f"match got galleries of another model: {', '.join(wrong)} (None: absent). Score with the model that encoded "
+            "them, or encode them again."
+        )
 
 
 def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor:
@@ -97,3 +171,9 @@ def row_ids(
         if ids.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected ({count},), one id an item.")
     return image_ids.to(device), text_image_ids.to(device)
+
+
+def _refuse_nonfinite(values: Tensor, name: str) -> None:
+    # A sum is finite only where every value is, and costs one pass without a mask of the values' size.
+    sums = values.detach().flatten(1).sum(dim=1, dtype=torch.float64)
+    _refuse_rows(~torch.isfinite(sums), f"{name} hold NaN or infinity")

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-
 # Unknown keywords are refused when a config is written by hand, and let through when one is read from a checkpoint:
 # a file saved by a newer release must still load.
 _LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
@@ -46,13 +45,17 @@ class TVRNConfig(PreTrainedConfig):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
         use_pooled_features (`bool`, defaults to `True`):
-            Let the embeddings also see the mean of the input features (regions, and words of a Hub text tower).
-        dropout (`float`, defaults to 0.4): Inside the attention pooling of both sides.
-        input_dropout (`float`, defaults to 0.0): On region features, word embeddings and text tower features.
+            Let the embeddings also see the mean of the input features (regions, and words of a Hub text tower), through a
+            linear layer and a two-layer perceptron side by side.
+        pooled_hidden_size (`int`, defaults to 1024): Hidden units of those perceptrons; 0: the linear layer alone.
+        dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
+        image_dropout (`float`, defaults to 0.0): On region features.
+        text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
         margin, matching_temperature: Of the matching loss.
         matching_loss_weight, pair_contrastive_loss_weight, contrastive_loss_weight, hardest_negative_loss_weight:
             Weights of the loss's parts: matching and cross-entropy of the pair logits, InfoNCE of the embeddings,
             hinge on the hardest negatives of the pair scores.
+        label_smoothing (`float`, defaults to 0.0): Of the two cross-entropies.
         logit_scale_init_value (`float`, defaults to 2.6592): Log of the contrastive loss's first scale, as in CLIP.
         pair_chunk_size (`int`, *optional*):
             Image–caption pairs scored at once, which bounds the memory of the pair stage. `None`: as many as keep one
@@ -92,14 +95,17 @@ class TVRNConfig(PreTrainedConfig):
     use_embedding_similarity: bool = True
     embedding_scale_init_value: float | int = 10.0
     use_pooled_features: bool = True
+    pooled_hidden_size: int = 1024
     dropout: float | int = 0.4
-    input_dropout: float | int = 0.0
+    image_dropout: float | int = 0.0
+    text_dropout: float | int = 0.0
     margin: float | int = 0.2
     matching_temperature: float | int = 0.05
     matching_loss_weight: float | int = 1.0
     pair_contrastive_loss_weight: float | int = 0.0
     contrastive_loss_weight: float | int = 1.0
     hardest_negative_loss_weight: float | int = 0.0
+    label_smoothing: float | int = 0.0
     logit_scale_init_value: float | int = 2.6592
     pair_chunk_size: int | None = None
     checkpoint_pair_chunks: bool = True
@@ -132,9 +138,11 @@ class TVRNConfig(PreTrainedConfig):
         for name in positive:
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0.")
-        for name in ("iou_threshold", "dropout", "input_dropout", "margin", "leaky_slope"):
+        for name in ("iou_threshold", "dropout", "image_dropout", "text_dropout", "label_smoothing", "margin", "leaky_slope"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
+        if not (_is_number(self.pooled_hidden_size) and self.pooled_hidden_size >= 0):
+            raise ValueError(f"pooled_hidden_size is {self.pooled_hidden_size!r}; expected 0 (linear) or more.")
         for name in ("vision_grid_size", "pair_chunk_size"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 1):

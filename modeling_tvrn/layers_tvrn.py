@@ -4,12 +4,13 @@ Section numbers refer to the equations in the model card; masks are boolean with
 always come before padding (see `valid_first`). No layer here has batch statistics.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_tvrn import TVRNConfig
-
 
 # A grid's IoUs are exactly 0.2 and 0.5: without a slack float32 decides at random whether they reach the threshold.
 IOU_SLACK = 1e-4
@@ -28,8 +29,10 @@ def normalize(x: Tensor, dim: int = -1) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of the valid rows: (B, N, D), (B, N) -> (B, D)."""
-    weights = mask.to(x.dtype).unsqueeze(-1)
-    return (x * weights).sum(dim=1) / weights.sum(dim=1)
+    weights = mask.to(x.dtype)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    with torch.autocast(x.device.type, enabled=False):
+        return (weights.unsqueeze(1) @ x).squeeze(1)
 
 
 def masked_softmax(x: Tensor, mask: Tensor, dim: int) -> Tensor:
@@ -65,7 +68,7 @@ def box_iou(boxes: Tensor) -> Tensor:
     return intersection / union.clamp_min(torch.finfo(boxes.dtype).tiny)
 
 
-def grid_boxes(rows: int, columns: int, device=None) -> Tensor:
+def grid_boxes(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) xyxy in [0, 1]."""
     top, left = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
@@ -74,6 +77,18 @@ def grid_boxes(rows: int, columns: int, device=None) -> Tensor:
     sizes = [columns, rows, columns, rows]
     scaled = [(corner.float() / size).clamp(0, 1).flatten() for corner, size in zip(corners, sizes, strict=True)]
     return torch.stack(scaled, dim=-1)
+
+
+class FeatureDropout(nn.Dropout):
+    """Dropout that drops the same features of all of an item's fragments: (B, N, F) -> (B, N, F).
+
+    Masks of every fragment's own would cost more random numbers than the projection costs arithmetic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        return x * super().forward(torch.ones_like(x[:, :1]))
 
 
 class FragmentAttention(nn.Module):
@@ -155,16 +170,16 @@ class Recurrence(nn.Module):
 
     def input_gates(self, contexts: Tensor) -> Tensor:
         """W_ih y without its bias, (…, D) -> (…, 3D): linear, so it commutes with attention and norm."""
-        return F.linear(contexts, self.gru.weight_ih_l0)
+        return F.linear(contexts, cast(Tensor, self.gru.weight_ih_l0))
 
     def steps(self, input_gates: Tensor, state: Tensor) -> Tensor:
         """GRU over prepared input gates (B, N, 3D) from `state` (B, D) -> outputs (B, N, D); a loop over fragments only."""
-        gates = input_gates + self.gru.bias_ih_l0
+        gates = input_gates + cast(Tensor, self.gru.bias_ih_l0)
+        weight, bias = cast(Tensor, self.gru.weight_hh_l0), cast(Tensor, self.gru.bias_hh_l0)
         outputs = []
         for step in range(gates.shape[1]):
             reset_in, update_in, new_in = gates[:, step].chunk(3, dim=-1)
-            hidden = F.linear(state, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
-            reset_state, update_state, new_state = hidden.chunk(3, dim=-1)
+            reset_state, update_state, new_state = F.linear(state, weight, bias).chunk(3, dim=-1)
             update = torch.sigmoid(update_in + update_state)
             new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_state) * new_state)
             state = new + update * (state - new)
@@ -195,6 +210,29 @@ class AttentionPooling(nn.Module):
         return masked_softmax(scores, mask, dim=-1).to(fragments.dtype)
 
 
+class PooledEmbedding(nn.Module):
+    """Mean input features (B, F) to the embedding space (B, P): W x + b + MLP(x); on both sides (§5)."""
+
+    def __init__(self, size: int, dropout: float, config: TVRNConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(size, config.projection_size)
+        self.perceptron = (
+            nn.Sequential(
+                nn.Linear(size, config.pooled_hidden_size),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.pooled_hidden_size, config.projection_size),
+            )
+            if config.pooled_hidden_size
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return self.linear(x) + (self.perceptron(x) if self.perceptron is not None else 0)
+
+
 class WordEncoder(nn.Module):
     """Word embeddings and a bidirectional GRU whose directions are averaged (§3a)."""
 
@@ -203,7 +241,7 @@ class WordEncoder(nn.Module):
         self.embeddings = nn.Embedding(
             config.vocab_size, config.word_embedding_size, padding_idx=config.pad_token_id
         )
-        self.dropout = nn.Dropout(config.input_dropout)
+        self.dropout = nn.Dropout(config.text_dropout)
         self.gru = nn.GRU(config.word_embedding_size, config.hidden_size, batch_first=True, bidirectional=True)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -184,7 +184,12 @@ def check_score_spread(scores: Tensor, minimum: float = 1e-4) -> float:
 
 
 def contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, image_ids: Tensor, text_image_ids: Tensor
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    image_ids: Tensor,
+    text_image_ids: Tensor,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """InfoNCE on embeddings, the target spread uniformly over an anchor's positives (tvrn.md §6).
 
@@ -193,6 +198,7 @@ def contrastive_loss(
         text_embeds: (T, P), unit norm.
         logit_scale: Log of the factor on the cosine, as CLIP's parameter; one number.
         image_ids, text_image_ids: (I,) and (T,) integers that decide positives.
+        label_smoothing: Share of the target spread over all candidates, in [0, 1).
 
     Returns:
         Scalar, the mean of the two directions; float32 (float64 for float64 embeddings).
@@ -212,12 +218,15 @@ def contrastive_loss(
         return positives_cross_entropy(similarity * at_least_float32(scale).exp(), image_ids, text_image_ids)
 
 
-def positives_cross_entropy(logits: Tensor, image_ids: Tensor, text_image_ids: Tensor) -> Tensor:
+def positives_cross_entropy(
+    logits: Tensor, image_ids: Tensor, text_image_ids: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy over each row and each column of logits, the target spread uniformly over the anchor's positives.
 
     Args:
         logits: (I, T), any finite values.
         image_ids, text_image_ids: (I,) and (T,) integers that decide positives.
+        label_smoothing: Share of the target spread over all candidates, in [0, 1).
 
     Returns:
         Scalar, the mean of the two directions; float32 (float64 for float64 logits).
@@ -226,12 +235,13 @@ def positives_cross_entropy(logits: Tensor, image_ids: Tensor, text_image_ids: T
         ValueError: On NaN or infinite logits, wrong lengths, or an anchor without a positive.
     """
     logits, positives = _checked(logits, image_ids, text_image_ids, bounded=False)
-    return (_cross_entropy_rows(logits, positives) + _cross_entropy_rows(logits.T, positives.T)) / 2
+    rows = _cross_entropy_rows(logits, positives, label_smoothing)
+    return (rows + _cross_entropy_rows(logits.T, positives.T, label_smoothing)) / 2
 
 
-def _cross_entropy_rows(logits: Tensor, positives: Tensor) -> Tensor:
+def _cross_entropy_rows(logits: Tensor, positives: Tensor, label_smoothing: float) -> Tensor:
     targets = positives.to(logits.dtype)
-    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True))
+    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True), label_smoothing=label_smoothing)
 
 
 def _checked(scores: Tensor, image_ids: Tensor, text_image_ids: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .checks_tvrn import check_regions, check_texts, row_ids
+from .checks_tvrn import check_ids, check_pixels, check_regions, check_sides, check_text_features, check_words, row_ids
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import EncodedImages, EncodedTexts
 from .layers_tvrn import (
     AttentionPooling,
+    FeatureDropout,
     FragmentAttention,
     Gate,
     GeometricAttention,
+    PooledEmbedding,
     Recurrence,
     WordEncoder,
     gram,
@@ -38,8 +41,7 @@ from .layers_tvrn import (
 )
 from .losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
 from .pair_tvrn import PairStage
-from .towers_tvrn import build_tower, load_tower, region_feature_size, region_map
-
+from .towers_tvrn import build_tower, freeze_unused, load_tower, region_feature_size, region_map
 
 # Captions of one chunk share their padded length: sorted by length, this many at a time waste little.
 CAPTIONS_PER_CHUNK = 32
@@ -101,7 +103,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report."""
         wanted = kwargs.pop("output_loading_info", False)
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
@@ -131,7 +133,8 @@ class TVRNModel(TVRNPreTrainedModel):
         self.vision_model = build_tower(config.vision_config) if config.vision_config is not None else None
         self.text_model = build_tower(config.text_config) if config.text_config is not None else None
         self.word_encoder = WordEncoder(config) if config.text_config is None else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.image_dropout = FeatureDropout(config.image_dropout)
+        self.text_dropout = FeatureDropout(config.text_dropout)
         self.region_projection = nn.Linear(config.region_feature_size, size)
         if config.text_config is not None:
             self.word_projection = nn.Linear(config.text_config.hidden_size, size)
@@ -144,9 +147,9 @@ class TVRNModel(TVRNPreTrainedModel):
         self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
         self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
         if config.use_pooled_features:
-            self.pooled_image_embedding = _pooled_embedding(config.region_feature_size, config)
+            self.pooled_image_embedding = PooledEmbedding(config.region_feature_size, config.image_dropout, config)
             if config.text_config is not None:
-                self.pooled_text_embedding = _pooled_embedding(config.text_config.hidden_size, config)
+                self.pooled_text_embedding = PooledEmbedding(config.text_config.hidden_size, config.text_dropout, config)
         self.pair = PairStage(config)
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -161,7 +164,7 @@ class TVRNModel(TVRNPreTrainedModel):
         text: str | os.PathLike | None = None,
         *,
         trust_remote_code: bool = False,
-        **config,
+        **config: Any,
     ) -> "TVRNModel":
         """A new TVRN on pretrained towers from the Hub or a folder.
 
@@ -194,6 +197,9 @@ class TVRNModel(TVRNPreTrainedModel):
         for tower, frozen in self._towers():
             if frozen:
                 tower.requires_grad_(False)
+            else:
+                freeze_unused(tower)
+        self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
         if self.vision_model is not None:
@@ -219,6 +225,7 @@ class TVRNModel(TVRNPreTrainedModel):
         """The vision tower alone, what a region cache stores: features (B, R, F), boxes (B, R, 4), mask (B, R)."""
         if self.vision_model is None:
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
+        check_pixels(pixel_values, getattr(self.vision_model.config, "num_channels", 3))
         frozen = self.config.freeze_vision
         with torch.no_grad() if frozen else contextlib.nullcontext():
             # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
@@ -261,15 +268,22 @@ class TVRNModel(TVRNPreTrainedModel):
         if (pixel_values is None) == (region_features is None):
             raise ValueError("encode_images takes either pixel_values or region_features, exactly one of them.")
         if pixel_values is not None:
+            if region_boxes is not None or region_mask is not None:
+                raise ValueError(
+                    "encode_images got region_boxes or region_mask beside pixel_values, whose regions are the tower's "
+                    "own grid; leave them out, or give region_features."
+                )
             region_features, region_boxes, region_mask = self.extract_regions(pixel_values)
+        assert region_features is not None
         features, boxes, mask = check_regions(
             region_features, region_boxes, region_mask, self.config.region_feature_size, self.geometry is not None
         )
-        order = valid_first(mask)
-        features, mask = take(features, order), take(mask, order)
-        boxes = take(boxes, order) if boxes is not None else None
-        features = self.input_dropout(features.to(self.region_projection.weight.dtype))
-        regions = normalize(self.region_projection(features))
+        if not mask.all():
+            order = valid_first(mask)
+            features, mask = take(features, order), take(mask, order)
+            boxes = take(boxes, order) if boxes is not None else None
+        features = features.to(self.region_projection.weight.dtype)
+        regions = normalize(self.region_projection(self.image_dropout(features)))
         contexts = self._visual_contexts(regions, boxes, mask)
         joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
         tokens, token_mask = self._refine_regions(regions, joint, mask)
@@ -338,18 +352,27 @@ class TVRNModel(TVRNPreTrainedModel):
         Raises:
             ValueError: On wrong shapes, or a text without a word to match.
         """
-        given = text_features if text_features is not None else input_ids
-        if given is None:
-            raise ValueError("encode_texts got neither input_ids nor text_features.")
-        attended, mask = check_texts(given, attention_mask, word_mask)
+        given = self._check_texts(input_ids, text_features)
+        attended, mask = check_words(given, attention_mask, word_mask)
         order = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
         if self.word_encoder is not None:
-            pooled, words = None, self.word_encoder(take(input_ids, order), take(mask, order))
+            pooled, words = None, self.word_encoder(take(given, order), take(mask, order))
         else:
-            hidden = text_features if text_features is not None else self.extract_words(input_ids, attended.long())
-            hidden = self.input_dropout(hidden.to(self.word_projection.weight.dtype))
-            pooled, words = masked_mean(hidden, attended), self.word_projection(take(hidden, order))
+            hidden = given if text_features is not None else self.extract_words(given, attended.long())
+            hidden = hidden.to(self.word_projection.weight.dtype)
+            pooled, words = masked_mean(hidden, attended), self.word_projection(self.text_dropout(take(hidden, order)))
         return self._encode_words(normalize(words), take(mask, order), order, pooled)
+
+    def _check_texts(self, input_ids: Tensor | None, text_features: Tensor | None) -> Tensor:
+        """The one that is given, checked."""
+        tower = self.config.text_config
+        if text_features is not None and tower is None:
+            raise ValueError("text_features came, but this model has no text tower that gives such; give it input_ids.")
+        if text_features is not None and input_ids is None:
+            return check_text_features(text_features, tower.hidden_size)
+        if input_ids is None or text_features is not None:
+            raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
+        return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
 
     def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor | None) -> EncodedTexts:
         extras: dict[str, Tensor] = {}
@@ -383,18 +406,19 @@ class TVRNModel(TVRNPreTrainedModel):
             chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, does not change scores.
 
         Raises:
-            ValueError: If a side is empty or `chunk_size` is below 1.
+            ValueError: If a side is empty, another model's, or `chunk_size` is below 1.
         """
         if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
             raise ValueError(
                 f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of each."
             )
+        check_sides(images, texts, self.config)
         device = images.tokens.device.type
         if torch.is_autocast_enabled(device):
-            images, texts = (side.to(torch.get_autocast_dtype(device)) for side in (images, texts))
+            dtype = torch.get_autocast_dtype(device)
+            images, texts = images.to(dtype), texts.to(dtype)
         # Captions of one length share a chunk, so that little of it is padding.
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
-        texts = texts.select(order)
         chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts)
         captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
         image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
@@ -402,7 +426,7 @@ class TVRNModel(TVRNPreTrainedModel):
         score = self._score_block if whole and not self.gradient_checkpointing else self._score_block_checkpointed
         columns = []
         for rows in _slices(len(texts), captions):
-            block = texts.select(rows).trim()
+            block = texts.select(order[rows]).trim()
             columns.append(torch.cat([score(image_block, block) for image_block in image_blocks]))
         return torch.cat(columns, dim=1).index_select(1, torch.argsort(order))
 
@@ -462,9 +486,11 @@ class TVRNModel(TVRNPreTrainedModel):
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
             )
         if config.pair_contrastive_loss_weight:
-            parts["pair_contrastive"] = positives_cross_entropy(logits, *ids)
+            parts["pair_contrastive"] = positives_cross_entropy(logits, *ids, config.label_smoothing)
         if config.contrastive_loss_weight:
-            parts["contrastive"] = contrastive_loss(image_embeds, text_embeds, self.logit_scale, *ids)
+            parts["contrastive"] = contrastive_loss(
+                image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
+            )
         if config.hardest_negative_loss_weight:
             parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
         if not parts:
@@ -472,12 +498,12 @@ class TVRNModel(TVRNPreTrainedModel):
         loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def get_image_features(self, pixel_values: Tensor | None = None, **regions) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor | None = None, **regions: Tensor | None) -> BaseModelOutputWithPooling:
         """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`."""
         images = self.encode_images(pixel_values, **regions)
         return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=images.embeds)
 
-    def get_text_features(self, input_ids: Tensor | None = None, **words) -> BaseModelOutputWithPooling:
+    def get_text_features(self, input_ids: Tensor | None = None, **words: Tensor | None) -> BaseModelOutputWithPooling:
         """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`."""
         texts = self.encode_texts(input_ids, **words)
         return BaseModelOutputWithPooling(last_hidden_state=texts.words, pooler_output=texts.embeds)
@@ -485,10 +511,6 @@ class TVRNModel(TVRNPreTrainedModel):
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:
     return Gate(config) if config.refinement == "gate" else Recurrence(config)
-
-
-def _pooled_embedding(size: int, config: TVRNConfig) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, config.projection_size, bias=False))
 
 
 def _auto_chunk_size(texts: EncodedTexts) -> int:
