@@ -1,4 +1,4 @@
-"""Run a frozen vision backbone once over a data set and keep its regions, so that training does not run it again.
+r"""Run a frozen vision backbone once over a data set and keep its regions, so that training does not run it again.
 
 The regions of Flickr8k's photographs, 6 x 6 of MobileNetV2's map, in half precision (92 kB an image):
 
@@ -129,4 +129,7 @@ def read_records(options: argparse.Namespace):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # the user's to mend, and the message says how
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -66,7 +66,7 @@ class Shard:
     def arrays(self) -> dict[str, np.ndarray]:
         """Map the arrays into memory, read-only: a page is read from disk when it is first used."""
         return {
-            name: np.memmap(self.path, dtype, "r", self.offsets[name], (len(self.ids), *shape))
+            name: np.asarray(np.memmap(self.path, dtype, "r", self.offsets[name], (len(self.ids), *shape)))
             for name, (dtype, shape) in self.layout.items()
         }
 
