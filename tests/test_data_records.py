@@ -62,7 +62,6 @@ def numbers_of(batch):
     return [record["image_id"] for record in batch]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_record_once_with_workers(folder, streaming, workers):

@@ -1,12 +1,13 @@
 """Parquet and Hub layouts: every public one gives the same records, and an unknown one is refused."""
 
+import json
 import logging
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from data_makers import captions, encoded, shows, write_parquet
+from data_makers import captions, encoded, shows, write_parquet, write_tar
 
 from modeling_tvrn.data import PRESETS, load_pairs, loading
 from modeling_tvrn.data.loading import Preset
@@ -133,6 +134,23 @@ def test_karpathy_table_without_images_reads_them_from_a_folder(tmp_path):
     assert records.filenames[0] == f"val2014/{names[0]}"
     with pytest.raises(ValueError, match=r"no column of images.*'url'.*image_root"):
         load_pairs(tmp_path / "data")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_split_of_everything_is_divided_by_karpathys_file(tmp_path, streaming):
+    """`lmms-lab/flickr30k`: one split called test, of all 31,783 photographs, with text for ids."""
+    table = flickr30k() | {"img_id": [str(n) for n in ROWS]}
+    del table["split"]
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", table)
+    karpathy = {"images": [{"filename": "3.jpg", "split": "train"}, {"filename": "4.jpg", "split": "test"}]}
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps(karpathy))
+    options = {"streaming": streaming, "split_file": tmp_path / "dataset_flickr30k.json"}
+    for split, expected in (("train", "3"), ("test", "4")):
+        records = list(load_pairs(tmp_path, split=split, **options))
+        assert [(record["image_id"], record["split"]) for record in records] == [(expected, split)]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps([{"filename": "3.jpg"}]))
+    with pytest.raises(ValueError, match=r"which split an image file belongs to; columns seen: \['filename'\]"):
+        load_pairs(tmp_path, split="test", **options)
 
 
 def test_unknown_layout_is_refused_with_the_columns_seen_and_can_be_named(tmp_path):
@@ -282,6 +300,18 @@ class TestHub:
         monkeypatch.setitem(PRESETS, "coco", Preset(repositories, dict.fromkeys(repositories, 3)))
         records = load_pairs("coco", split="val")
         assert records.image_ids == list(ROWS) and records.splits == ["validation"] * 3
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_webdataset_repository(self, tmp_path, monkeypatch, streaming):
+        """`clip-benchmark/wds_flickr30k`, which `datasets` turns into a table."""
+        for number, place in ((3, "test/0.tar"), (1, "test/1.tar"), (4, "train/0.tar")):
+            members = {"s0.jpg": encoded(number, "JPEG", quality=95), "s0.txt": "\n".join(captions(number))}
+            write_tar(tmp_path / place, members)
+        monkeypatch.setitem(PRESETS, "coco", Preset(dict.fromkeys(("train", "test"), str(tmp_path)), {"test": 2}))
+        records = list(load_pairs("coco", split="test", streaming=streaming))
+        assert [record["captions"] for record in records] == [captions(3), captions(1)]
+        assert shows(records[0]["image"], 3) and shows(records[1]["image"], 1)
+        assert [record["image_id"] for record in records] == ["test/000000", "test/000001"]
 
     def test_published_presets(self):
         counts = {name: tuple(preset.images.values()) for name, preset in PRESETS.items()}

@@ -140,6 +140,10 @@ class TestPairCollator:
         with pytest.raises(ValueError, match=r"expected in all of them either 'image', or 'region_features'"):
             PairCollator(WordProcessor())([{"image_id": 1, "captions": ["a"]}])
 
+    def test_what_trainer_leaves_of_items_is_refused_with_the_remedy(self):
+        with pytest.raises(ValueError, match=r"keys \['row'\].*remove_unused_columns=False"):
+            PairCollator(WordProcessor())([{"row": 1}])
+
     def test_an_empty_batch_is_refused(self):
         with pytest.raises(ValueError, match="a batch of 0 items holds no caption"):
             PairCollator(WordProcessor())([])
@@ -154,7 +158,6 @@ class TestPairCollator:
         assert batch["pixel_values"].shape == (2, 3, 8, 8)
         assert batch["input_ids"].shape == batch["word_mask"].shape == (6, 6)
 
-    @pytest.mark.slow
     def test_in_workers(self, data):
         items = CaptionDataset(data)
         loader = DataLoader(

@@ -37,6 +37,22 @@ def read_caption_file(path: Path) -> list[Row]:
     return rows
 
 
+def read_splits(path: Path) -> dict[str, str]:
+    """The split of each image file, from a table with both, such as Karpathy's `dataset_flickr30k.json`.
+
+    Raises:
+        ValueError: the table has no file names or no splits.
+    """
+    rows = read_caption_file(path)
+    filename = next((name for name in FILENAME_COLUMNS if name in rows[0]), None)
+    if filename is None or "split" not in rows[0]:
+        raise ValueError(
+            f"{path} does not tell which split an image file belongs to; columns seen: {list(rows[0])}, expected "
+            "filename and split, as in Karpathy's dataset_*.json"
+        )
+    return {str(row[filename]): str(row["split"]) for row in rows}
+
+
 def _read_json(path: Path) -> list[Row]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

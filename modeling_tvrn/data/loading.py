@@ -14,12 +14,14 @@ from typing import Any, Literal, cast, overload
 
 from .caption_files import CAPTION_SUFFIXES
 from .folders import caption_files_in, open_folder
+from .hub_tables import open_hub
 from .images import MAX_IMAGE_PIXELS, Check
+from .parquet_tables import open_parquet
 from .records import PairDataset, PairStream, build_dataset
 from .scan import open_scan, scan_stems
 from .sources import JoinedSource, PairSource, ScenesSource, joined
 from .splits import EVERY_SPLIT, SplitChoice, canonical_split, choose_splits
-from .tables import HubSource, open_hub, open_parquet
+from .tables import TableSource
 from .webdataset import TAR_SUFFIXES, open_webdataset
 
 logger = logging.getLogger(__name__)
@@ -101,8 +103,9 @@ def load_pairs(
             what is missing, no image, too large or cut short), "full" (decodes every image), or False.
         max_pixels: images with more are left out.
         options: of the source's reader: columns={"image": ..., "captions": ..., "image_id": ...} for tables whose
-            columns have other names, extra_columns, image_root, captions_file (folders), captions_per_image (SCAN),
-            config_name, revision, token, cache_dir (Hub), count, seed, image_size (scenes).
+            columns have other names, extra_columns, image_root, split_file (Karpathy's JSON, for tables with other
+            splits), captions_file (folders), captions_per_image (SCAN), config_name, revision, token, cache_dir (Hub),
+            count, seed, image_size (scenes).
 
     Returns:
         Map-style records, or a stream of them. What cannot be used is left out, counted in `.skipped` and reported.
@@ -222,7 +225,7 @@ def _open_preset(
         alone = list(preset.repositories.values()).count(repository) == 1
         source, _ = open_hub(repository, EVERY_SPLIT if alone else part, streaming, **options)
         for table in source.parts if isinstance(source, JoinedSource) else [source]:
-            cast(HubSource, table).split = part
+            cast(TableSource, table).split = part
         opened.append(source)
     return joined(name, opened), chosen
 

@@ -1,21 +1,57 @@
-"""Tables with one row an image: parquet files, and datasets of the Hub read through `datasets`."""
+"""Tables with one row an image, as parquet files and datasets of the Hub have them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .caption_files import read_splits
 from .folders import find_image, names_of_file
 from .schema import Layout, SourceRow, detect_layout
-from .sources import Content, PairSource, joined
-from .splits import EVERY_SPLIT, SplitChoice, choose_splits, group_by_split
+from .sources import Content, PairSource
+from .splits import EVERY_SPLIT
 
-_BATCH = 64  # rows decompressed at a time while streaming: some megabytes of photographs
+_SPLIT_OF_FILE = "split in split_file"  # a column that is added
+_UNLISTED = "unlisted"
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How to read a table.
+
+    Attributes:
+        columns: the user's choice of columns, see `schema.detect_layout`.
+        image_root: folder of the images where the table only names them.
+        extra_columns: columns that records keep under their own names.
+        split_file: a table of file names and splits, in place of the splits that the data have themselves.
+    """
+
+    columns: Mapping[str, Any] | None = None
+    image_root: str | Path | None = None
+    extra_columns: Sequence[str] = ()
+    split_file: str | Path | None = None
+
+    def layout(self, seen: Sequence[str], name: str) -> Layout:
+        """The layout of a table with the columns `seen`.
+
+        Raises:
+            ValueError: the columns are not understood, or do not serve these options.
+        """
+        for extra in self.extra_columns:
+            if extra not in seen:
+                raise ValueError(f"extra_columns={extra!r}: {name} has no such column; it has {list(seen)}")
+        layout = detect_layout(seen, self.columns, name, has_images=self.image_root is not None)
+        if layout.filename is None and (self.split_file or not (layout.image or layout.regions)):
+            raise ValueError(
+                f"{name} has no column with the images' file names, which image_root= and split_file= need; columns "
+                f"seen: {list(seen)}. Name it with columns={{'filename': ...}}"
+            )
+        return layout if self.split_file is None else replace(layout, split=_SPLIT_OF_FILE)
 
 
 class TableSource(PairSource):
@@ -24,19 +60,17 @@ class TableSource(PairSource):
     Args:
         name: what to call it in messages.
         split: the split its file or folder is named after.
-        layout: which column holds what.
-        image_root: folder of the images where the table only names them.
-        extra_columns: columns that records keep under their own names.
+        seen: its columns.
+        options: how to read it.
     """
 
-    def __init__(
-        self, name: str, split: str | None, layout: Layout, image_root: Path | None, extra_columns: Sequence[str]
-    ) -> None:
+    def __init__(self, name: str, split: str | None, seen: Sequence[str], options: TableOptions) -> None:
         self.name = name
         self.split = split
-        self.layout = layout
-        self.image_root = image_root
-        self.extra_columns = tuple(extra_columns)
+        self.layout = options.layout(seen, name)
+        self.image_root = None if options.image_root is None else Path(options.image_root)
+        self.extra_columns = tuple(options.extra_columns)
+        self.split_of = None if options.split_file is None else read_splits(Path(options.split_file))
 
     @cached_property
     def dataset(self) -> Any:
@@ -47,7 +81,7 @@ class TableSource(PairSource):
         return len(self.dataset)
 
     def rows(self) -> Iterator[SourceRow]:
-        text = self.dataset.select_columns(self.layout.text_columns).with_format("arrow")
+        text = self.dataset.select_columns(self._text_columns).with_format("arrow")
         batches = (batch.to_pylist() for batch in text.iter(1000))
         return self._numbered(row for batch in batches for row in batch)
 
@@ -60,6 +94,10 @@ class TableSource(PairSource):
         return self.dataset.select_columns(self._content_columns)
 
     @property
+    def _text_columns(self) -> list[str]:
+        return [name for name in self.layout.text_columns if name != _SPLIT_OF_FILE]
+
+    @property
     def _content_columns(self) -> list[str]:
         names = [*self.layout.regions, *self.extra_columns]
         if self.image_root is not None:
@@ -70,6 +108,9 @@ class TableSource(PairSource):
 
     def _numbered(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[SourceRow]:
         for number, values in enumerate(rows):
+            if self.split_of is not None:
+                found = self.split_of.get(str(values[self.layout.filename or ""]), _UNLISTED)
+                values = {**values, _SPLIT_OF_FILE: found}
             yield SourceRow(values, self.split, f"{self.split or EVERY_SPLIT}/{number:06d}")
 
     def _content(self, values: Mapping[str, Any]) -> Content:
@@ -88,159 +129,10 @@ def _holds_bytes(image: Any) -> bool:
     return isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes") is not None)
 
 
-class ParquetSource(TableSource):
-    """Parquet files of one split. Their rows are mapped by `datasets` when first needed, not while streaming."""
-
-    def __init__(self, files: Sequence[Path], cache_dir: str | None = None, **table: Any) -> None:
-        super().__init__(**table)
-        self.files = list(files)
-        self.cache_dir = cache_dir
-
-    @cached_property
-    def dataset(self) -> Any:
-        import datasets
-
-        files = {"train": [str(path) for path in self.files]}
-        dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
-        return _left_encoded(dataset, self.layout.image)
-
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
-        # with pyarrow alone: the read-ahead threads of `datasets` can abort a process that stops in mid-stream
-        for row in self._numbered(self._file_rows()):
-            yield row, partial(self._content, row.values)
-
-    def _file_rows(self) -> Iterator[Mapping[str, Any]]:
-        import pyarrow.parquet
-
-        columns = list(dict.fromkeys([*self.layout.text_columns, *self._content_columns]))
-        for path in self.files:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
-                    yield from batch.to_pylist()
-
-
-class HubSource(TableSource):
-    """One split of a dataset on the Hub, mapped or streamed by `datasets`."""
-
-    def __init__(self, dataset: Any, **table: Any) -> None:
-        super().__init__(**table)
-        self._given = dataset
-
-    @cached_property
-    def dataset(self) -> Any:
-        return _left_encoded(self._given, self.layout.image)
-
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
-        for row in self._numbered(self.dataset):
-            yield row, partial(self._content, row.values)
-
-
-def _left_encoded(dataset: Any, image: str | None) -> Any:
+def left_encoded(dataset: Any, image: str | None) -> Any:
     """The dataset with images as bytes: they are decoded here, within bounds, and one that is corrupt is seen."""
     import datasets
 
     if image is not None and isinstance((dataset.features or {}).get(image), datasets.Image):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     return dataset
-
-
-def open_parquet(
-    files: Sequence[Path],
-    root: Path,
-    name: str,
-    split: str | None,
-    columns: Mapping[str, Any] | None = None,
-    image_root: str | Path | None = None,
-    extra_columns: Sequence[str] = (),
-    cache_dir: str | None = None,
-) -> tuple[PairSource, SplitChoice]:
-    """Parquet files, whose names tell their splits (`train-00000-of-00004.parquet`).
-
-    Args:
-        image_root: folder of the images where the tables only name them.
-        extra_columns: columns that records keep under their own names.
-        cache_dir: where `datasets` keeps the mapped copy instead of its own cache.
-    """
-    import pyarrow.parquet
-
-    groups = group_by_split(files, root)
-    choice = choose_splits(list(groups), split, name)
-    image_folder = None if image_root is None else Path(image_root)
-    parts = []
-    for part in choice.parts:
-        seen = {tuple(pyarrow.parquet.read_schema(path).names) for path in groups[part]}
-        if len(seen) > 1:
-            raise ValueError(f"{name}: files of one split differ in their columns: {sorted(seen)}; load them apart")
-        layout = _table_layout(seen.pop(), name, columns, image_folder, extra_columns)
-        table = {"name": name, "split": part, "layout": layout, "image_root": image_folder}
-        parts.append(ParquetSource(groups[part], cache_dir, extra_columns=extra_columns, **table))
-    return joined(name, parts), choice
-
-
-def open_hub(
-    repository: str,
-    split: str | None,
-    streaming: bool,
-    columns: Mapping[str, Any] | None = None,
-    image_root: str | Path | None = None,
-    extra_columns: Sequence[str] = (),
-    config_name: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
-) -> tuple[PairSource, SplitChoice]:
-    """A dataset of the Hub in parquet or webdataset form (or a folder that `datasets` can load).
-
-    Args:
-        image_root: folder of the images where the dataset only names them (`yerevann/coco-karpathy`).
-        extra_columns: columns that records keep under their own names.
-        config_name, revision, token, cache_dir: as `datasets.load_dataset` takes them.
-    """
-    import datasets
-
-    place = {"name": config_name, "revision": revision, "token": token, "cache_dir": cache_dir}
-    with _hub_errors(repository):
-        builder = datasets.load_dataset_builder(repository, **place)
-    available = [str(part) for part in (builder.info.splits or builder.config.data_files or {})]
-    choice = choose_splits(available, split, repository)
-    image_folder = None if image_root is None else Path(image_root)
-    parts = []
-    for part in choice.parts:
-        with _hub_errors(repository):
-            dataset = datasets.load_dataset(repository, split=part, streaming=streaming, **place)
-        seen = dataset.column_names or list(next(iter(dataset)))
-        layout = _table_layout(seen, repository, columns, image_folder, extra_columns)
-        table = {"name": repository, "split": part, "layout": layout, "image_root": image_folder}
-        parts.append(HubSource(dataset, extra_columns=extra_columns, **table))
-    return joined(repository, parts), choice
-
-
-@contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
-    """Failures to find or reach a dataset, said in one way."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
-        raise ValueError(
-            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {error} "
-            f"({type(error).__name__}). Check the name, the network and, for gated data, the token; or download it "
-            "and pass the folder"
-        ) from error
-
-
-def _table_layout(
-    columns: Sequence[str],
-    name: str,
-    chosen: Mapping[str, Any] | None,
-    image_root: Path | None,
-    extra_columns: Sequence[str],
-) -> Layout:
-    for extra in extra_columns:
-        if extra not in columns:
-            raise ValueError(f"extra_columns={extra!r}: {name} has no such column; it has {list(columns)}")
-    layout = detect_layout(columns, chosen, name, has_images=image_root is not None)
-    if layout.image is None and not layout.regions and layout.filename is None:
-        raise ValueError(
-            f"{name} names no image files, so image_root={str(image_root)!r} cannot serve; {list(columns)}"
-        )
-    return layout

@@ -155,6 +155,11 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def _items_of(record: Record) -> list[Item]:
+    if "captions" not in record:
+        raise ValueError(
+            f"an item with the keys {sorted(record)} is neither a record nor of CaptionDataset; of a Trainer set "
+            "remove_unused_columns=False, or it removes what the collator reads"
+        )
     return [
         {"record": record, "caption": caption, "caption_number": number}
         for number, caption in enumerate(record["captions"])

@@ -1,0 +1,76 @@
+"""Parquet files on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from .schema import SourceRow
+from .sources import Content, PairSource, joined
+from .splits import SplitChoice, choose_splits, group_by_split
+from .tables import TableOptions, TableSource, left_encoded
+
+_BATCH = 64  # rows decompressed at a time while streaming: some megabytes of photographs
+
+
+class ParquetSource(TableSource):
+    """Parquet files of one split. Their rows are mapped by `datasets` when first needed, not while streaming."""
+
+    def __init__(
+        self, files: Sequence[Path], name: str, split: str | None, options: TableOptions, cache_dir: str | None = None
+    ) -> None:
+        import pyarrow.parquet
+
+        seen = {tuple(pyarrow.parquet.read_schema(path).names) for path in files}
+        if len(seen) > 1:
+            raise ValueError(f"{name}: files of one split differ in their columns: {sorted(seen)}; load them apart")
+        super().__init__(name, split, seen.pop(), options)
+        self.files = list(files)
+        self.cache_dir = cache_dir
+
+    @cached_property
+    def dataset(self) -> Any:
+        import datasets
+
+        files = {"train": [str(path) for path in self.files]}
+        dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
+        return left_encoded(dataset, self.layout.image)
+
+    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
+        # with pyarrow alone: the read-ahead threads of `datasets` can abort a process that stops in mid-stream
+        for row in self._numbered(self._file_rows()):
+            yield row, partial(self._content, row.values)
+
+    def _file_rows(self) -> Iterator[Mapping[str, Any]]:
+        import pyarrow.parquet
+
+        columns = list(dict.fromkeys([*self._text_columns, *self._content_columns]))
+        for path in self.files:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
+                    yield from batch.to_pylist()
+
+
+def open_parquet(
+    files: Sequence[Path],
+    root: Path,
+    name: str,
+    split: str | None,
+    columns: Mapping[str, Any] | None = None,
+    image_root: str | Path | None = None,
+    extra_columns: Sequence[str] = (),
+    split_file: str | Path | None = None,
+    cache_dir: str | None = None,
+) -> tuple[PairSource, SplitChoice]:
+    """Parquet files, whose names tell their splits (`train-00000-of-00004.parquet`).
+
+    Args:
+        columns, image_root, extra_columns, split_file: see `TableOptions`.
+        cache_dir: where `datasets` keeps the mapped copy instead of its own cache.
+    """
+    groups = group_by_split(files, root)
+    choice = choose_splits(list(groups), split, name)
+    options = TableOptions(columns, image_root, extra_columns, split_file)
+    return joined(name, [ParquetSource(groups[part], name, part, options, cache_dir) for part in choice.parts]), choice
