@@ -45,8 +45,8 @@ class TVRNConfig(PreTrainedConfig):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
         use_pooled_features (`bool`, defaults to `True`):
-            Let the embeddings also see the mean of the input features (regions, and words of a Hub text tower), through a
-            linear layer and a two-layer perceptron side by side.
+            Let the embeddings also see the mean of the input features (region features, word embeddings or the text
+            tower's outputs), through a linear layer and a two-layer perceptron side by side.
         pooled_hidden_size (`int`, defaults to 1024): Hidden units of those perceptrons; 0: the linear layer alone.
         dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
         image_dropout (`float`, defaults to 0.0): On region features.

@@ -241,17 +241,17 @@ class WordEncoder(nn.Module):
         self.embeddings = nn.Embedding(
             config.vocab_size, config.word_embedding_size, padding_idx=config.pad_token_id
         )
-        self.dropout = nn.Dropout(config.text_dropout)
+        self.dropout = FeatureDropout(config.text_dropout)
         self.gru = nn.GRU(config.word_embedding_size, config.hidden_size, batch_first=True, bidirectional=True)
 
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """(T, W) ids, (T, W) with the valid words first -> (T, W, D)."""
-        embedded = self.dropout(self.embeddings(input_ids))
+    def forward(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, W) ids, (T, W) with the valid words first -> words (T, W, D) and the mean word embedding (T, E)."""
+        embedded = self.embeddings(input_ids)
         packed = nn.utils.rnn.pack_padded_sequence(
-            embedded, mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
+            self.dropout(embedded), mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
         )
         outputs, _ = nn.utils.rnn.pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, total_length=input_ids.shape[1]
         )
         forward, backward = outputs.chunk(2, dim=-1)
-        return (forward + backward) / 2
+        return (forward + backward) / 2, masked_mean(embedded, mask)

@@ -148,8 +148,8 @@ class TVRNModel(TVRNPreTrainedModel):
         self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
         if config.use_pooled_features:
             self.pooled_image_embedding = PooledEmbedding(config.region_feature_size, config.image_dropout, config)
-            if config.text_config is not None:
-                self.pooled_text_embedding = PooledEmbedding(config.text_config.hidden_size, config.text_dropout, config)
+            words = config.word_embedding_size if config.text_config is None else config.text_config.hidden_size
+            self.pooled_text_embedding = PooledEmbedding(words, config.text_dropout, config)
         self.pair = PairStage(config)
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -356,7 +356,7 @@ class TVRNModel(TVRNPreTrainedModel):
         attended, mask = check_words(given, attention_mask, word_mask)
         order = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
         if self.word_encoder is not None:
-            pooled, words = None, self.word_encoder(take(given, order), take(mask, order))
+            words, pooled = self.word_encoder(take(given, order), take(mask, order))
         else:
             hidden = given if text_features is not None else self.extract_words(given, attended.long())
             hidden = hidden.to(self.word_projection.weight.dtype)
@@ -374,7 +374,7 @@ class TVRNModel(TVRNPreTrainedModel):
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
 
-    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor | None) -> EncodedTexts:
+    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor) -> EncodedTexts:
         extras: dict[str, Tensor] = {}
         summary = words
         if self.textual_refinement is not None:
@@ -385,7 +385,7 @@ class TVRNModel(TVRNPreTrainedModel):
             summary, state = self.textual_refinement.read(words, mask)
             extras |= {"recurrent_words": summary, "recurrent_state": state}
         embeds = self.text_embedding(masked_mean(summary, mask))
-        if self.config.use_pooled_features and pooled is not None:
+        if self.config.use_pooled_features:
             embeds = embeds + self.pooled_text_embedding(pooled)
         return EncodedTexts(
             embeds=normalize(embeds.to(self.logit_scale.dtype)),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["CaptionBatches"]
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+__all__ = ["CaptionBatches", "Phase", "phases"]
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -61,3 +66,31 @@ class CaptionBatches(Sampler[list[int]]):
         starts = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(part) != 0)])
         groups = np.split(by_image, starts[1:])
         return np.concatenate([groups[number] for number in rng.permutation(len(groups))])
+
+
+@dataclass
+class Phase:
+    """A stretch of training: its batches, for how many epochs, and whether pairs are scored."""
+
+    batches: CaptionBatches
+    epochs: int
+    with_pairs: bool
+    accumulation: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(len(self.batches) / self.accumulation)
+
+
+def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
+    """The head start, where the configuration has one, and the epochs in which pairs are scored."""
+
+    def phase(epochs: int, batch_size: int, with_pairs: bool) -> Phase:
+        batches = CaptionBatches(image_rows, batch_size, config.batch_captions_per_image, config.seed)
+        return Phase(batches, epochs, with_pairs, config.gradient_accumulation_steps)
+
+    main = phase(config.epochs, config.batch_size, True)
+    if not config.head_start_epochs:
+        return [main]
+    return [phase(config.head_start_epochs, config.head_start_batch_size or config.batch_size, False), main]

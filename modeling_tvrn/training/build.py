@@ -87,11 +87,6 @@ def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
 def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
     """A new model on the configured towers, with the sizes that follow from processor and data filled in."""
     fields = copy.deepcopy(config.model)
-    if config.vision is not None and fields.get("vision_config") is not None:
-        raise ValueError(
-            f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
-            "(a pretrained one, or a configuration to start from scratch)"
-        )
     if config.text is None:
         _size_words(fields, processor)
     if config.vision is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
 
 logger = logging.getLogger(__name__)
@@ -37,22 +37,22 @@ class BestModel:
 
     Attributes:
         step: the optimizer step of the model that is kept, 0 before there is one.
-        rsum: its validation rSum, percent of 600.
+        report: its evaluation; None before there is one.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.step = 0
-        self.rsum = -math.inf
+        self.report: EvaluationReport | None = None
         if (self.folder / "config.json").exists():
             logger.warning("%s holds a model already; it is replaced at the first evaluation", self.folder)
 
-    def offer(self, step: int, rsum: float, model: Any, processor: Any) -> bool:
-        """Save the model if it is better than the one kept; ties keep the earlier."""
-        if rsum <= self.rsum:
+    def offer(self, step: int, report: EvaluationReport, model: Any, processor: Any) -> bool:
+        """Save the model if its rSum is higher than that of the one kept."""
+        if self.report is not None and report.metrics.rsum <= self.report.metrics.rsum:
             return False
         save_model(self.folder, model, processor)
-        self.step, self.rsum = step, rsum
+        self.step, self.report = step, report
         return True
 
     def load(self) -> TVRNModel:

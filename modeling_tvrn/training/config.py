@@ -66,8 +66,11 @@ class TrainingConfig:
     gradient_accumulation_steps: int = _key(
         1, "schedule", "batches whose gradients make one optimizer step; negatives stay within a batch", minimum=1
     )
-    matching_warmup_steps: int = _key(
-        0, "schedule", "first optimizer steps with the contrastive loss alone, without the pair score", minimum=0
+    head_start_epochs: int = _key(
+        0, "schedule", "epochs before the others that train the embeddings alone, without the pair score", minimum=0
+    )
+    head_start_batch_size: int | None = _key(
+        None, "schedule", "captions a batch of the head start, whose steps are cheap (null: batch_size)", minimum=2
     )
 
     learning_rate: float = _key(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
@@ -156,6 +159,11 @@ class TrainingConfig:
             raise ValueError(
                 "cache_text_features = True needs model.freeze_text = True, got False; "
                 "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
+            )
+        if self.vision is not None and self.model.get("vision_config") is not None:
+            raise ValueError(
+                f"vision = {self.vision!r} and model.vision_config both name a vision tower; give one of them "
+                "(a pretrained one, or a configuration to start from scratch)"
             )
         has_tower = self.vision is not None or self.model.get("vision_config") is not None
         if self.regions is not None and has_tower and not self.model.get("freeze_vision", False):

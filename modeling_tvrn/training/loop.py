@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import CaptionDataset, PairCollator
-from .batches import CaptionBatches
+from .batches import CaptionBatches, Phase, phases
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
@@ -24,7 +25,7 @@ from .optim import WeightAverage, make_optimizer, rate_factor
 from .output import write_results
 from .progress import Progress
 from .text_cache import CachedTextProcessor
-from .validation import Validation
+from .validation import Validation, flat_recalls, summary
 from .watch import TrainingStopped, Watch
 
 logger = logging.getLogger(__name__)
@@ -69,14 +70,11 @@ class Training:
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
         self._read_caches()
-        self.batches = CaptionBatches(
-            [row for row, captions in enumerate(self.train_records.captions) for _ in captions],
-            config.batch_size,
-            config.batch_captions_per_image,
-            config.seed,
-        )
-        self.steps_per_epoch = -(-len(self.batches) // config.gradient_accumulation_steps)
-        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        image_rows = [row for row, captions in enumerate(self.train_records.captions) for _ in captions]
+        self.phases = phases(config, image_rows)
+        self.head_start_steps = sum(p.epochs * p.steps_per_epoch for p in self.phases if not p.with_pairs)
+        self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
+        self.epoch, self.epoch_step = 0, 0
         self._prepare()
         self.step, self.waited = 0, 0.0
         self.gradient_norm: Tensor | None = None
@@ -105,24 +103,28 @@ class Training:
 
     def _prepare(self) -> None:
         config = self.config
-        loader = DataLoader(
-            CaptionDataset(self.train_records),
-            batch_sampler=self.batches,
-            collate_fn=PairCollator(self.input_processor),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        loaders = [self._loader(phase.batches) for phase in self.phases]
         objective = Objective(self.model, config.word_dropout, config.region_dropout)
-        self.objective, self.optimizer, self.loader = self.accelerator.prepare(
-            objective, make_optimizer(self.model, config), loader
+        self.objective, self.optimizer, *self.loaders = self.accelerator.prepare(
+            objective, make_optimizer(self.model, config), *loaders
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._set_rates(0)
 
+    def _loader(self, batches: CaptionBatches) -> DataLoader[Any]:
+        workers = self.config.num_workers
+        return DataLoader(
+            CaptionDataset(self.train_records),
+            batch_sampler=batches,
+            collate_fn=PairCollator(self.input_processor),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
     def seconds(self) -> dict[str, float]:
-        """Seconds of training without evaluations, and the part of them spent waiting for data."""
-        return {"training": self.progress.seconds(), "waiting_for_data": self.waited}
+        """Seconds of training without evaluations, the part of them spent waiting for data, and of evaluations."""
+        return {**self.progress.seconds(), "waiting_for_data": self.waited}
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -133,10 +135,8 @@ class Training:
             TrainingStopped: see `train`.
         """
         try:
-            epoch = 0
-            while self.step < self.total_steps:
-                self._run_epoch(epoch)
-                epoch += 1
+            for phase, loader in zip(self.phases, self.loaders, strict=True):
+                self._run_phase(phase, loader)
             self.watch.check()
         except TrainingStopped:
             if self.best.step:
@@ -145,14 +145,23 @@ class Training:
         finally:
             self.progress.close()
 
-    def _run_epoch(self, epoch: int) -> None:
-        self.batches.set_epoch(epoch)
+    def _run_phase(self, phase: Phase, loader: Iterable[dict[str, Any]]) -> None:
+        """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
+        last, done = phase is self.phases[-1], 0
+        while self.step < self.total_steps and (last or done < phase.epochs):
+            self._run_epoch(phase, loader)
+            self.epoch, self.epoch_step, done = self.epoch + 1, 0, done + 1
+            if phase.with_pairs and not self.config.evaluation_steps and self.step < self.total_steps:
+                self._evaluate()
+
+    def _run_epoch(self, phase: Phase, loader: Iterable[dict[str, Any]]) -> None:
+        phase.batches.set_epoch(self.epoch)
         self.objective.train()
-        for batch in self._timed(self.loader):
+        for batch in self._timed(loader):
             with self.accelerator.accumulate(self.objective):
-                self._run_batch(batch)
+                self._run_batch(batch, phase.with_pairs)
             if self.accelerator.sync_gradients:
-                self._finish_step()
+                self._finish_step(phase)
                 if self.step == self.total_steps:
                     return
 
@@ -164,10 +173,10 @@ class Training:
             yield batch
             asked = time.perf_counter()
 
-    def _run_batch(self, batch: dict[str, Any]) -> None:
+    def _run_batch(self, batch: dict[str, Any], with_pairs: bool) -> None:
         """Forward, backward and, where gradients are complete, the optimizer's step."""
         with self._named_batch(batch):
-            output = self.objective(batch, with_pairs=self.step >= self.config.matching_warmup_steps)
+            output = self.objective(batch, with_pairs=with_pairs)
         self.accelerator.backward(output["loss"])
         norm = None
         if self.accelerator.sync_gradients and self.config.max_grad_norm is not None:
@@ -190,39 +199,43 @@ class Training:
             shown = self.watch.shown(batch["image_ids"])
             raise TrainingStopped(f"{error} (at step {self.step + 1}; {shown})") from error
 
-    def _finish_step(self) -> None:
+    def _finish_step(self, phase: Phase) -> None:
         """Count an optimizer step, move the rates, and evaluate where it is time to."""
         self.step += 1
+        self.epoch_step += 1
         if self.average is not None:
             self.average.update()
-        epoch = self.step / self.steps_per_epoch
         values: dict[str, float | Tensor] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.gradient_norm is not None:
             values["gradient_norm"] = self.gradient_norm
-        self.progress.step(self.step, epoch, **values)
+        self.progress.step(self.step, self.epoch + self.epoch_step / phase.steps_per_epoch, **values)
         self._set_rates(self.step)
-        every = self.config.evaluation_steps or self.steps_per_epoch
-        if self.step % every == 0 or self.step == self.total_steps:
-            self._evaluate(epoch)
+        every = self.config.evaluation_steps
+        if self.step == self.total_steps or (every and phase.with_pairs and self.step % every == 0):
+            self._evaluate()
 
     def _set_rates(self, step: int) -> None:
-        factor = rate_factor(step, self.total_steps, self.steps_per_epoch, self.config)
+        steps_per_epoch = self.phases[-1].steps_per_epoch
+        factor = rate_factor(step, self.total_steps, steps_per_epoch, self.config, self.head_start_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
-    def _evaluate(self, epoch: float) -> None:
+    def _evaluate(self) -> None:
         """Validate, and keep the model if it is the best so far."""
         self.watch.check()
         started = time.perf_counter()
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
-            with self.accelerator.autocast():
+            # the random state comes back: how often a run is evaluated does not change what it learns
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with self.accelerator.autocast(), torch.random.fork_rng(devices):
                 report = self.validation.run(self.model)
-            better = self.best.offer(self.step, report.rsum, self.model, self.processor)
+            better = self.best.offer(self.step, report, self.model, self.processor)
         self.objective.train()
         seconds = time.perf_counter() - started
-        self.progress.evaluated(self.step, epoch, report.history(), seconds)
+        epoch = self.epoch + self.epoch_step / self.phases[-1].steps_per_epoch
+        self.progress.evaluated(self.step, epoch, flat_recalls(report), seconds)
         kept = ", best so far" if better else ""
-        self.progress.say("step %d: validation %s%s", self.step, report.summary(), kept)
+        self.progress.say("step %d: validation %s%s", self.step, summary(report), kept)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:

@@ -63,7 +63,8 @@ class Objective(nn.Module):
         text_inputs = {name: value for name, value in inputs.items() if name not in image_inputs}
         images = self.model.encode_images(**image_inputs).embeds
         texts = self.model.encode_texts(**text_inputs).embeds
-        loss = contrastive_loss(images, texts, self.model.logit_scale, *ids)
+        smoothing = self.model.config.label_smoothing
+        loss = contrastive_loss(images, texts, self.model.logit_scale, *ids, label_smoothing=smoothing)
         return {"loss": loss, "parts": {"contrastive": loss.detach()}, "logits": None}
 
     def _thinned(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

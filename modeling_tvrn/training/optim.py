@@ -49,11 +49,13 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     )
 
 
-def rate_factor(step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig) -> float:
+def rate_factor(
+    step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig, head_start_steps: int = 0
+) -> float:
     """What every learning rate is multiplied by at an optimizer step (counted from 0).
 
     Linear from near 0 to 1 over the warm-up, then the cosine's half wave down to 0 at `total_steps`, steps down at the
-    ends of `decay_epochs`, or constant.
+    ends of `decay_epochs` (counted after the head start), or constant.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -62,7 +64,9 @@ def rate_factor(step: int, total_steps: int, steps_per_epoch: int, config: Train
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     if config.scheduler == "step":
-        return config.decay_factor ** sum(step >= epoch * steps_per_epoch for epoch in config.decay_epochs)
+        return config.decay_factor ** sum(
+            step - head_start_steps >= epoch * steps_per_epoch for epoch in config.decay_epochs
+        )
     return 1.0
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from .. import __version__
 from ..data import PRESETS
+from ..evaluation import EvaluationReport
+from ..evaluation.encoding import encode_images
 from ..hub import CardMetadata, write_model_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
+from ..words_tvrn import tokenize
+from .settings import model_fields
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
     from .loop import Training
-    from .validation import Validated
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["write_results"]
 
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy")
 TOP_RESULTS = 10
+TOKENIZED_AT_ONCE = 4096
 USAGE = """\
 import torch
 from PIL import Image
@@ -66,80 +63,64 @@ def write_results(run: Training) -> dict[str, Any]:
     """
     config, folder = run.config, Path(run.config.output_dir)
     model = run.best.load().to(run.accelerator.device)
-    with run.accelerator.autocast():
-        final = run.validation.final(model, run.best.step)
-    results = collect_results(run, model, final)
-    table = recall_table(final.systems(), "validation")
+    report = final_report(run, model)
+    results = collect_results(run, model, report)
+    table = recall_table(report.systems(), f"{config.validation_split}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot_training_curve(run.progress.history, folder / "curve.png", chance=final.chance.rsum, title=folder.name)
+    plot_training_curve(run.progress.history, folder / "curve.png", chance=report.chance.rsum, title=folder.name)
     pictured = config.query is not None and draw_query(run, model, config.query)
     write_card(config, folder, results, table, pictured)
-    run.progress.track(run.step, {f"best/{name}": value for name, value in final.metrics.items()})
+    run.progress.track(run.step, {f"best/{name}": value for name, value in results["metrics"].items()})
     run.accelerator.end_training()
     return {**results, "table": table}
 
 
-def collect_results(run: Training, model: Any, final: Validated) -> dict[str, Any]:
+def final_report(run: Training, model: Any) -> EvaluationReport:
+    """The kept model's evaluation on the whole validation split: made while training, or made now."""
+    if run.best.report is not None and run.validation.is_whole:
+        return run.best.report
+    with run.accelerator.autocast():
+        return run.validation.final(model)
+
+
+def collect_results(run: Training, model: Any, report: EvaluationReport) -> dict[str, Any]:
     """The content of results.json: plain JSON values."""
-    config = run.config
+    evaluation = report.as_dict()
     return {
-        "metrics": final.metrics,
-        "embedding_metrics": final.embedding_metrics,
-        "chance": final.chance.as_dict(),
+        **{name: evaluation.pop(name) for name in ("metrics", "embedding_metrics", "chance")},
         "best_step": run.best.step,
         "steps": run.step,
-        "protocol": "validation",
-        "evaluation": final.details,
-        "config": config.as_dict(),
-        "model_config": model.config.to_diff_dict(),
+        **{name: evaluation.pop(name) for name in ("commit", "command", "device", "versions")},
+        "seed": run.config.seed,
+        "seconds": run.seconds() | {"total": time.perf_counter() - run.started},
         "parameters": {
             "total": sum(weight.numel() for weight in model.parameters()),
             "trained": sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad),
         },
         "data": {
-            "train": describe_records(run.train_records),
-            "validation": describe_records(run.validation_records),
-            "truncated_captions": run.processor.truncated_captions,
+            "train": describe_records(run.train_records, run.processor),
+            "validation": describe_records(run.validation_records, run.processor),
         },
-        "seed": config.seed,
-        "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seconds": run.seconds() | {"total": time.perf_counter() - run.started},
-        "device": str(run.accelerator.device),
-        "versions": versions(),
+        "evaluation": {name: value for name, value in evaluation.items() if value is not None},
+        "config": run.config.as_dict(),
+        "model_config": model.config.to_diff_dict(),
         "history": run.progress.history,
     }
 
 
-def describe_records(records: Any) -> dict[str, Any]:
-    """Sizes of one split, and what was left out of it."""
+def describe_records(records: Any, processor: Any) -> dict[str, Any]:
+    """Sizes of one split, what was left out of it, and how many captions are longer than the limit."""
+    captions = [caption for captions in records.captions for caption in captions]
+    limit, cut = processor.max_text_length, 0
+    for start in range(0, len(captions), TOKENIZED_AT_ONCE):
+        _, lengths = tokenize(processor.tokenizer, captions[start : start + TOKENIZED_AT_ONCE], limit)
+        cut += int((lengths > limit).sum())
     return {
         "images": len(records),
-        "captions": sum(len(captions) for captions in records.captions),
+        "captions": len(captions),
         "skipped": dict(records.skipped),
+        "truncated_captions": cut,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Python, this package and the libraries that decide the numbers."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), "modeling_tvrn": __version__, **found}
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a mark where files were changed since; None for an installed copy."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
-        head, changed = (
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for command in asked
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changed else "")
 
 
 def draw_query(run: Training, model: Any, query: str) -> bool:
@@ -149,7 +130,7 @@ def draw_query(run: Training, model: Any, query: str) -> bool:
         logger.info("no query.png: the validation data hold region features and no pictures")
         return False
     with run.accelerator.autocast(), torch.inference_mode():
-        images = run.validation.encode_images(model)
+        images, _ = encode_images(model, run.processor, run.validation_records, progress=False)
         texts = model.encode_texts(**run.processor(text=[query]).to(model.device))
         scores = model.match(images, texts, run.config.evaluation_chunk_size)[:, 0].sigmoid()
     found = scores.topk(min(TOP_RESULTS, len(scores)))
@@ -201,7 +182,7 @@ def write_card(config: TrainingConfig, folder: Path, results: dict[str, Any], ta
         configuration=_changed_keys(config),
         limits=_limits(config),
         max_text_length=config.max_text_length,
-        truncated_captions=data["truncated_captions"],
+        truncated_captions=data["train"]["truncated_captions"],
     )
 
 
@@ -220,7 +201,7 @@ def _limits(config: TrainingConfig) -> str:
 
 
 def _facts(config: TrainingConfig, results: dict[str, Any]) -> dict[str, Any]:
-    model = {**_defaults(), **results["model_config"]}
+    model = {**model_fields(), **results["model_config"]}
     scratch = (model.get("vision_config") or {}).get("model_type")
     image_side = f"{scratch} from scratch" if scratch else "region features"
     sizes = ("hidden_size", "projection_size", "similarity_size")
@@ -233,12 +214,6 @@ def _facts(config: TrainingConfig, results: dict[str, Any]) -> dict[str, Any]:
         "Parameters": f"{parameters['total']:,}, of which {parameters['trained']:,} were trained",
         "Seed, commit": f"{results['seed']}, {results['commit'] or 'unknown'}",
     }
-
-
-def _defaults() -> dict[str, Any]:
-    from .settings import model_fields
-
-    return model_fields()
 
 
 def _tower(name: str | None, frozen: bool) -> str | None:
@@ -259,7 +234,10 @@ def _hub_datasets(config: TrainingConfig) -> list[str]:
 
 
 def _changed_keys(config: TrainingConfig) -> str:
-    """The keys that differ from the defaults, as YAML."""
+    """The keys that differ from the defaults, as YAML; of one machine's paths the last part alone."""
     default = type(config)().as_dict()
     changed = {name: value for name, value in config.as_dict().items() if value != default[name]}
+    for name, value in changed.items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            changed[name] = Path(value).name
     return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).strip()

@@ -31,7 +31,7 @@ class Progress:
         off = None if accelerator.is_main_process else True
         self._bar = tqdm(total=total_steps, desc="training", unit="step", disable=off, dynamic_ncols=True)
         self._started = time.perf_counter()
-        self._paused = 0.0
+        self._paused, self._ended = 0.0, 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -105,10 +105,12 @@ class Progress:
         """Send an event's numbers to the trackers, if there are any."""
         self.accelerator.log({name: value for name, value in event.items() if name != "step"}, step=number)
 
-    def seconds(self) -> float:
-        """Seconds of training so far, evaluations left out."""
-        return time.perf_counter() - self._started - self._paused
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training so far without the evaluations, and of these."""
+        end = self._ended or time.perf_counter()
+        return {"training": end - self._started - self._paused, "evaluation": self._paused}
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Finish the bar and stop the clock."""
+        self._ended = time.perf_counter()
         self._bar.close()

@@ -1,83 +1,71 @@
-"""Validation while training: the report that chooses the model, and the one that is published."""
+"""Validation while training: what chooses the model, and what is published of the one that was chosen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import evaluate
-from ..metrics import Recalls, RetrievalMetrics, chance_level
+from ..evaluation import EvaluationReport, evaluate
+from ..metrics import Recalls
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["Validated", "Validation"]
-
-
-@dataclass(frozen=True)
-class Validated:
-    """What one evaluation found."""
-
-    pair: RetrievalMetrics
-    embeddings: RetrievalMetrics | None
-    chance: Recalls
-    details: dict[str, Any]
-
-    @property
-    def rsum(self) -> float:
-        """Of the pair score, percent of 600: what the model is chosen by."""
-        return self.pair.rsum
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of the pair score, by name."""
-        return self.pair.as_dict()
-
-    @property
-    def embedding_metrics(self) -> dict[str, float] | None:
-        """Of the embeddings' cosine, by name; None where it was not asked for."""
-        return self.embeddings.as_dict() if self.embeddings is not None else None
-
-    def history(self) -> dict[str, float]:
-        """Recalls for the history and the trackers; the embeddings' with a prefix."""
-        found = dict(Recalls.as_dict(self.pair))
-        if self.embeddings is not None:
-            found |= {f"embeddings_{name}": value for name, value in Recalls.as_dict(self.embeddings).items()}
-        return found
-
-    def summary(self) -> str:
-        """One line for the log."""
-        first = self.pair.image_to_text[1], self.pair.text_to_image[1]
-        text = f"rSum {self.pair.rsum:.1f}, R@1 image→text {first[0]:.1f}, text→image {first[1]:.1f}"
-        return text + (f", embeddings alone {self.embeddings.rsum:.1f}" if self.embeddings is not None else "")
-
-    def systems(self) -> dict[str, Recalls]:
-        """Rows of the table of results."""
-        rows: dict[str, Recalls] = {"TVRN": self.pair}
-        if self.embeddings is not None:
-            rows["its embeddings alone"] = self.embeddings
-        return rows | {"chance": self.chance}
+__all__ = ["Validation", "flat_recalls", "summary"]
 
 
 class Validation:
+    """Evaluates a model on the validation split, or while training on the first images of it.
+
+    Args:
+        config: the run.
+        records: the validation records.
+        processor: what prepares them; it may hold cached text features.
+    """
+
     def __init__(self, config: TrainingConfig, records: Any, processor: Any) -> None:
         self.config = config
-        self.processor = processor
         self.records = records
+        self.processor = processor
         few = config.evaluation_images
-        self.subset = records if few is None or few >= len(records) else records.select(range(few))
-        self._latest: tuple[int, Validated] | None = None
+        self.is_whole = few is None or few >= len(records)
+        self.subset = records if self.is_whole else records.select(range(few or 0))
 
-    def run(self, model: Any) -> Validated:
+    def run(self, model: Any) -> EvaluationReport:
+        """Evaluate while training."""
         return self._evaluate(model, self.subset)
 
-    def final(self, model: Any, step: int) -> Validated:
+    def final(self, model: Any) -> EvaluationReport:
+        """Evaluate on the whole split."""
         return self._evaluate(model, self.records)
 
-    def _evaluate(self, model: Any, records: Any) -> Validated:
-        report = evaluate(
-            model, self.processor, records, protocol="validation",
-            batch_size=self.config.evaluation_batch_size, chunk_size=self.config.evaluation_chunk_size,
-        )  # fmt: skip
-        rows = [row for row, captions in enumerate(records.captions) for _ in captions]
-        return Validated(report.metrics, report.embedding_metrics, chance_level(len(records), len(rows), rows), {})
+    def _evaluate(self, model: Any, records: Any) -> EvaluationReport:
+        return evaluate(
+            model,
+            self.processor,
+            records,
+            protocol="validation",
+            batch_size=self.config.evaluation_batch_size,
+            chunk_size=self.config.evaluation_chunk_size,
+            embeddings=self.config.evaluate_embeddings,
+            data=self.config.data,
+            split=self.config.validation_split,
+            seeds=[self.config.seed],
+            progress=sys.stderr.isatty(),
+        )
+
+
+def flat_recalls(report: EvaluationReport) -> dict[str, float]:
+    """Recalls and rSum in percent, by name; those of the embeddings alone with a prefix."""
+    found = Recalls.as_dict(report.metrics)
+    if report.embedding_metrics is not None:
+        found |= {f"embeddings_{name}": value for name, value in Recalls.as_dict(report.embedding_metrics).items()}
+    return found
+
+
+def summary(report: EvaluationReport) -> str:
+    """One line for the log."""
+    first = report.metrics.image_to_text[1], report.metrics.text_to_image[1]
+    text = f"rSum {report.metrics.rsum:.1f}, R@1 image→text {first[0]:.1f}, text→image {first[1]:.1f}"
+    own = report.embedding_metrics
+    return text + (f", embeddings alone {own.rsum:.1f}" if own is not None else "")
