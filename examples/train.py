@@ -43,8 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    from transformers.utils.logging import disable_progress_bar
+
     from modeling_tvrn.training import train
 
+    disable_progress_bar()  # one for each saved model is noise in a log
     result = train(config)
     print(f"\n{result['table']}\n\nmodel, card, results and pictures: {config.output_dir}")
     return 0
