@@ -215,7 +215,8 @@ def contrastive_loss(
     # Autocast would multiply in bfloat16, whose step near 1 times a scale of 100 is half a unit of the logit.
     with torch.autocast(image_embeds.device.type, enabled=False):
         similarity = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T
-        return positives_cross_entropy(similarity * at_least_float32(scale).exp(), image_ids, text_image_ids)
+        logits = similarity * at_least_float32(scale).exp()
+        return positives_cross_entropy(logits, image_ids, text_image_ids, label_smoothing)
 
 
 def positives_cross_entropy(

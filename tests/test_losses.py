@@ -289,3 +289,23 @@ def test_bad_temperature_embeddings_and_logits_are_refused() -> None:
         positives_cross_entropy(torch.full((2, 2), torch.nan), rows, rows)
     with pytest.raises(ValueError, match="at least one"):
         matching_loss(torch.zeros(0, 0), ids([]).long(), ids([]).long())
+
+
+def test_label_smoothing_spreads_a_share_of_the_target_in_both_cross_entropies() -> None:
+    """A keyword that one of the two swallows would train without it and say nothing."""
+    images, texts = unit_rows(4, 5), unit_rows(6, 5, seed=1)
+    ids = torch.tensor([3, 1, 4, 9]), torch.tensor([3, 1, 4, 9, 1, 3])
+    logits = 2.0 * images @ texts.T
+    targets = (ids[0][:, None] == ids[1]).double()
+    expected = 0.0
+    for values, positives in ((logits, targets), (logits.T, targets.T)):
+        smooth = 0.9 * positives / positives.sum(1, keepdim=True) + 0.1 / positives.shape[1]
+        expected -= (smooth * values.double().log_softmax(1)).sum(1).mean().item() / 2
+    scale = torch.tensor([2.0]).log()
+    assert contrastive_loss(images, texts, scale, *ids, label_smoothing=0.1).item() == pytest.approx(expected, abs=1e-6)
+    assert positives_cross_entropy(logits, *ids, label_smoothing=0.1).item() == pytest.approx(expected, abs=1e-6)
+
+
+def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=1, keepdim=True)
