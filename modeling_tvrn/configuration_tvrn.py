@@ -44,6 +44,8 @@ class TVRNConfig(PreTrainedConfig):
         use_embedding_similarity (`bool`, defaults to `True`):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
+        use_refined_features (`bool`, defaults to `True`):
+            Let the embeddings see the refined regions (their attention pooling and mean) and words.
         use_pooled_features (`bool`, defaults to `True`):
             Let the embeddings also see the mean of the input features (region features, word embeddings or the text
             tower's outputs), through a linear layer and a two-layer perceptron side by side.
@@ -94,6 +96,7 @@ class TVRNConfig(PreTrainedConfig):
     use_semantic_alignment: bool = True
     use_embedding_similarity: bool = True
     embedding_scale_init_value: float | int = 10.0
+    use_refined_features: bool = True
     use_pooled_features: bool = True
     pooled_hidden_size: int = 1024
     dropout: float | int = 0.4
@@ -141,6 +144,10 @@ class TVRNConfig(PreTrainedConfig):
         for name in ("iou_threshold", "dropout", "image_dropout", "text_dropout", "label_smoothing", "margin", "leaky_slope"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
+        if not (self.use_refined_features or self.use_pooled_features):
+            raise ValueError(
+                "use_refined_features and use_pooled_features are both False; the embeddings need at least one of them."
+            )
         if not (_is_number(self.pooled_hidden_size) and self.pooled_hidden_size >= 0):
             raise ValueError(f"pooled_hidden_size is {self.pooled_hidden_size!r}; expected 0 (linear) or more.")
         for name in ("vision_grid_size", "pair_chunk_size"):

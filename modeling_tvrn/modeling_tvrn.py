@@ -144,8 +144,9 @@ class TVRNModel(TVRNPreTrainedModel):
         self.textual_refinement = _refinement(config) if config.use_text_refinement else None
         self.image_pooling = AttentionPooling(config)
         self.text_pooling = AttentionPooling(config)
-        self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
-        self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
+        if config.use_refined_features:
+            self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
+            self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
         if config.use_pooled_features:
             self.pooled_image_embedding = PooledEmbedding(config.region_feature_size, config.image_dropout, config)
             words = config.word_embedding_size if config.text_config is None else config.text_config.hidden_size
@@ -265,6 +266,34 @@ class TVRNModel(TVRNPreTrainedModel):
         Raises:
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
+        features, boxes, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
+        regions = normalize(self.region_projection(self.image_dropout(features)))
+        contexts = self._visual_contexts(regions, boxes, mask)
+        joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
+        tokens, token_mask = self._refine_regions(regions, joint, mask)
+        weights = self.image_pooling(tokens, token_mask)
+        overall = normalize((weights.unsqueeze(1).to(tokens.dtype) @ tokens).squeeze(1))
+        refined = torch.cat([overall, masked_mean(tokens, token_mask)], dim=-1)
+        return EncodedImages(
+            embeds=self._image_embeds(refined, features, mask),
+            tokens=tokens,
+            token_mask=token_mask,
+            global_vector=overall,
+            token_saliency=self._region_saliency(tokens, overall, token_mask),
+            token_gram=gram(tokens),
+            region_mask=mask,
+            region_boxes=boxes,
+            **self._expansion_sources(contexts),
+        )
+
+    def _regions(
+        self,
+        pixel_values: Tensor | None,
+        region_features: Tensor | None,
+        region_boxes: Tensor | None,
+        region_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Checked region features, boxes and mask, the valid regions first."""
         if (pixel_values is None) == (region_features is None):
             raise ValueError("encode_images takes either pixel_values or region_features, exactly one of them.")
         if pixel_values is not None:
@@ -282,27 +311,29 @@ class TVRNModel(TVRNPreTrainedModel):
             order = valid_first(mask)
             features, mask = take(features, order), take(mask, order)
             boxes = take(boxes, order) if boxes is not None else None
-        features = features.to(self.region_projection.weight.dtype)
-        regions = normalize(self.region_projection(self.image_dropout(features)))
-        contexts = self._visual_contexts(regions, boxes, mask)
-        joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
-        tokens, token_mask = self._refine_regions(regions, joint, mask)
-        weights = self.image_pooling(tokens, token_mask)
-        overall = normalize((weights.unsqueeze(1).to(tokens.dtype) @ tokens).squeeze(1))
-        embeds = self.image_embedding(torch.cat([overall, masked_mean(tokens, token_mask)], dim=-1))
+        return features.to(self.region_projection.weight.dtype), boxes, mask
+
+    def _image_embeds(self, refined: Tensor | None, features: Tensor, mask: Tensor) -> Tensor:
+        """Unit-norm embeddings (I, P) from the refined regions' summary and the mean region feature (§5)."""
+        parts = []
+        if self.config.use_refined_features:
+            parts.append(self.image_embedding(refined))
         if self.config.use_pooled_features:
-            embeds = embeds + self.pooled_image_embedding(masked_mean(features, mask))
-        return EncodedImages(
-            embeds=normalize(embeds.to(self.logit_scale.dtype)),
-            tokens=tokens,
-            token_mask=token_mask,
-            global_vector=overall,
-            token_saliency=self._region_saliency(tokens, overall, token_mask),
-            token_gram=gram(tokens),
-            region_mask=mask,
-            region_boxes=boxes,
-            **self._expansion_sources(contexts),
-        )
+            parts.append(self.pooled_image_embedding(masked_mean(features, mask)))
+        return normalize(torch.stack(parts).sum(dim=0).to(self.logit_scale.dtype))
+
+    def embed_images(
+        self,
+        pixel_values: Tensor | None = None,
+        region_features: Tensor | None = None,
+        region_boxes: Tensor | None = None,
+        region_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`encode_images(…).embeds` (I, P), without computing what only the pair score needs."""
+        if self.config.use_refined_features:
+            return self.encode_images(pixel_values, region_features, region_boxes, region_mask).embeds
+        features, _, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
+        return self._image_embeds(None, features, mask)
 
     def _visual_contexts(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> Tensor:
         contexts = self.attention(regions, mask)
@@ -352,16 +383,67 @@ class TVRNModel(TVRNPreTrainedModel):
         Raises:
             ValueError: On wrong shapes, or a text without a word to match.
         """
+        words, mask, positions, pooled = self._words(input_ids, attention_mask, word_mask, text_features)
+        extras: dict[str, Tensor] = {}
+        summary = words
+        if self.textual_refinement is not None:
+            extras["context_queries"] = self.attention.query(self.attention(words, mask))
+        if isinstance(self.textual_refinement, Gate):
+            extras["gates"] = self.textual_refinement.own(words)
+        elif isinstance(self.textual_refinement, Recurrence):
+            summary, state = self.textual_refinement.read(words, mask)
+            extras |= {"recurrent_words": summary, "recurrent_state": state}
+        return EncodedTexts(
+            embeds=self._text_embeds(summary, mask, pooled),
+            words=words,
+            word_mask=mask,
+            word_positions=positions,
+            word_weights=self.text_pooling(words, mask),
+            **extras,
+        )
+
+    def _words(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        word_mask: Tensor | None,
+        text_features: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Words t, their mask and positions, valid words first, and the mean input feature."""
         given = self._check_texts(input_ids, text_features)
         attended, mask = check_words(given, attention_mask, word_mask)
-        order = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
+        positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
+        mask = take(mask, positions)
         if self.word_encoder is not None:
-            words, pooled = self.word_encoder(take(given, order), take(mask, order))
+            words, pooled = self.word_encoder(take(given, positions), mask)
         else:
             hidden = given if text_features is not None else self.extract_words(given, attended.long())
             hidden = hidden.to(self.word_projection.weight.dtype)
-            pooled, words = masked_mean(hidden, attended), self.word_projection(self.text_dropout(take(hidden, order)))
-        return self._encode_words(normalize(words), take(mask, order), order, pooled)
+            pooled = masked_mean(hidden, attended)
+            words = self.word_projection(self.text_dropout(take(hidden, positions)))
+        return normalize(words), mask, positions, pooled
+
+    def _text_embeds(self, summary: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        """Unit-norm embeddings (T, P) from the mean word and the mean input feature (§5)."""
+        parts = []
+        if self.config.use_refined_features:
+            parts.append(self.text_embedding(masked_mean(summary, mask)))
+        if self.config.use_pooled_features:
+            parts.append(self.pooled_text_embedding(pooled))
+        return normalize(torch.stack(parts).sum(dim=0).to(self.logit_scale.dtype))
+
+    def embed_texts(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> Tensor:
+        """`encode_texts(…).embeds` (T, P), without computing what only the pair score needs."""
+        if self.config.use_refined_features:
+            return self.encode_texts(input_ids, attention_mask, word_mask, text_features).embeds
+        words, mask, _, pooled = self._words(input_ids, attention_mask, word_mask, text_features)
+        return self._text_embeds(words, mask, pooled)
 
     def _check_texts(self, input_ids: Tensor | None, text_features: Tensor | None) -> Tensor:
         """The one that is given, checked."""
@@ -373,28 +455,6 @@ class TVRNModel(TVRNPreTrainedModel):
         if input_ids is None or text_features is not None:
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
-
-    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor) -> EncodedTexts:
-        extras: dict[str, Tensor] = {}
-        summary = words
-        if self.textual_refinement is not None:
-            extras["context_queries"] = self.attention.query(self.attention(words, mask))
-        if isinstance(self.textual_refinement, Gate):
-            extras["gates"] = self.textual_refinement.own(words)
-        elif isinstance(self.textual_refinement, Recurrence):
-            summary, state = self.textual_refinement.read(words, mask)
-            extras |= {"recurrent_words": summary, "recurrent_state": state}
-        embeds = self.text_embedding(masked_mean(summary, mask))
-        if self.config.use_pooled_features:
-            embeds = embeds + self.pooled_text_embedding(pooled)
-        return EncodedTexts(
-            embeds=normalize(embeds.to(self.logit_scale.dtype)),
-            words=words,
-            word_mask=mask,
-            word_positions=positions,
-            word_weights=self.text_pooling(words, mask),
-            **extras,
-        )
 
     # -- pairs ------------------------------------------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ class Objective(nn.Module):
         ids = inputs.pop("image_ids"), inputs.pop("text_image_ids")
         image_inputs = {name: value for name, value in inputs.items() if name == "pixel_values" or "region" in name}
         text_inputs = {name: value for name, value in inputs.items() if name not in image_inputs}
-        images = self.model.encode_images(**image_inputs).embeds
-        texts = self.model.encode_texts(**text_inputs).embeds
+        images = self.model.embed_images(**image_inputs)
+        texts = self.model.embed_texts(**text_inputs)
         smoothing = self.model.config.label_smoothing
         loss = contrastive_loss(images, texts, self.model.logit_scale, *ids, label_smoothing=smoothing)
         return {"loss": loss, "parts": {"contrastive": loss.detach()}, "logits": None}
