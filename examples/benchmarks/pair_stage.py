@@ -1,0 +1,238 @@
+"""How fast is one image–caption pair? The pair stage against the field's loop over captions, at the paper's sizes.
+
+    python examples/benchmarks/pair_stage.py --threads 2
+
+Three ways to score the same random images and captions with the same weights:
+
+- `pairs`: `TVRNModel.match`, whole blocks of images × captions at once, in float32 and bfloat16;
+- `loop`: for each caption in Python, a block of 100 images at once, float32, one-sided projections hoisted out, so
+  that only the batching differs;
+- `loop+projections`: the same loop with the key and query projections of the attention inside, as the authors'
+  released code has them (107 MFLOP a pair that depend on one side only).
+
+It prints ms a pair, GFLOP/s (counted as in `flops_per_pair`), the share of this machine's matrix product rate measured
+in the same run, the largest difference of the scores, and the peak memory of scoring 1× and 16× as many captions (Linux).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling_tvrn import TVRNConfig, TVRNModel
+from modeling_tvrn.layers_tvrn import grid_boxes, masked_softmax, normalize
+
+IMAGE_BLOCK = 100
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--captions", type=int, default=96)
+    parser.add_argument("--loop-captions", type=int, default=24, help="captions of the slow loops")
+    parser.add_argument(
+        "--words", type=int, default=14, help="mean length; captions have between half and 1.5 times as many"
+    )
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--similarity-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def flops_per_pair(words: float, regions: int, size: int, similarity: int) -> float:
+    """Operations of one pair with gate and SAF: expansion 3·2WRD, alignment 2·2WRD, similarity transforms 2(W+1)DS."""
+    return 5 * 2 * words * regions * size + 2 * words * size * similarity + 2 * size * similarity
+
+
+def build(arguments: argparse.Namespace) -> TVRNModel:
+    torch.manual_seed(arguments.seed)
+    return TVRNModel(
+        TVRNConfig(
+            hidden_size=arguments.hidden_size,
+            similarity_size=arguments.similarity_size,
+            projection_size=arguments.hidden_size,
+            region_feature_size=256,
+            vocab_size=1000,
+            use_embedding_similarity=False,
+        )
+    ).eval()
+
+
+def encode(model: TVRNModel, arguments: argparse.Namespace, captions: int):
+    generator = torch.Generator().manual_seed(arguments.seed)
+    features = torch.rand(arguments.images, 36, 256, generator=generator)
+    images = model.encode_images(
+        region_features=features, region_boxes=grid_boxes(6, 6).expand(arguments.images, -1, -1)
+    )
+    low, high = arguments.words // 2, arguments.words + arguments.words // 2
+    lengths = torch.randint(low, high + 1, (captions,), generator=generator)
+    ids = torch.randint(1, 1000, (captions, high), generator=generator)
+    mask = torch.arange(high) < lengths[:, None]
+    return images, model.encode_texts(input_ids=ids, attention_mask=mask), lengths.float().mean().item()
+
+
+def loop_over_captions(
+    model: TVRNModel, images, contexts: Tensor, texts, text_contexts: Tensor, inside: bool
+) -> Tensor:
+    """The field's way: one caption after the other, a block of images at once, float32."""
+    columns = []
+    for k in range(len(texts)):
+        caption = texts.select([k]).trim()
+        words = caption.words.shape[1]
+        blocks = []
+        for start in range(0, len(images), IMAGE_BLOCK):
+            rows = slice(start, start + IMAGE_BLOCK)
+            block = images.select(rows)
+            keys, queries = block.context_keys, caption.context_queries.expand(len(block), -1, -1)
+            if inside:
+                keys = model.attention.key(contexts[rows])
+                queries = model.attention.query(
+                    text_contexts[k : k + 1, :words].expand(len(block), -1, -1).contiguous()
+                )
+            blocks.append(score_caption(model, block, caption, keys, queries))
+        columns.append(torch.cat(blocks))
+    return torch.stack(columns, dim=1)
+
+
+def score_caption(model: TVRNModel, images, caption, keys: Tensor, queries: Tensor) -> Tensor:
+    """One caption against a block of images, written plainly."""
+    config, pair = model.config, model.pair
+    mask = torch.ones_like(caption.word_mask)
+    alpha = model.attention.weights(keys @ queries.transpose(1, 2), mask, images.region_mask).transpose(1, 2)
+    norm = (alpha * (alpha @ images.context_gram)).sum(dim=-1, keepdim=True).rsqrt()
+    gate, carried = ((alpha @ images.context_values) * norm).chunk(2, dim=-1)
+    words = normalize(caption.words + torch.sigmoid(caption.gates + gate) * carried)
+    global_text = normalize((caption.word_weights.unsqueeze(-1) * words).sum(dim=1))
+    affinity = normalize(F.leaky_relu(words @ images.tokens.transpose(1, 2), config.leaky_slope), dim=1)
+    beta = masked_softmax(
+        config.attention_scale * affinity + images.token_saliency[:, None], images.token_mask[:, None], dim=-1
+    )
+    contexts = normalize(beta @ images.tokens)
+    saliency = (config.attention_scale * (words @ images.global_vector.unsqueeze(-1)).squeeze(-1)).softmax(dim=-1)
+    local = normalize(pair.local_similarity((contexts - words) ** 2))
+    overall = normalize(pair.global_similarity((images.global_vector - global_text) ** 2))
+    nodes = torch.cat([overall.unsqueeze(1), local], dim=1)
+    weights = torch.cat([torch.ones(len(images), 1), saliency * words.shape[1]], dim=1)
+    weights = weights * torch.sigmoid(pair.head.gate(nodes)).squeeze(-1)
+    return pair.head.logit((weights.unsqueeze(-1) * nodes).sum(dim=1) / weights.sum(dim=1, keepdim=True)).squeeze(-1)
+
+
+def median_seconds(function, repeats: int) -> tuple[float, Tensor]:
+    result = function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
+
+
+def gemm_rate(dtype: torch.dtype, repeats: int) -> float:
+    """GFLOP/s of a 2048 × 1024 × 1024 matrix product."""
+    left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    seconds, _ = median_seconds(lambda: [left @ right for _ in range(20)], repeats)
+    return 20 * 2 * 2048 * 1024 * 1024 / seconds / 1e9
+
+
+@torch.no_grad()
+def measure(arguments: argparse.Namespace) -> None:
+    model = build(arguments)
+    images, texts, words = encode(model, arguments, arguments.captions)
+    contexts, text_contexts = _contexts(model, images, texts)
+    few = texts.select(slice(0, arguments.loop_captions))
+    rates = {dtype: gemm_rate(dtype, arguments.repeats) for dtype in (torch.float32, torch.bfloat16)}
+    flops = flops_per_pair(words, 36, arguments.hidden_size, arguments.similarity_size)
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {arguments.threads} threads, torch {torch.__version__}, seed {arguments.seed}")
+    print(
+        f"{flops / 1e6:.1f} MFLOP a pair at {words:.1f} words; matrix products: "
+        + ", ".join(f"{str(dtype).removeprefix('torch.')} {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
+    )
+    runs = {}
+    for name, inside in (("loop+projections float32", True), ("loop float32", False)):
+        seconds, scores = median_seconds(
+            lambda inside=inside: loop_over_captions(model, images, contexts, few, text_contexts, inside),
+            max(arguments.repeats // 2, 1),
+        )
+        runs[name] = (seconds / scores.numel(), scores, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        sides = images.to(dtype), texts.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            seconds, scores = median_seconds(lambda sides=sides: model.match(*sides), arguments.repeats)
+        runs[f"pairs {str(dtype).removeprefix('torch.')}"] = (seconds / scores.numel(), scores, dtype)
+    _report(runs, rates, flops)
+    _report_memory(arguments)
+
+
+def _contexts(model: TVRNModel, images, texts) -> tuple[Tensor, Tensor]:
+    """c^v and c^t again, which the encoded items hold only projected."""
+    keys = images.context_keys.double().transpose(1, 2)
+    contexts = torch.linalg.solve(model.attention.key.weight.double(), keys).transpose(1, 2)
+    return contexts.float().contiguous(), model.attention(texts.words, texts.word_mask)
+
+
+def _report(runs: dict, rates: dict, flops: float) -> None:
+    slowest, reference = runs["loop+projections float32"][0], runs["loop float32"][1]
+    print(f"{'':26}{'ms/pair':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'× loop+proj.':>14}{'max |Δ|':>10}")
+    for name, (seconds, scores, dtype) in runs.items():
+        difference = (scores[:, : reference.shape[1]] - reference).abs().max().item()
+        rate = flops / seconds / 1e9
+        speed = f"{seconds * 1e3:9.4f}{rate:9.0f}{rate / rates[dtype]:9.0%}"
+        print(f"{name:26}{speed}{slowest / seconds:14.1f}{difference:10.1e}")
+
+
+def _report_memory(arguments: argparse.Namespace) -> None:
+    """Peak resident memory of fresh processes: 16 times as many pairs may cost their scores, no more."""
+    for factor in (1, 16):
+        command = [
+            sys.executable,
+            __file__,
+            "--memory-of",
+            str(factor * arguments.captions),
+            "--hidden-size",
+            str(arguments.hidden_size),
+        ]
+        command += [
+            "--similarity-size",
+            str(arguments.similarity_size),
+            "--images",
+            "100",
+            "--threads",
+            str(arguments.threads),
+        ]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak = json.loads(output)
+        print(f"{peak['pairs']:7d} pairs: {peak['scoring_mib']:.0f} MiB above the encoded gallery")
+
+
+@torch.no_grad()
+def measure_memory(arguments: argparse.Namespace) -> None:
+    model = build(arguments)
+    images, texts, _ = encode(model, arguments, arguments.memory_of)
+    model.match(images, texts.select(slice(0, 32)))  # the matrix library's own buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the encoding's
+    before = _resident_kib("VmRSS")
+    scores = model.match(images, texts)
+    print(json.dumps({"pairs": scores.numel(), "scoring_mib": (_resident_kib("VmHWM") - before) / 1024}))
+
+
+def _resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    measure_memory(arguments) if arguments.memory_of else measure(arguments)
