@@ -44,6 +44,9 @@ class TVRNConfig(PreTrainedConfig):
         use_embedding_similarity (`bool`, defaults to `True`):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
+        train_evidence_alone (`bool`, defaults to `False`):
+            Let the losses of the pair score see it without the embedding term, which is added in the score alone. Trained
+            on the sum, the evidence learns only what the embeddings leave of the training set, and that generalises worse.
         use_refined_features (`bool`, defaults to `True`):
             Let the embeddings see the refined regions (their attention pooling and mean) and words.
         use_pooled_features (`bool`, defaults to `True`):
@@ -96,6 +99,7 @@ class TVRNConfig(PreTrainedConfig):
     use_semantic_alignment: bool = True
     use_embedding_similarity: bool = True
     embedding_scale_init_value: float | int = 10.0
+    train_evidence_alone: bool = False
     use_refined_features: bool = True
     use_pooled_features: bool = True
     pooled_hidden_size: int = 1024

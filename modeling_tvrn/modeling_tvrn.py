@@ -202,6 +202,23 @@ class TVRNModel(TVRNPreTrainedModel):
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
+    def freeze_embeddings(self) -> None:
+        """Leave `image_embeds` and `text_embeds` as they are: only what the pair score adds is trained from here on.
+
+        Raises:
+            ValueError: If the embeddings see the refined regions and words, which the pair score trains.
+        """
+        if self.config.use_refined_features:
+            raise ValueError(
+                "The embeddings of this model see its refined regions and words, so training the pair score moves them; "
+                "keeping them fixed needs use_refined_features=False."
+            )
+        self.pooled_image_embedding.requires_grad_(False)
+        self.pooled_text_embedding.requires_grad_(False)
+        self.logit_scale.requires_grad_(False)
+        if self.word_encoder is not None:
+            self.word_encoder.embeddings.requires_grad_(False)
+
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
         if self.vision_model is not None:
             yield self.vision_model, self.config.freeze_vision
@@ -541,6 +558,8 @@ class TVRNModel(TVRNPreTrainedModel):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, parts = self.config, {}
         ids = (image_ids, text_image_ids)
+        if config.use_embedding_similarity and config.train_evidence_alone:
+            logits = logits - self.pair.embedding_similarity(image_embeds, text_embeds, logits.dtype)
         if config.matching_loss_weight:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature

@@ -104,9 +104,14 @@ class PairStage(nn.Module):
         node_weights = torch.cat([ones, saliency], dim=-1).flatten(0, 1)
         logits = self.head(normalize(nodes), node_weights).view(shape)
         if self.config.use_embedding_similarity:
-            cosine = (images.embeds @ texts.embeds.T).to(logits.dtype)
-            logits = logits + self.embedding_scale * cosine + self.embedding_shift
+            logits = logits + self.embedding_similarity(images.embeds, texts.embeds, logits.dtype)
         return logits
+
+    def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor, dtype: torch.dtype) -> Tensor:
+        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t)."""
+        with torch.autocast(image_embeds.device.type, enabled=False):  # a cosine in bfloat16 moves ranks
+            cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
+            return self.embedding_scale.to(dtype) * cosine + self.embedding_shift.to(dtype)
 
     def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
         """Mask and global weights of the refined tokens: words, or words and their expansions."""
@@ -119,7 +124,9 @@ class PairStage(nn.Module):
 
         With e = n(Σ α c^v): M e = Σ α (M c^v) / ‖Σ α c^v‖, and the norm is √(αᵀ G α).
         """
-        captions, words, size = texts.context_queries.shape
+        assert texts.context_queries is not None and images.context_keys is not None
+        assert images.context_values is not None and images.context_gram is not None
+        captions, words = texts.context_queries.shape[:2]
         regions = images.context_keys.shape[1]
         scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
         scores = scores.view(len(images), regions, captions, words).transpose(1, 2)
@@ -138,9 +145,11 @@ class PairStage(nn.Module):
         """Refined words T̃ (i, t, W or 2W, D) before normalisation, and 1/‖T̃‖ (i, t, W or 2W, 1)."""
         shape = (len(images), *texts.words.shape)
         if isinstance(refinement, Gate):
+            assert texts.gates is not None
             gate, carried = self.expand(images, texts, attention).view(*shape[:-1], -1).chunk(2, dim=-1)
             refined = torch.addcmul(texts.words, torch.sigmoid(texts.gates + gate), carried)
         elif isinstance(refinement, Recurrence):
+            assert texts.recurrent_state is not None and texts.recurrent_words is not None
             gates = self.expand(images, texts, attention).view(-1, shape[2], 3 * shape[3])
             state = texts.recurrent_state.expand(shape[0], -1, -1).flatten(0, 1)
             expanded = refinement.steps(gates, state).view(shape) + texts.words

@@ -70,11 +70,18 @@ class CaptionBatches(Sampler[list[int]]):
 
 @dataclass
 class Phase:
-    """A stretch of training: its batches, for how many epochs, and whether pairs are scored."""
+    """A stretch of training with its own warm-up and decay of the rates.
+
+    Attributes:
+        with_pairs: whether pairs are scored, or the embeddings trained alone.
+        rate: what the configured learning rate is multiplied by.
+        accumulation: batches an optimizer step.
+    """
 
     batches: CaptionBatches
     epochs: int
     with_pairs: bool
+    rate: float = 1.0
     accumulation: int = 1
 
     @property
@@ -86,11 +93,12 @@ class Phase:
 def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
     """The head start, where the configuration has one, and the epochs in which pairs are scored."""
 
-    def phase(epochs: int, batch_size: int, with_pairs: bool) -> Phase:
+    def phase(epochs: int, batch_size: int, with_pairs: bool, rate: float = 1.0) -> Phase:
         batches = CaptionBatches(image_rows, batch_size, config.batch_captions_per_image, config.seed)
-        return Phase(batches, epochs, with_pairs, config.gradient_accumulation_steps)
+        return Phase(batches, epochs, with_pairs, rate, config.gradient_accumulation_steps)
 
     main = phase(config.epochs, config.batch_size, True)
     if not config.head_start_epochs:
         return [main]
-    return [phase(config.head_start_epochs, config.head_start_batch_size or config.batch_size, False), main]
+    rate = (config.head_start_learning_rate or config.learning_rate) / config.learning_rate
+    return [phase(config.head_start_epochs, config.head_start_batch_size or config.batch_size, False, rate), main]

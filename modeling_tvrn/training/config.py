@@ -73,6 +73,13 @@ class TrainingConfig:
         None, "schedule", "captions a batch of the head start, whose steps are cheap (null: batch_size)", minimum=2
     )
 
+    head_start_learning_rate: float | None = _key(
+        None, "schedule", "highest rate of the head start, which has its own warm-up and decay (null: learning_rate)"
+    )
+    keep_head_start: bool = _key(
+        False, "schedule", "after the head start leave the embeddings as they are and train the pair score alone"
+    )
+
     learning_rate: float = _key(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
     tower_learning_rate: float = _key(5e-5, "optimizer", "highest rate of the towers that are not frozen", above=0.0)
     warmup_ratio: float = _key(

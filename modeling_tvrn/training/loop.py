@@ -72,9 +72,8 @@ class Training:
         self._read_caches()
         image_rows = [row for row, captions in enumerate(self.train_records.captions) for _ in captions]
         self.phases = phases(config, image_rows)
-        self.head_start_steps = sum(p.epochs * p.steps_per_epoch for p in self.phases if not p.with_pairs)
         self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
-        self.epoch, self.epoch_step = 0, 0
+        self.epoch, self.epoch_step, self.phase_step = 0, 0, 0
         self._prepare()
         self.step, self.waited = 0, 0.0
         self.gradient_norm: Tensor | None = None
@@ -109,7 +108,6 @@ class Training:
             objective, make_optimizer(self.model, config), *loaders
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._set_rates(0)
 
     def _loader(self, batches: CaptionBatches) -> DataLoader[Any]:
         workers = self.config.num_workers
@@ -147,7 +145,10 @@ class Training:
 
     def _run_phase(self, phase: Phase, loader: Iterable[dict[str, Any]]) -> None:
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
-        last, done = phase is self.phases[-1], 0
+        last, done, self.phase_step = phase is self.phases[-1], 0, 0
+        self._set_rates(phase)
+        if phase.with_pairs and self.config.keep_head_start:
+            self.model.freeze_embeddings()
         while self.step < self.total_steps and (last or done < phase.epochs):
             self._run_epoch(phase, loader)
             self.epoch, self.epoch_step, done = self.epoch + 1, 0, done + 1
@@ -203,20 +204,22 @@ class Training:
         """Count an optimizer step, move the rates, and evaluate where it is time to."""
         self.step += 1
         self.epoch_step += 1
+        self.phase_step += 1
         if self.average is not None:
             self.average.update()
         values: dict[str, float | Tensor] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.gradient_norm is not None:
             values["gradient_norm"] = self.gradient_norm
         self.progress.step(self.step, self.epoch + self.epoch_step / phase.steps_per_epoch, **values)
-        self._set_rates(self.step)
+        self._set_rates(phase)
         every = self.config.evaluation_steps
         if self.step == self.total_steps or (every and phase.with_pairs and self.step % every == 0):
             self._evaluate()
 
-    def _set_rates(self, step: int) -> None:
-        steps_per_epoch = self.phases[-1].steps_per_epoch
-        factor = rate_factor(step, self.total_steps, steps_per_epoch, self.config, self.head_start_steps)
+    def _set_rates(self, phase: Phase) -> None:
+        last = phase is self.phases[-1]
+        steps = self.total_steps - (self.step - self.phase_step) if last else phase.epochs * phase.steps_per_epoch
+        factor = phase.rate * rate_factor(self.phase_step, steps, phase.steps_per_epoch, self.config)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 

@@ -49,13 +49,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     )
 
 
-def rate_factor(
-    step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig, head_start_steps: int = 0
-) -> float:
+def rate_factor(step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig) -> float:
     """What every learning rate is multiplied by at an optimizer step (counted from 0).
 
     Linear from near 0 to 1 over the warm-up, then the cosine's half wave down to 0 at `total_steps`, steps down at the
-    ends of `decay_epochs` (counted after the head start), or constant.
+    ends of `decay_epochs`, or constant. Steps are those of one phase.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
