@@ -1,5 +1,7 @@
 """Image–text retrieval metrics: exact ranks, R@K and rSum in percent, chance, uni-modal recall, paired bootstrap."""
 
+from pathlib import Path
+
 from .bootstrap import BootstrapComparison, paired_bootstrap
 from .ranking import RankCounter, positive_pairs, shortlist_ranks
 from .retrieval import (
@@ -13,7 +15,10 @@ from .retrieval import (
 )
 from .unimodal import UnimodalMetrics, unimodal_metrics
 
+EVALUATE_FOLDER = str(Path(__file__).with_name("retrieval_metric"))  # evaluate.load(EVALUATE_FOLDER)
+
 __all__ = [
+    "EVALUATE_FOLDER",
     "RECALL_AT",
     "BootstrapComparison",
     "RankCounter",

@@ -1,0 +1,166 @@
+"""Evaluate checkpoints on image-text retrieval by a named protocol, and print where every number comes from.
+
+    python examples/evaluate_retrieval.py runs/flickr8k --data flickr8k --split validation
+
+The protocol of the test split, on cached regions, two checkpoints averaged, kept as JSON:
+
+    python examples/evaluate_retrieval.py runs/saf runs/sgr --data flickr30k --split test --protocol flickr30k-1k \
+        --regions regions/flickr30k-test --output report.json
+
+Search by embeddings and rerank 128 candidates a query, beside exhaustive scoring:
+
+    python examples/evaluate_retrieval.py runs/coco --data coco --split test --protocol coco-5k \
+        --shortlist-size 128 --exhaustive --dtype bfloat16
+
+Is a model better than another? Paired bootstrap over the queries:
+
+    python examples/evaluate_retrieval.py runs/new --data flickr8k --split validation --compare runs/old
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.data import load_pairs
+from modeling_tvrn.evaluation import PROTOCOLS, EvaluationReport, evaluate
+from modeling_tvrn.metrics import paired_bootstrap
+from modeling_tvrn.teachers import RegionCache, region_fingerprint, with_regions
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    about, _, commands = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id; several are averaged")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", required=True, help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id"
+    )
+    group.add_argument("--split", help="train, validation, test, ... (may be left out where there is only one)")
+    group.add_argument(
+        "--data-option", action="append", default=[], metavar="KEY=VALUE", help="option of load_pairs; may be repeated"
+    )
+    group.add_argument(
+        "--regions",
+        nargs="+",
+        default=[],
+        metavar="CACHE",
+        help="region cache in place of pictures: one for all models, or one for each, those to compare with last",
+    )
+    group.add_argument("--num-workers", type=int, default=0, help="processes that decode pictures (default 0)")
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--protocol", default="validation", choices=PROTOCOLS, help="default: validation, any size")
+    group.add_argument("--shortlist-size", type=int, metavar="K", help="search K candidates a query and rerank them")
+    group.add_argument("--exhaustive", action="store_true", help="beside a shortlist, also score every pair")
+    group.add_argument("--no-embeddings", action="store_true", help="leave out the recalls of the embeddings alone")
+    group.add_argument(
+        "--compare", nargs="+", default=[], metavar="OTHER", help="a baseline (several are averaged): paired bootstrap"
+    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="write the report as JSON")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--batch-size", type=int, default=64, help="images, and captions, encoded at a time (default 64)"
+    )
+    group.add_argument("--chunk-size", type=int, help="pairs scored at a time (default: the model's own choice)")
+    group.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of model and scores (default float32)"
+    )
+    group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    options = parser.parse_args(arguments)
+    if options.exhaustive and options.shortlist_size is None:
+        parser.error("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
+    count = len(options.models) + len(options.compare)
+    if len(options.regions) not in (0, 1, count):
+        parser.error(f"--regions names {len(options.regions)} caches for {count} models; give one, or one for each")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate, print, and write the report that the command line asks for."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"evaluate_retrieval.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything but the command line."""
+    data_options = dict(
+        yaml.safe_load(f"{{{option.replace('=', ': ', 1)}}}").popitem() for option in options.data_option
+    )
+    records = load_pairs(options.data, options.split, **data_options)
+    regions = (
+        options.regions if len(options.regions) > 1 else options.regions * len([*options.models, *options.compare])
+    )
+    report = measure(options, options.models, records, regions)
+    print(report.table())
+    written = report.as_dict()
+    if options.compare:
+        baseline = measure(options, options.compare, records, regions[len(options.models) :])
+        comparison = paired_bootstrap(report.metrics, baseline.metrics)
+        print(f"\nBaseline\n\n{baseline.table()}\n\nPaired bootstrap over queries, percent points\n")
+        print(comparison.table())
+        written |= {"baseline": baseline.as_dict(), "comparison": vars(comparison)}
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measure(options: argparse.Namespace, names: list[str], records: Any, regions: list[str]) -> EvaluationReport:
+    """Load some checkpoints and evaluate them, averaged where there are several."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = [TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device) for name in names]
+    processors = [TVRNProcessor.from_pretrained(name) for name in names]
+    inputs = [records] * len(names)
+    if regions:
+        inputs = [from_cache(records, *each) for each in zip(regions, names, processors, strict=False)]
+    return evaluate(
+        models,
+        processors,
+        tuple(inputs),
+        options.protocol,
+        batch_size=options.batch_size,
+        chunk_size=options.chunk_size,
+        shortlist_size=options.shortlist_size,
+        exhaustive=options.exhaustive or options.shortlist_size is None,
+        embeddings=not options.no_embeddings,
+        data=options.data,
+        seeds=[seed for seed in map(trained_seed, names) if seed is not None],
+        num_workers=options.num_workers,
+    )
+
+
+def from_cache(records: Any, directory: str, name: str, processor: TVRNProcessor) -> Any:
+    """The records with cached regions; a cache of another tower or preprocessing is refused."""
+    cache = RegionCache.load(directory)
+    model = TVRNModel.from_pretrained(name, dtype=torch.float32)  # whose weights the cache names
+    if model.vision_model is not None:
+        expected = region_fingerprint(model, processor)
+        # Boxes of a detector are no grid of the model's; how numbers were computed and stored is the user's choice.
+        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
+        cache = RegionCache.load(directory, {name: expected[name] for name in sections})
+    return with_regions(records, cache)
+
+
+def trained_seed(name: str) -> int | None:
+    """The seed that training left beside a checkpoint, where it is a folder."""
+    results = Path(name) / "results.json"
+    return json.loads(results.read_text(encoding="utf-8")).get("seed") if results.is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

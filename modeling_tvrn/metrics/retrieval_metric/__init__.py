@@ -1,0 +1,1 @@
+"""The folder that `evaluate.load` takes: `evaluate.load(modeling_tvrn.metrics.EVALUATE_FOLDER)`."""
