@@ -62,9 +62,7 @@ def rate_factor(step: int, total_steps: int, steps_per_epoch: int, config: Train
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     if config.scheduler == "step":
-        return config.decay_factor ** sum(
-            step - head_start_steps >= epoch * steps_per_epoch for epoch in config.decay_epochs
-        )
+        return config.decay_factor ** sum(step >= epoch * steps_per_epoch for epoch in config.decay_epochs)
     return 1.0
 
 
