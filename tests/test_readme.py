@@ -1,0 +1,69 @@
+"""What the README shows works: its Python runs, its files exist, and .ci/run takes its command from it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from transformers import ConvNextConfig, ConvNextImageProcessorPil
+
+from modeling_tvrn import EncodedImages, TVRNConfig, TVRNModel, TVRNProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+CAPTIONS = ["a red circle above a blue square", "three small green triangles"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the quickstart leaves it, with an untrained model and two pictures."""
+    tower = ConvNextConfig(num_stages=2, hidden_sizes=[6, 10], depths=[1, 1], patch_size=4, image_size=24)
+    processor = TVRNProcessor.from_captions(CAPTIONS, ConvNextImageProcessorPil(size={"shortest_edge": 24}))
+    sizes = {
+        "region_feature_size": 10,
+        "hidden_size": 12,
+        "projection_size": 10,
+        "similarity_size": 7,
+        "word_embedding_size": 9,
+    }
+    model = TVRNModel(TVRNConfig(vision_config=tower, vocab_size=len(processor.tokenizer), **sizes))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "runs" / "scenes")
+    for name, colour in (("first", "red"), ("second", "green")):
+        PIL.Image.new("RGB", (31, 29), colour).save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs_as_printed(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict = {}
+    for block in blocks("python")[:2]:  # the third downloads towers
+        exec(compile(block, "README.md", "exec"), names)
+    assert "tensor" in capsys.readouterr().out
+    assert names["output"].logits_per_image.shape == (2, 2)
+    assert isinstance(names["gallery"], EncodedImages)
+    first_caption = names["output"].logits_per_image.sigmoid()[:, :1]
+    order = (names["gallery"].embeds @ names["queries"].embeds[0]).argsort(descending=True)
+    torch.testing.assert_close(names["scores"].detach(), first_caption[order], atol=1e-5, rtol=0)
+
+
+def test_the_readme_names_only_files_that_exist() -> None:
+    for path in set(re.findall(r"examples/[\w./-]+\.(?:py|yaml)", README)):
+        assert (ROOT / path).is_file(), f"README.md names {path}"
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), f"README.md links to {path}"
+
+
+def test_continuous_integration_runs_the_readmes_test_command() -> None:
+    """The two must not drift apart: the script's own extraction is run on the README."""
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    extraction = re.search(r"^tests=\$\((.*)\)$", script, re.MULTILINE)[1]
+    taken = subprocess.run(["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert taken.strip() == 'python -m pip install -e ".[test]" && python -m pytest'
+    assert taken in blocks("bash")
