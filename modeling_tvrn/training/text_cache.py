@@ -67,7 +67,8 @@ class CachedTextProcessor:
             for caption, length in zip(batch, lengths, strict=True):
                 spans[caption] = (end, end + length)
                 end += length
-        stored = torch.cat(features)
+        with torch.autocast("cpu", enabled=False):  # which knows no half precision to join
+            stored = torch.cat(features)
         if not torch.isfinite(stored).all():
             raise ValueError("the text tower's outputs leave half precision's range; set cache_text_features=false")
         logger.info("cached the text tower's outputs of %d captions, %.0f MB", len(spans), stored.nbytes / 2**20)
