@@ -12,6 +12,16 @@ _LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
 
 REFINEMENTS = ("gate", "gru")
 SIMILARITY_HEADS = ("saf", "sgr")
+POSITIVE = (
+    "region_feature_size",
+    "vocab_size",
+    "word_embedding_size",
+    "hidden_size",
+    "projection_size",
+    "similarity_size",
+    "attention_scale",
+    "matching_temperature",
+)
 
 
 class TVRNConfig(PreTrainedConfig):
@@ -45,8 +55,9 @@ class TVRNConfig(PreTrainedConfig):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
         train_evidence_alone (`bool`, defaults to `False`):
-            Let the losses of the pair score see it without the embedding term, which is added in the score alone. Trained
-            on the sum, the evidence learns only what the embeddings leave of the training set, and that generalises worse.
+            Let the losses of the pair score see it without the embedding term, which is added in the score alone.
+            Trained on the sum, the evidence learns only what the embeddings leave of the training set, and that
+            generalises worse.
         use_refined_features (`bool`, defaults to `True`):
             Let the embeddings see the refined regions (their attention pooling and mean) and words.
         use_pooled_features (`bool`, defaults to `True`):
@@ -66,8 +77,8 @@ class TVRNConfig(PreTrainedConfig):
             Image–caption pairs scored at once, which bounds the memory of the pair stage. `None`: as many as keep one
             (pairs, words, D) tensor in a CPU's cache (4 MiB), or within 256 MiB of a GPU.
         checkpoint_pair_chunks (`bool`, defaults to `True`):
-            In training, recompute each chunk in the backward pass, so that memory is bounded by the chunk and not by the
-            batch. `False` saves a third of the pair stage's time where a batch's pairs fit in memory.
+            In training, recompute each chunk in the backward pass, so that memory is bounded by the chunk and not by
+            the batch. `False` saves a third of the pair stage's time where a batch's pairs fit in memory.
         initializer_range (`float`, defaults to 0.02): Of embeddings; linear layers are Xavier-initialised.
 
     Raises:
@@ -119,14 +130,14 @@ class TVRNConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         token = _LOADING.set(True)
         try:
             return super().from_dict(config_dict, **kwargs)
         finally:
             _LOADING.reset(token)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not _LOADING.get():
             self._refuse_unknown(kwargs)
         self.vision_config = self._sub_config("vision_config", self.vision_config)
@@ -140,17 +151,16 @@ class TVRNConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
-        positive = ("region_feature_size", "vocab_size", "word_embedding_size", "hidden_size", "projection_size")
-        positive += ("similarity_size", "attention_scale", "matching_temperature")
-        for name in positive:
+        for name in POSITIVE:
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0.")
-        for name in ("iou_threshold", "dropout", "image_dropout", "text_dropout", "label_smoothing", "margin", "leaky_slope"):
+        fractions = ("iou_threshold", "dropout", "image_dropout", "text_dropout", "label_smoothing", "margin")
+        for name in (*fractions, "leaky_slope"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
         if not (self.use_refined_features or self.use_pooled_features):
             raise ValueError(
-                "use_refined_features and use_pooled_features are both False; the embeddings need at least one of them."
+                "use_refined_features and use_pooled_features are both False; the embeddings need at least one."
             )
         if not (_is_number(self.pooled_hidden_size) and self.pooled_hidden_size >= 0):
             raise ValueError(f"pooled_hidden_size is {self.pooled_hidden_size!r}; expected 0 (linear) or more.")

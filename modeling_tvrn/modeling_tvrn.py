@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules: list[str] = []
+    _no_split_modules: ClassVar[list[str]] = []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,7 +110,8 @@ class TVRNPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        wrong = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
         if wrong and not tolerant:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold this model: {wrong}. Expected every weight of the "
@@ -137,7 +138,7 @@ class TVRNModel(TVRNPreTrainedModel):
         self.text_dropout = FeatureDropout(config.text_dropout)
         self.region_projection = nn.Linear(config.region_feature_size, size)
         if config.text_config is not None:
-            self.word_projection = nn.Linear(config.text_config.hidden_size, size)
+            self.word_projection = nn.Linear(_width(config), size)
         self.attention = FragmentAttention(config)
         self.geometry = GeometricAttention(config) if config.use_geometric_context else None
         self.visual_refinement = _refinement(config)
@@ -149,8 +150,7 @@ class TVRNModel(TVRNPreTrainedModel):
             self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
         if config.use_pooled_features:
             self.pooled_image_embedding = PooledEmbedding(config.region_feature_size, config.image_dropout, config)
-            words = config.word_embedding_size if config.text_config is None else config.text_config.hidden_size
-            self.pooled_text_embedding = PooledEmbedding(words, config.text_dropout, config)
+            self.pooled_text_embedding = PooledEmbedding(_width(config), config.text_dropout, config)
         self.pair = PairStage(config)
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -210,8 +210,8 @@ class TVRNModel(TVRNPreTrainedModel):
         """
         if self.config.use_refined_features:
             raise ValueError(
-                "The embeddings of this model see its refined regions and words, so training the pair score moves them; "
-                "keeping them fixed needs use_refined_features=False."
+                "The embeddings of this model see its refined regions and words, so training the pair score moves "
+                "them; keeping them fixed needs use_refined_features=False."
             )
         self.pooled_image_embedding.requires_grad_(False)
         self.pooled_text_embedding.requires_grad_(False)
@@ -466,7 +466,7 @@ class TVRNModel(TVRNPreTrainedModel):
         """The one that is given, checked."""
         tower = self.config.text_config
         if text_features is not None and tower is None:
-            raise ValueError("text_features came, but this model has no text tower that gives such; give it input_ids.")
+            raise ValueError("text_features came, but this model has no text tower to give such; give it input_ids.")
         if text_features is not None and input_ids is None:
             return check_text_features(text_features, tower.hidden_size)
         if input_ids is None or text_features is not None:
@@ -487,7 +487,8 @@ class TVRNModel(TVRNPreTrainedModel):
         """
         if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
             raise ValueError(
-                f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of each."
+                f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of "
+                "each."
             )
         check_sides(images, texts, self.config)
         device = images.tokens.device.type
@@ -577,7 +578,9 @@ class TVRNModel(TVRNPreTrainedModel):
         loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def get_image_features(self, pixel_values: Tensor | None = None, **regions: Tensor | None) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, **regions: Tensor | None
+    ) -> BaseModelOutputWithPooling:
         """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`."""
         images = self.encode_images(pixel_values, **regions)
         return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=images.embeds)
@@ -590,6 +593,11 @@ class TVRNModel(TVRNPreTrainedModel):
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:
     return Gate(config) if config.refinement == "gate" else Recurrence(config)
+
+
+def _width(config: TVRNConfig) -> int:
+    """Size of an input word: the text tower's, or the word embeddings'."""
+    return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
 
 
 def _auto_chunk_size(texts: EncodedTexts) -> int:

@@ -79,7 +79,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._means = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
