@@ -11,7 +11,8 @@ Three ways to score the same random images and captions with the same weights:
   released code has them (107 MFLOP a pair that depend on one side only).
 
 It prints ms a pair, GFLOP/s (counted as in `flops_per_pair`), the share of this machine's matrix product rate
-measured in the same run, the largest difference of the scores, and the peak memory of scoring 1× and 16× as many captions (Linux).
+measured in the same run, the largest difference of the scores, and the peak memory of scoring 1 and 16 times as many
+captions (Linux).
 """
 
 import argparse
