@@ -41,8 +41,9 @@ def _check_boxes(boxes: Tensor, mask: Tensor) -> Tensor:
     if wrong.any():
         image, region = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"The box of region {region} of image {image} is {boxes[image, region].tolist()}; expected x1 ≤ x2, y1 ≤ y2, all "
-            "in [0, 1]. Divide pixel boxes by the image's width and height (the processor does, given image_sizes)."
+            f"The box of region {region} of image {image} is {boxes[image, region].tolist()}; expected x1 ≤ x2, "
+            "y1 ≤ y2, all in [0, 1]. Divide pixel boxes by the image's width and height (the processor "
+            "does, given image_sizes)."
         )
     return boxes.float() if boxes.dtype != torch.float64 else boxes
 
@@ -55,8 +56,8 @@ def check_pixels(pixels: Tensor, channels: int) -> None:
     """
     if pixels.ndim != 4 or pixels.shape[1] != channels or 0 in pixels.shape:
         raise ValueError(
-            f"pixel_values has shape {tuple(pixels.shape)}; expected (images, {channels}, height, width), none of them 0. "
-            "The processor makes them from pictures."
+            f"pixel_values has shape {tuple(pixels.shape)}; expected (images, {channels}, height, width), none of "
+            "them 0. The processor makes them from pictures."
         )
     _refuse_nonfinite(pixels, "pixel_values")
 
@@ -69,13 +70,14 @@ def check_ids(ids: Tensor, vocab_size: int | None) -> Tensor:
     """
     if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
-            f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected integers (texts, words), at least one of each."
+            f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected integers (texts, words), at "
+            "least one of each."
         )
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise ValueError(
-            f"input_ids hold {low if low < 0 else high}; expected ids from 0 to vocab_size − 1 = {(vocab_size or 0) - 1}. "
-            "Use the tokenizer the model was made with."
+            f"input_ids hold {low if low < 0 else high}; expected ids from 0 to vocab_size − 1 = "
+            f"{(vocab_size or 0) - 1}. Use the tokenizer the model was made with."
         )
     return ids
 
@@ -88,8 +90,8 @@ def check_text_features(features: Tensor, size: int) -> Tensor:
     """
     if features.ndim != 3 or features.shape[-1] != size or 0 in features.shape:
         raise ValueError(
-            f"text_features has shape {tuple(features.shape)}; expected (texts, words, {size}), none of them 0. Check which "
-            "tower they come from."
+            f"text_features has shape {tuple(features.shape)}; expected (texts, words, {size}), none of them 0. Check "
+            "which tower they come from."
         )
     _refuse_nonfinite(features, "text_features")
     return features
@@ -131,8 +133,8 @@ def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) 
         wrong.append(f"{images.tokens.shape[1]} tokens for {images.region_mask.shape[1]} regions")
     if wrong:
         raise ValueError(
-            f"match got galleries of another model: {', '.join(wrong)} (None: absent). Score with the model that encoded "
-            "them, or encode them again."
+            f"match got galleries of another model: {', '.join(wrong)} (None: absent). Score with the model that "
+            "encoded them, or encode them again."
         )
 
 
@@ -147,7 +149,8 @@ def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor
 
 def _refuse_rows(wrong: Tensor, what: str) -> None:
     if wrong.any():
-        raise ValueError(f"{what} in the rows {wrong.nonzero().flatten().tolist()[:10]} of the batch; fix or drop those items.")
+        rows = wrong.nonzero().flatten().tolist()[:10]
+        raise ValueError(f"{what} in the rows {rows} of the batch; fix or drop those items.")
 
 
 def row_ids(
@@ -163,8 +166,8 @@ def row_ids(
         return rows, rows
     if image_ids is None or text_image_ids is None:
         raise ValueError(
-            f"A loss over {images} images and {texts} texts needs both image_ids and text_image_ids, which say whose text is "
-            f"whose; got image_ids={'given' if image_ids is not None else None}, "
+            f"A loss over {images} images and {texts} texts needs both image_ids and text_image_ids, which say whose "
+            f"text is whose; got image_ids={'given' if image_ids is not None else None}, "
             f"text_image_ids={'given' if text_image_ids is not None else None}."
         )
     for name, ids, count in (("image_ids", image_ids, images), ("text_image_ids", text_image_ids, texts)):

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
 
 Encoded = TypeVar("Encoded", bound="EncodedItems")
 
@@ -29,10 +30,10 @@ class EncodedItems:
     def __len__(self) -> int:
         return next(iter(self.tensors().values())).shape[0]
 
-    def _map(self: Encoded, function) -> Encoded:
+    def _map(self: Encoded, function: Callable[[Tensor], Tensor]) -> Encoded:
         return type(self)(**{name: function(value) for name, value in self.tensors().items()})
 
-    def select(self: Encoded, indices) -> Encoded:
+    def select(self: Encoded, indices: slice | Sequence[int] | Tensor) -> Encoded:
         """The items at `indices` (a slice, a list or a 1-d tensor of row numbers), in that order."""
         if isinstance(indices, slice):
             return self._map(lambda value: value[indices])
@@ -51,34 +52,43 @@ class EncodedItems:
             raise ValueError(f"cat got galleries of different model variants, with the tensors {names}.")
         return cls(**{name: _cat_padded([getattr(part, name) for part in parts]) for name in names[0]})
 
-    def to(self: Encoded, *args, **kwargs) -> Encoded:
+    def to(self: Encoded, *args: Any, **kwargs: Any) -> Encoded:
         """As `Tensor.to`; a dtype applies to the large tensors of fragments alone.
 
         Embeddings, weights and boxes keep their precision: they are small, and a cosine in bfloat16 moves ranks.
         """
         exact = ("embeds", "token_saliency", "token_gram", "context_gram", "word_weights", "region_boxes")
-        tensors = self.tensors().items()
-        return type(self)(
-            **{name: _to(value, name not in exact and value.is_floating_point(), *args, **kwargs) for name, value in tensors}
-        )
+        casts = {name: name not in exact and value.is_floating_point() for name, value in self.tensors().items()}
+        return type(self)(**{k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write the tensors to a safetensors file."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.tensors().items():
+            value = value.detach().cpu().contiguous()
+            # With as many tokens as regions the two masks are one tensor, which the format refuses to write twice.
+            shared = value.data_ptr() in {other.data_ptr() for other in tensors.values()}
+            tensors[name] = value.clone() if shared else value
         save_file(tensors, path, metadata={"tvrn": json.dumps({"class": type(self).__name__})})
 
     @classmethod
-    def load(cls: type[Encoded], path) -> Encoded:
+    def load(cls: type[Encoded], path: str | os.PathLike) -> Encoded:
         """Read what `save` wrote.
 
         Raises:
             ValueError: If the file holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            written = json.loads((file.metadata() or {}).get("tvrn", "{}")).get("class")
-            if written != cls.__name__:
-                raise ValueError(f"{path} holds {written or 'no encoded gallery'}; expected {cls.__name__}.")
-            return cls(**{name: file.get_tensor(name) for name in file.keys()})
+        try:
+            with safe_open(path, framework="pt") as file:
+                written = json.loads((file.metadata() or {}).get("tvrn", "{}")).get("class")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no safetensors file: {error}; expected what {cls.__name__}.save writes."
+            ) from error
+        if written != cls.__name__:
+            raise ValueError(f"{path} holds {written or 'no encoded gallery'}; expected {cls.__name__}.")
+        return cls(**tensors)
 
 
 @dataclass
@@ -95,7 +105,8 @@ class EncodedImages(EncodedItems):
         region_mask: (I, R) bool, valid regions first.
         region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the tokens.
         context_keys: (I, R, D) W_k c^v, the sources of the expansion.
-        context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input gates.
+        context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input
+            gates.
         context_gram: (I, R, R) c^v c^vᵀ, likewise for an expansion.
     """
 
@@ -160,7 +171,7 @@ def _pad_to(value: Tensor, sizes: list[int]) -> Tensor:
     return torch.nn.functional.pad(value, pads) if any(pads) else value
 
 
-def _to(value: Tensor, cast: bool, *args, **kwargs) -> Tensor:
+def _to(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:
     if cast:
         return value.to(*args, **kwargs)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))

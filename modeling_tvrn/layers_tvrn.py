@@ -69,7 +69,7 @@ def box_iou(boxes: Tensor) -> Tensor:
 
 
 def grid_boxes(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) xyxy in [0, 1]."""
+    """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) in [0, 1]."""
     top, left = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
     )
@@ -173,7 +173,7 @@ class Recurrence(nn.Module):
         return F.linear(contexts, cast(Tensor, self.gru.weight_ih_l0))
 
     def steps(self, input_gates: Tensor, state: Tensor) -> Tensor:
-        """GRU over prepared input gates (B, N, 3D) from `state` (B, D) -> outputs (B, N, D); a loop over fragments only."""
+        """GRU over prepared input gates (B, N, 3D) from `state` (B, D) -> (B, N, D); a loop over fragments only."""
         gates = input_gates + cast(Tensor, self.gru.bias_ih_l0)
         weight, bias = cast(Tensor, self.gru.weight_hh_l0), cast(Tensor, self.gru.bias_hh_l0)
         outputs = []

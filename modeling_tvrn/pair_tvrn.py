@@ -168,7 +168,7 @@ class PairStage(nn.Module):
     def align(
         self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Semantic alignment enhancement: contexts ctx (i, t, M, D) and the words' weights ω = n_tokens·a^t (i, t, M)."""
+        """Semantic alignment enhancement: contexts ctx (i, t, M, D), the words' weights ω = n_tokens·a^t (i, t, M)."""
         block = refined.shape[:3]
         flat = refined.flatten(1, 2)
         # The global image vector rides along as one more column: its cosines are the words' saliencies.
