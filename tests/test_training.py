@@ -138,11 +138,15 @@ def test_the_folder_loads_and_scores_as_reported(finished: tuple[Path, dict[str,
             )
         )
         texts = model.encode_texts(**processor(text=captions))
-        found = retrieval_metrics(model.match(images, texts), np.repeat(np.arange(20), 5))
-        embeddings = retrieval_metrics(images.embeds @ texts.embeds.T, np.repeat(np.arange(20), 5))
-    # One of 20 near-tied image queries may fall the other way: the run read cached features in half precision.
-    assert found.rsum == pytest.approx(result["metrics"]["rsum"], abs=5.0)
-    assert embeddings.rsum == pytest.approx(result["embedding_metrics"]["rsum"], abs=0.5)
+        scores = model.match(images, texts)
+    for found, reported in ((scores, "metrics"), (images.embeds @ texts.embeds.T, "embedding_metrics")):
+        # Captions repeat in these data, so negatives tie with positives up to the last bits, and those differ with the
+        # batches of encoding: the report lies between all such ties lost and all won.
+        positives = 1e-4 * (torch.arange(20)[:, None] == torch.arange(100)[None, :] // 5)
+        rows = np.repeat(np.arange(20), 5)
+        worst, best = (retrieval_metrics(found + sign * positives, rows).rsum for sign in (-1, 1))
+        assert worst <= result[reported]["rsum"] <= best
+        assert best - worst < 100, "too many ties to tell anything"
     shipped = {path.name for path in folder.glob("*.py")}
     assert {"modeling_tvrn.py", "configuration_tvrn.py", "processing_tvrn.py", "losses.py"} <= shipped
     assert (folder / "curve.png").stat().st_size > 5000 and not (folder / ".saving").exists()
@@ -250,6 +254,28 @@ def test_the_rates_of_towers_and_new_parts_are_those_that_move_the_weights(confi
         expected = 1e-4 if name.startswith("text_model.") else 1e-2
         assert moved == pytest.approx(expected, rel=0.02) or moved == 0.0, name
     assert (run.model.word_projection.weight - before["word_projection.weight"]).abs().max() > 5e-3
+
+
+def test_the_head_start_has_its_own_batches_and_rate_and_can_be_kept(configure: Configure) -> None:
+    head_start = {"head_start_epochs": 1, "head_start_batch_size": 50, "head_start_learning_rate": 9e-3}
+    rates = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "scheduler": "constant", "logging_steps": 1}
+    model = {"use_refined_features": False, "dropout": 0.0}
+    run = Training(configure(**head_start, **rates, keep_head_start=True, epochs=1, model=model))
+    freeze, started = run.model.freeze_embeddings, {}
+
+    def freeze_and_remember() -> None:
+        freeze()
+        started.update({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    run.model.freeze_embeddings = freeze_and_remember  # type: ignore[method-assign]
+    run.fit()
+    found = [event["learning_rate"] for event in run.progress.history if "learning_rate" in event]
+    assert found == pytest.approx([9e-3] * 3 + [1e-3] * 6)
+    after = run.model.state_dict()
+    for name in ("pooled_image_embedding", "pooled_text_embedding", "logit_scale"):
+        kept = [key for key in started if key.startswith(name)]
+        assert kept and all(torch.equal(started[key], after[key]) for key in kept)
+    assert not torch.equal(started["region_projection.weight"], after["region_projection.weight"])
 
 
 def test_accumulated_batches_make_one_step(configure: Configure) -> None:

@@ -72,9 +72,11 @@ class TrainingConfig:
     head_start_batch_size: int | None = _key(
         None, "schedule", "captions a batch of the head start, whose steps are cheap (null: batch_size)", minimum=2
     )
-
     head_start_learning_rate: float | None = _key(
-        None, "schedule", "highest rate of the head start, which has its own warm-up and decay (null: learning_rate)"
+        None,
+        "schedule",
+        "highest rate of the head start, which has its own warm-up and decay (null: learning_rate)",
+        above=0.0,
     )
     keep_head_start: bool = _key(
         False, "schedule", "after the head start leave the embeddings as they are and train the pair score alone"
@@ -162,6 +164,11 @@ class TrainingConfig:
             )
         if self.scheduler == "step" and not self.decay_epochs:
             raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
+        if self.keep_head_start and not self.head_start_epochs:
+            raise ValueError(
+                "keep_head_start = True needs head_start_epochs of at least 1, got 0: the embeddings would stay as "
+                "they were drawn"
+            )
         if self.cache_text_features and not self.model.get("freeze_text", False):
             raise ValueError(
                 "cache_text_features = True needs model.freeze_text = True, got False; "

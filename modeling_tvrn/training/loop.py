@@ -69,6 +69,7 @@ class Training:
         self.processor = build_processor(config, self.train_records)
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
+        self.trained_parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         self._read_caches()
         image_rows = [row for row, captions in enumerate(self.train_records.captions) for _ in captions]
         self.phases = phases(config, image_rows)

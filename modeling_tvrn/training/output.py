@@ -32,7 +32,6 @@ TOP_RESULTS = 10
 TOKENIZED_AT_ONCE = 4096
 USAGE = """\
 import torch
-from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 name = "{name}"  # a folder or a Hub id
@@ -47,7 +46,10 @@ with torch.inference_mode():
     scores = model.match(images, texts).sigmoid()  # (images, captions)
 print(scores)
 """
-PIXELS = 'images = [Image.open(path) for path in ("first.jpg", "second.jpg")]', "images=images"
+PIXELS = (
+    'from PIL import Image\n\nimages = [Image.open(path) for path in ("first.jpg", "second.jpg")]',
+    "images=images",
+)
 REGIONS = (
     "features = torch.rand(2, 36, {size})  # of your detector: (images, regions, features)\n"
     "boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 36, 4)  # xyxy in [0, 1]",
@@ -95,7 +97,7 @@ def collect_results(run: Training, model: Any, report: EvaluationReport) -> dict
         "seconds": run.seconds() | {"total": time.perf_counter() - run.started},
         "parameters": {
             "total": sum(weight.numel() for weight in model.parameters()),
-            "trained": sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad),
+            "trained": run.trained_parameters,
         },
         "data": {
             "train": describe_records(run.train_records, run.processor),
@@ -173,7 +175,7 @@ def write_card(config: TrainingConfig, folder: Path, results: dict[str, Any], ta
         curve="curve.png",
         query=config.query if pictured else None,
         query_picture="query.png",
-        usage=USAGE.format(name=metadata.name, images=images.format(size=size), keywords=keywords),
+        usage=USAGE.format(name=metadata.name, images=images.format(size=size), keywords=keywords).strip(),
         training_data=f"{metadata.dataset_name}, split {config.train_split}, {data['train']['images']} images and "
         f"{data['train']['captions']} captions",
         training_summary=f"{results['steps']} steps of {config.batch_size} captions in "
