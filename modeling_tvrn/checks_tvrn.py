@@ -104,7 +104,7 @@ def check_words(given: Tensor, attention_mask: Tensor | None, word_mask: Tensor 
         ValueError: On wrong shapes, or a text without a word to match.
     """
     attended = _check_mask("attention_mask", attention_mask, given, "word")
-    words = _check_mask("word_mask", word_mask if word_mask is not None else attended, given, "word") & attended
+    words = attended if word_mask is None else _shaped_mask("word_mask", word_mask, given, "word") & attended
     _refuse_rows(~words.any(dim=1), "word_mask keeps no word that attention_mask keeps")
     return attended, words
 
@@ -139,12 +139,19 @@ def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) 
 
 
 def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor:
-    shape = of.shape[:2]
-    mask = torch.ones(shape, dtype=torch.bool, device=of.device) if mask is None else mask.bool()
-    if mask.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}, one flag a {item}.")
+    if mask is None:
+        return torch.ones(of.shape[:2], dtype=torch.bool, device=of.device)
+    mask = _shaped_mask(name, mask, of, item)
     _refuse_rows(~mask.any(dim=1), f"{name} masks every {item}")
     return mask
+
+
+def _shaped_mask(name: str, mask: Tensor, of: Tensor, item: str) -> Tensor:
+    if mask.shape != of.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}; expected {tuple(of.shape[:2])}, one flag a {item}."
+        )
+    return mask.bool()
 
 
 def _refuse_rows(wrong: Tensor, what: str) -> None:

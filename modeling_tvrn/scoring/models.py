@@ -33,7 +33,8 @@ class EmbeddingScore:
     def match(self, images: Gallery, texts: Gallery, chunk_size: int | None = None) -> Tensor:
         """(I, T) cosines in float32 (float64 for float64 embeddings); `chunk_size` is of no use here."""
         left, right = (wide(side.embeds) for side in (images, texts))
-        return left @ right.to(left).T
+        with torch.autocast(left.device.type, enabled=False):  # in bfloat16 thousands of cosines would tie
+            return left @ right.to(left).T
 
 
 class AveragedGallery:

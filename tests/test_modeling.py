@@ -1,0 +1,237 @@
+"""A pair's score depends on that image and that caption alone, every part has its say, and bad input is refused."""
+
+import pytest
+import torch
+from model_makers import HEADS, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
+from transformers import BertConfig, MobileNetV2Config
+
+from modeling_tvrn import TVRNConfig, TVRNModel
+from modeling_tvrn.losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
+from modeling_tvrn.pair_tvrn import PairStage
+
+BERT = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 41, "vocab_size": 31}
+
+
+@torch.no_grad()
+def logits(model: TVRNModel, *inputs: dict[str, torch.Tensor], chunk_size: int | None = None) -> torch.Tensor:
+    images, texts = inputs
+    return model.match(model.encode_images(**images), model.encode_texts(**texts), chunk_size)
+
+
+@torch.no_grad()
+def logits_alone(model: TVRNModel, images: dict[str, torch.Tensor], texts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Every pair as a batch of one, nothing padded."""
+    counts = len(next(iter(images.values()))), len(next(iter(texts.values())))
+    pairs = [
+        [model(**one(images, i), **one(texts, k)).logits_per_image for k in range(counts[1])] for i in range(counts[0])
+    ]
+    return torch.tensor(pairs)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def spread(inputs: dict[str, torch.Tensor], places: list[int], width: int, seed: int = 3) -> dict[str, torch.Tensor]:
+    """The same fragments at other places of longer rows, among large random values that the mask hides."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for key, value in inputs.items():
+        shape = (len(value), width, *value.shape[2:])
+        if key.endswith("mask"):
+            filler = torch.zeros(shape, dtype=value.dtype)
+        elif value.is_floating_point():
+            filler = torch.rand(shape, generator=generator).to(value.dtype) * (1 if key.endswith("boxes") else 50)
+            filler = filler.sort(dim=-1).values if key.endswith("boxes") else filler
+        else:
+            filler = torch.randint(1, 31, shape, generator=generator)
+        filler[:, places] = value
+        result[key] = filler
+    return result
+
+
+def reordered(inputs: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+    return {key: value[order] for key, value in inputs.items()}
+
+
+class TestAPairIsItself:
+    @pytest.mark.parametrize("variant", VARIANTS, ids=name)
+    def test_alone_and_in_any_batch(self, variant):
+        """Any order, any padding, any chunk size: the logit is that of the pair alone."""
+        model, images, texts = tiny_model(**variant), regions(), words()
+        alone = logits_alone(model, images, texts)
+        assert alone.std(dim=0).min() > 1e-4 and alone.std(dim=1).min() > 1e-4  # equal scores would agree as well
+        images = reordered(spread(images, [1, 2, 3, 5, 7, 8, 9], 11), [2, 0, 1])
+        texts = reordered(spread(texts, [1, 2, 4, 5, 7, 8], 10), [3, 1, 0, 2])
+        for chunk_size in (None, 1, 5):
+            assert_same(logits(model, images, texts, chunk_size=chunk_size), alone[[2, 0, 1]][:, [3, 1, 0, 2]])
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 8, 11, 12, 1000])
+    def test_any_chunk_size(self, variant, chunk_size):
+        model, images, texts = tiny_model(**variant), regions(3), words(4)
+        assert_same(logits(model, images, texts, chunk_size=chunk_size), logits(model, images, texts))
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    def test_any_company(self, variant):
+        """In the released code every caption saw image 0 of the batch."""
+        model, images, texts = tiny_model(**variant), regions(6), words(7)
+        together = logits(model, images, texts)
+        for rows, columns in (([5], [6]), ([3, 1], [2]), ([4, 0, 2], [6, 5, 1, 0])):
+            part = logits(model, reordered(images, rows), reordered(texts, columns))
+            assert_same(part, together[rows][:, columns])
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    def test_more_captions_than_one_chunk_takes(self, variant):
+        """Captions are sorted by length into blocks; each keeps its column."""
+        model, images, texts = tiny_model(**variant), regions(2, 5), words(41, 7)
+        together = logits(model, images, texts)
+        for k in (0, 1, 17, 40):
+            assert_same(logits(model, images, one(texts, k)), together[:, [k]])
+
+    def test_fragments_in_any_order(self):
+        """Regions are a set: with the gate, which reads no sequence, their order is no matter."""
+        model, images, texts = tiny_model(), regions(), words()
+        order = torch.randperm(7)
+        shuffled = {key: value[:, order] for key, value in images.items()}
+        assert_same(logits(model, shuffled, texts), logits(model, images, texts))
+
+    def test_a_hub_text_tower(self):
+        """Words of a padded batch, some masked out of matching, against the caption alone."""
+        model, images = tiny_model(text_config=BertConfig(**BERT)), regions()
+        texts = words(4, 7)
+        batch = logits(model, images, texts)
+        for k, length in enumerate(texts["attention_mask"].sum(dim=1).tolist()):
+            short = {key: value[k : k + 1, :length] for key, value in texts.items()}
+            assert_same(logits(model, images, short), batch[:, [k]])
+        special = texts["word_mask"] < texts["attention_mask"]
+        assert special.any(dim=1).all()
+        matched = logits(model, images, texts | {"word_mask": texts["attention_mask"]})
+        assert (matched - batch).abs().min() > 1e-4
+
+    def test_training_a_tower_with_batch_statistics(self):
+        """A BatchNorm in training mode would let each image's regions depend on the batch."""
+        tower = MobileNetV2Config(depth_multiplier=0.05, image_size=32, finegrained_output=True)
+        sizes = {
+            "hidden_size": 12,
+            "projection_size": 9,
+            "similarity_size": 7,
+            "region_feature_size": 1280,
+            "vocab_size": 31,
+        }
+        model = TVRNModel(TVRNConfig(vision_config=tower, dropout=0.0, **sizes))
+        pixels, texts = torch.randn(3, 3, 64, 64), words(2, 5)
+        for mode in (model.training, True):
+            model.train(mode)
+            assert model.training
+            together = logits(model, {"pixel_values": pixels}, texts)
+            alone = torch.cat([logits(model, {"pixel_values": pixel[None]}, texts) for pixel in pixels])
+            assert_same(together, alone)
+
+
+class TestParts:
+    """What the released code lost: parts that cancel, and tensors that do not follow their item."""
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    @pytest.mark.parametrize("part", ["use_semantic_alignment", "use_geometric_context", "use_embedding_similarity"])
+    def test_a_part_changes_the_score(self, variant, part):
+        on, off = tiny_model(**variant), tiny_model(**variant, **{part: False})
+        off.load_state_dict(on.state_dict(), strict=False)
+        images, texts = regions(), words(4, 9)
+        assert (logits(on, images, texts) - logits(off, images, texts)).abs().min() > 1e-5
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    def test_word_saliency_changes_the_score(self, variant, monkeypatch):
+        """Even with its axis repaired, the released word saliency is normalised away again."""
+        model, images, texts = tiny_model(**variant), regions(), words(4, 9)
+        expected = logits(model, images, texts)
+        monkeypatch.setattr(
+            PairStage, "word_saliency", lambda self, cosine, mask: mask.expand(cosine.shape).to(cosine.dtype)
+        )
+        assert (logits(model, images, texts) - expected).abs().min() > 1e-5
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    def test_region_saliency_changes_the_score(self, variant):
+        model, texts = tiny_model(**variant), words(4, 9)
+        with torch.no_grad():
+            images, texts = model.encode_images(**regions()), model.encode_texts(**texts)
+            expected = model.match(images, texts)
+            images.token_saliency = torch.zeros_like(images.token_saliency)
+            assert (model.match(images, texts) - expected).abs().min() > 1e-5
+
+    @pytest.mark.parametrize("variant", HEADS, ids=name)
+    def test_saliencies_are_not_uniform(self, variant):
+        """The released saliencies are all ones: a softmax over an axis of size 1."""
+        model = tiny_model(**variant)
+        with torch.no_grad():
+            images = model.encode_images(**regions())
+        saliency = images.token_saliency.exp().masked_fill(~images.token_mask, 0)
+        assert_same(saliency.sum(dim=1), torch.ones(3))
+        assert all(row[mask].std() > 1e-3 for row, mask in zip(saliency, images.token_mask, strict=True))
+
+    def test_boxes_travel_with_their_image(self):
+        """In the released evaluation every block of images has the geometry of the last batch."""
+        model, images, texts = tiny_model(), regions(), words(4, 9)
+        images["region_mask"][:] = True
+        expected = logits(model, images, texts)
+        moved = images["region_boxes"].clone()
+        moved[1] = overlapping_boxes(7).float()
+        changed = (logits(model, images | {"region_boxes": moved}, texts) - expected).abs()
+        assert changed[1].min() > 1e-5 and changed[[0, 2]].max() == 0
+        together = model.encode_images(**images).select([2, 1])
+        assert_same(together.region_boxes, images["region_boxes"][[2, 1]], 0)
+        with torch.no_grad():
+            assert_same(model.match(together, model.encode_texts(**texts)), expected[[2, 1]])
+
+    def test_a_caption_is_refined_by_the_image_it_is_scored_with(self):
+        """Changing one image moves its own row alone, and moves every score of it."""
+        model, images, texts = tiny_model(use_embedding_similarity=False), regions(), words(4, 9)
+        expected = logits(model, images, texts)
+        images["region_features"][0] += 1
+        changed = (logits(model, images, texts) - expected).abs()
+        assert changed[0].min() > 1e-5 and changed[1:].max() == 0
+
+
+class TestOutput:
+    def test_shapes_and_relations(self):
+        model, images, texts = tiny_model(), regions(3), words(5)
+        output = model(**images, **texts)
+        assert output.loss is None and output.loss_parts is None
+        assert output.logits_per_image.shape == (3, 5) and output.logits_per_image.dtype == torch.float32
+        assert torch.equal(output.logits_per_text, output.logits_per_image.T)
+        for embeds, count in ((output.image_embeds, 3), (output.text_embeds, 5)):
+            assert embeds.shape == (count, 23)
+            assert_same(embeds.norm(dim=1), torch.ones(count))
+
+    def test_features_as_in_clip(self):
+        model, images, texts = tiny_model(), regions(3), words(5)
+        output = model(**images, **texts)
+        assert_same(model.get_image_features(**images).pooler_output, output.image_embeds, 0)
+        assert_same(model.get_text_features(**texts).pooler_output, output.text_embeds, 0)
+        assert model.get_image_features(**images).last_hidden_state.shape == (3, 7, 37)
+
+    def test_the_loss_is_the_weighted_sum_of_its_parts(self):
+        weights = {"matching": 0.5, "pair_contrastive": 0.25, "contrastive": 2.0, "hardest_negative": 1.5}
+        model = tiny_model(**{f"{key}_loss_weight": value for key, value in weights.items()})
+        images, texts = regions(3), words(4)
+        ids = (torch.tensor([4, 9, 4]), torch.tensor([9, 4, 4, 9]))
+        output = model(**images, **texts, image_ids=ids[0], text_image_ids=ids[1], return_loss=True)
+        scores = output.logits_per_image.sigmoid()
+        parts = {
+            "matching": matching_loss(scores, *ids, margin=0.2, temperature=0.05),
+            "pair_contrastive": positives_cross_entropy(output.logits_per_image, *ids),
+            "contrastive": contrastive_loss(output.image_embeds, output.text_embeds, model.logit_scale, *ids),
+            "hardest_negative": hardest_negative_loss(scores, *ids, margin=0.2),
+        }
+        assert set(output.loss_parts) == set(parts)
+        for key, part in parts.items():
+            assert_same(output.loss_parts[key], part, 1e-6)
+        assert_same(output.loss, sum(weights[key] * part for key, part in parts.items()), 1e-5)
+
+    def test_text_k_belongs_to_image_k_unless_ids_say_otherwise(self):
+        model, images, texts = tiny_model(), regions(4), words(4)
+        default = model(**images, **texts, return_loss=True).loss
+        rows = torch.arange(4)
+        assert_same(model(**images, **texts, image_ids=rows, text_image_ids=rows, return_loss=True).loss, default, 0)
+        other = model(**images, **texts, image_ids=rows, text_image_ids=rows.flip(0), return_loss=True).loss
+        assert (other - default).abs() > 1e-3
