@@ -141,7 +141,7 @@ class TestPairStageCost:
     def test_no_loop_over_captions_or_images(self, variant):
         """The same operators, whatever the number of items in the chunk."""
         model, counts = tiny_model(**variant), []
-        for images, texts in ((2, 4), (5, 4), (2, 11), (7, 13)):  # the longest caption, which the GRU walks, is the same
+        for images, texts in ((2, 4), (5, 4), (2, 11), (7, 13)):  # the GRU walks the longest caption: the same
             sides = self.encoded(model, images, texts)
             with torch.no_grad(), Recorder() as recorder:
                 model.match(*sides, chunk_size=1000)
