@@ -61,7 +61,7 @@ def plot_training_curve(
         )
     panels = bool(losses) + bool(rsum[0])
     figure = _figure(4.8 * panels + 0.4, 3.6, title)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(1, panels, squeeze=False, sharex=True)[0])
     if losses:
         _draw_losses(axes.pop(0), losses)
     if rsum[0]:

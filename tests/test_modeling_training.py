@@ -1,5 +1,6 @@
 """Training and precision: gradients everywhere, memory bounded by the chunk, no loop over items, bfloat16, compile."""
 
+import shutil
 import weakref
 
 import pytest
@@ -203,7 +204,8 @@ class TestPrecision:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", HEADS, ids=name)
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("variant", [HEADS[1], HEADS[2]], ids=name)
 def test_compiled_pair_stage(variant):
     """The pair stage compiles, with the gate as one graph, and gives the same scores, at other sizes as well."""
     model = tiny_model(**variant)

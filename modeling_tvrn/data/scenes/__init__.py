@@ -18,7 +18,7 @@ from .drawing import PlacedObject, draw_scene, place_objects
 
 __all__ = ["Group", "PlacedObject", "Scene", "SceneRecords", "generate_scenes", "look_alikes", "split_of"]
 
-DEFAULT_COUNTS = {"train": 4000, "validation": 500, "test": 500}
+DEFAULT_COUNTS = {"train": 4000, "validation": 250, "test": 250}
 FAMILY_SIZE = 4
 CAPTION_COUNTS = (2, 5)
 MIN_IMAGE_SIZE = 32
@@ -107,7 +107,7 @@ def generate_scenes(
     Args:
         split: "train", "validation" or "test"; which colours and shapes meet in a picture decides the split, so that
             no description is in two splits even under different seeds.
-        count: number of scenes; by default 4000 for training and 500 otherwise.
+        count: number of scenes; by default 4000 for training and 250 otherwise.
         seed: of descriptions, wording and pictures; not negative.
         image_size: side of the square pictures in pixels.
 
