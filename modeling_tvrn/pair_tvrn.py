@@ -24,10 +24,16 @@ class SimilarityAttention(nn.Module):
 
     def forward(self, nodes: Tensor, weights: Tensor) -> Tensor:
         """(n, M, S) nodes, (n, M) weights ω (0 = padding) -> (n,) logits."""
-        # w·(Σ ωβ s / Σ ωβ) = Σ ωβ (w·s) / Σ ωβ: only two numbers a node are needed.
+        mixing, evidence = self.parts(nodes, weights)
+        return (mixing * evidence).sum(dim=-1) / mixing.sum(dim=-1) + self.logit.bias
+
+    def parts(self, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Each node's weight ωβ in the mean and its evidence w·s: (n, M) both; the logit is their weighted mean + b.
+
+        w·(Σ ωβ s / Σ ωβ) = Σ ωβ (w·s) / Σ ωβ: only two numbers a node are needed.
+        """
         projected = F.linear(nodes, torch.cat([self.gate.weight, self.logit.weight])).to(weights.dtype)
-        mixing = weights * torch.sigmoid(projected[..., 0] + self.gate.bias)
-        return (mixing * projected[..., 1]).sum(dim=-1) / mixing.sum(dim=-1) + self.logit.bias
+        return weights * torch.sigmoid(projected[..., 0] + self.gate.bias), projected[..., 1]
 
 
 class GraphReasoningStep(nn.Module):
@@ -91,7 +97,20 @@ class PairStage(nn.Module):
         refinement: Gate | Recurrence | None,
     ) -> Tensor:
         """Logits (i, t) of every image of the block against every caption of the block."""
-        shape = (len(images), len(texts))
+        nodes, weights = self.nodes(images, texts, attention, refinement)
+        logits = self.head(nodes, weights).view(len(images), len(texts))
+        if self.config.use_embedding_similarity:
+            logits = logits + self.embedding_similarity(images.embeds, texts.embeds, logits.dtype)
+        return logits
+
+    def nodes(
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts,
+        attention: FragmentAttention,
+        refinement: Gate | Recurrence | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads: similarity vectors (i·t, 1 + M, S), the global one first, and their weights ω."""
         refined, scale = self.refine(images, texts, attention, refinement)
         mask, weights = self.text_tokens(texts)
         global_text = self.global_text(refined, scale, weights)
@@ -101,11 +120,7 @@ class PairStage(nn.Module):
         overall = self.global_similarity((images.global_vector.unsqueeze(1) - global_text).square())
         nodes = torch.cat([overall.unsqueeze(2), local], dim=2).flatten(0, 1)
         ones = torch.ones_like(saliency[..., :1])
-        node_weights = torch.cat([ones, saliency], dim=-1).flatten(0, 1)
-        logits = self.head(normalize(nodes), node_weights).view(shape)
-        if self.config.use_embedding_similarity:
-            logits = logits + self.embedding_similarity(images.embeds, texts.embeds, logits.dtype)
-        return logits
+        return normalize(nodes), torch.cat([ones, saliency], dim=-1).flatten(0, 1)
 
     def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor, dtype: torch.dtype) -> Tensor:
         """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t)."""
@@ -169,6 +184,15 @@ class PairStage(nn.Module):
         self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Semantic alignment enhancement: contexts ctx (i, t, M, D), the words' weights ω = n_tokens·a^t (i, t, M)."""
+        beta, saliency = self.attend(images, refined, scale, mask)
+        beta = beta.flatten(1, 2)
+        beta = beta * inverse_norm(beta, images.token_gram)
+        return (beta.to(refined.dtype) @ images.tokens).view(refined.shape), saliency
+
+    def attend(
+        self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where each word looks: weights of the regions (i, t, M, N), summing to 1; and the words' weights ω."""
         block = refined.shape[:3]
         flat = refined.flatten(1, 2)
         # The global image vector rides along as one more column: its cosines are the words' saliencies.
@@ -177,10 +201,8 @@ class PairStage(nn.Module):
         affinity = F.leaky_relu(cosine[..., :-1], self.config.leaky_slope)
         affinity = normalize(affinity.masked_fill(~mask[..., None], 0.0), dim=2)
         affinity = self.config.attention_scale * affinity + images.token_saliency[:, None, None, :].to(scale.dtype)
-        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1).flatten(1, 2)
-        beta = beta * inverse_norm(beta, images.token_gram)
-        contexts = (beta.to(refined.dtype) @ images.tokens).view(refined.shape)
-        return contexts, self.word_saliency(cosine[..., -1], mask)
+        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1)
+        return beta, self.word_saliency(cosine[..., -1], mask)
 
     def word_saliency(self, cosine: Tensor, mask: Tensor) -> Tensor:
         """ω (i, t, M): mean 1 over the valid tokens, 0 at padding."""
