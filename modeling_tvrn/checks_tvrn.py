@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts
+from .encoded_tvrn import EncodedImages, EncodedTexts, common_fingerprint
 
 
 def check_regions(
@@ -113,8 +113,9 @@ def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) 
     """Encoded images and texts of this model's variant and sizes.
 
     Raises:
-        ValueError: If either was encoded by another variant.
+        ValueError: If either was encoded by another variant, or the two by different models.
     """
+    common_fingerprint(images, texts)
     size, gate = config.hidden_size, config.refinement == "gate"
     refined = config.use_text_refinement
     wanted = {
@@ -148,9 +149,7 @@ def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor
 
 def _shaped_mask(name: str, mask: Tensor, of: Tensor, item: str) -> Tensor:
     if mask.shape != of.shape[:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(mask.shape)}; expected {tuple(of.shape[:2])}, one flag a {item}."
-        )
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(of.shape[:2])}, one flag a {item}.")
     return mask.bool()
 
 

@@ -1,18 +1,21 @@
 """Encoded images and texts: what one side of the pair score needs, computed once per item. Shipped."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 Encoded = TypeVar("Encoded", bound="EncodedItems")
+
+FINGERPRINT_VALUES = 4096  # of each weight that a fingerprint reads, evenly spread: any training moves some of them
 
 
 @dataclass
@@ -20,18 +23,27 @@ class EncodedItems:
     """Tensors whose first dimension is the item; a field may be `None` where the model's variant does not use it.
 
     Every tensor travels and is sliced with its item, so an item's score cannot depend on its neighbours.
+
+    Attributes:
+        model_fingerprint: Of the model that encoded them, as `model_fingerprint` gives it; None where it is not known
+            (encoded with gradients, or built by hand).
     """
 
+    model_fingerprint: str | None = field(default=None, kw_only=True)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are set, by name."""
-        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+        """The tensors that are set, by name."""
+        named = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def _like(self: Encoded, tensors: dict[str, Tensor]) -> Encoded:
+        return type(self)(**tensors, model_fingerprint=self.model_fingerprint)
 
     def __len__(self) -> int:
         return next(iter(self.tensors().values())).shape[0]
 
     def _map(self: Encoded, function: Callable[[Tensor], Tensor]) -> Encoded:
-        return type(self)(**{name: function(value) for name, value in self.tensors().items()})
+        return self._like({name: function(value) for name, value in self.tensors().items()})
 
     def select(self: Encoded, indices: slice | Sequence[int] | Tensor) -> Encoded:
         """The items at `indices` (a slice, a list or a 1-d tensor of row numbers), in that order."""
@@ -50,7 +62,8 @@ class EncodedItems:
         names = [list(part.tensors()) for part in parts]
         if any(other != names[0] for other in names):
             raise ValueError(f"cat got galleries of different model variants, with the tensors {names}.")
-        return cls(**{name: _cat_padded([getattr(part, name) for part in parts]) for name in names[0]})
+        tensors = {name: _cat_padded([getattr(part, name) for part in parts]) for name in names[0]}
+        return cls(**tensors, model_fingerprint=common_fingerprint(*parts))
 
     def to(self: Encoded, *args: Any, **kwargs: Any) -> Encoded:
         """As `Tensor.to`; a dtype applies to the large tensors of fragments alone.
@@ -59,7 +72,7 @@ class EncodedItems:
         """
         exact = ("embeds", "token_saliency", "token_gram", "context_gram", "word_weights", "region_boxes")
         casts = {name: name not in exact and value.is_floating_point() for name, value in self.tensors().items()}
-        return type(self)(**{k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
+        return self._like({k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tensors to a safetensors file."""
@@ -69,7 +82,8 @@ class EncodedItems:
             # With as many tokens as regions the two masks are one tensor, which the format refuses to write twice.
             shared = value.data_ptr() in {other.data_ptr() for other in tensors.values()}
             tensors[name] = value.clone() if shared else value
-        save_file(tensors, path, metadata={"tvrn": json.dumps({"class": type(self).__name__})})
+        about = {"class": type(self).__name__, "model_fingerprint": self.model_fingerprint}
+        save_file(tensors, path, metadata={"tvrn": json.dumps(about)})
 
     @classmethod
     def load(cls: type[Encoded], path: str | os.PathLike) -> Encoded:
@@ -80,15 +94,15 @@ class EncodedItems:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                written = json.loads((file.metadata() or {}).get("tvrn", "{}")).get("class")
+                about = json.loads((file.metadata() or {}).get("tvrn", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is no safetensors file: {error}; expected what {cls.__name__}.save writes."
             ) from error
-        if written != cls.__name__:
-            raise ValueError(f"{path} holds {written or 'no encoded gallery'}; expected {cls.__name__}.")
-        return cls(**tensors)
+        if about.get("class") != cls.__name__:
+            raise ValueError(f"{path} holds {about.get('class') or 'no encoded gallery'}; expected {cls.__name__}.")
+        return cls(**tensors, model_fingerprint=about.get("model_fingerprint"))
 
 
 @dataclass
@@ -156,7 +170,52 @@ class EncodedTexts(EncodedItems):
             return self
         flat = ("embeds", "recurrent_state")
         tensors = {k: v if k in flat else v[:, :width] for k, v in self.tensors().items()}
-        return EncodedTexts(**tensors)
+        return self._like(tensors)
+
+
+def common_fingerprint(*sides: EncodedItems) -> str | None:
+    """The fingerprint that all sides carry; None where one of them carries none.
+
+    Raises:
+        ValueError: If two models encoded them.
+    """
+    known = sorted({side.model_fingerprint for side in sides if side.model_fingerprint is not None})
+    if len(known) > 1:
+        raise ValueError(
+            f"These encoded galleries come from {len(known)} different models (fingerprints "
+            f"{', '.join(name[:12] for name in known)}); expected one: encode all of them with the same checkpoint."
+        )
+    return known[0] if known and all(side.model_fingerprint is not None for side in sides) else None
+
+
+def model_fingerprint(model: nn.Module) -> str | None:
+    """Hash of a spread of a model's weights and statistics, the same in half and in full precision.
+
+    It is read again only where a weight has changed. None where the weights are not at hand: on the meta device,
+    sharded over processes, or while the model is compiled or exported.
+    """
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return None
+    weights = {name: value for name, value in sorted(model.state_dict().items()) if value.is_floating_point()}
+    if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):
+        return None
+    state = [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights.values()]
+    known = model.__dict__.get("_known_fingerprint")
+    if known is None or known[0] != state or any(version < 0 for _, version in state):
+        known = model.__dict__["_known_fingerprint"] = (state, _hash_of_samples(weights))
+    return known[1]
+
+
+def _hash_of_samples(weights: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    samples: dict[torch.device, list[Tensor]] = {}
+    for name, value in weights.items():
+        total.update(f"{name} {tuple(value.shape)}\n".encode())
+        spread = value.detach().flatten()[:: max(value.numel() // FINGERPRINT_VALUES, 1)]
+        samples.setdefault(value.device, []).append(spread.to(torch.bfloat16).float())
+    for parts in samples.values():  # one transfer a device
+        total.update(torch.cat(parts).cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _cat_padded(values: list[Tensor]) -> Tensor:

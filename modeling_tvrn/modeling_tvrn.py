@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .checks_tvrn import check_ids, check_pixels, check_regions, check_sides, check_text_features, check_words, row_ids
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts
+from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
     FeatureDropout,
@@ -301,6 +301,7 @@ class TVRNModel(TVRNPreTrainedModel):
             region_mask=mask,
             region_boxes=boxes,
             **self._expansion_sources(contexts),
+            model_fingerprint=self._fingerprint(),
         )
 
     def _regions(
@@ -417,6 +418,7 @@ class TVRNModel(TVRNPreTrainedModel):
             word_positions=positions,
             word_weights=self.text_pooling(words, mask),
             **extras,
+            model_fingerprint=self._fingerprint(),
         )
 
     def _words(
@@ -472,6 +474,10 @@ class TVRNModel(TVRNPreTrainedModel):
         if input_ids is None or text_features is not None:
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
+
+    def _fingerprint(self) -> str | None:
+        # In training weights change at every step, and both sides are encoded in one anyway.
+        return None if self.training and torch.is_grad_enabled() else model_fingerprint(self)
 
     # -- pairs ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """Encoded galleries: every tensor goes with its item, whatever is done to the gallery."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from model_makers import HEADS, name, regions, tiny_model, words
+from model_makers import HEADS, name, regions, shake, tiny_model, words
 from safetensors.torch import save_file
 
 from modeling_tvrn import TVRNModel
@@ -23,6 +24,7 @@ def assert_equal(a: EncodedImages | EncodedTexts, b: EncodedImages | EncodedText
     for key, value in a.tensors().items():
         assert value.dtype == b.tensors()[key].dtype, key
         assert torch.equal(value, b.tensors()[key]), key
+    assert a.model_fingerprint == b.model_fingerprint
 
 
 @pytest.mark.parametrize("variant", HEADS, ids=name)
@@ -132,3 +134,34 @@ def test_plain_dataclasses():
     assert {field.name for field in dataclasses.fields(texts)} >= texts.tensors().keys()
     positions = texts.word_positions[texts.word_mask]
     assert torch.equal(positions, torch.cat([mask.nonzero().flatten() for mask in words(6)["word_mask"]]))
+
+
+def test_a_gallery_knows_its_model_whatever_is_done_to_it(tmp_path):
+    """Known through select, cat, to, trim, save and load; the same in half precision, another after one more step."""
+    model, images, texts = galleries()
+    mark = images.model_fingerprint
+    assert (
+        mark is not None
+        and mark == texts.model_fingerprint == copy.deepcopy(model).encode_texts(**words(2)).trim().model_fingerprint
+    )
+    images.select([1]).to(torch.bfloat16).save(tmp_path / "images.safetensors")
+    loaded = EncodedImages.load(tmp_path / "images.safetensors")
+    assert EncodedImages.cat([loaded, images]).model_fingerprint == mark
+    with torch.no_grad():
+        half = copy.deepcopy(model).to(torch.bfloat16).encode_texts(**words(2))
+        model.region_projection.bias[0] += 0.1
+    assert half.model_fingerprint == mark
+    assert model.encode_texts(**words(2)).model_fingerprint != mark
+    assert model.train().encode_texts(**words(2)).model_fingerprint is None
+
+
+def test_galleries_of_two_models_are_refused():
+    model, images, texts = galleries()
+    other = shake(copy.deepcopy(model), seed=12)
+    foreign = other.encode_texts(**words(6))
+    marks = sorted([images.model_fingerprint[:12], foreign.model_fingerprint[:12]])
+    for mix in (lambda: EncodedTexts.cat([texts, foreign]), lambda: model.match(images, foreign)):
+        with pytest.raises(ValueError, match=f"2 different models .fingerprints {marks[0]}, {marks[1]}"):
+            mix()
+    foreign.model_fingerprint = None  # as a gallery built by hand: nothing is known, nothing is refused
+    assert EncodedTexts.cat([texts, foreign]).model_fingerprint is None
