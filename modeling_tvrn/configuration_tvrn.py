@@ -54,24 +54,33 @@ class TVRNConfig(PreTrainedConfig):
         use_embedding_similarity (`bool`, defaults to `True`):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
+        use_token_similarity (`bool`, defaults to `True`):
+            Add the (scaled) token similarity to the pair logit: the words' weighted mean of the soft maximum of their
+            cosines with the regions. The published form leaves it out.
+        token_logit_scale_init_value (`float`, defaults to 3.0):
+            Log of its scale's start; the scale is learned, and is the scale of its contrastive loss as well.
         train_evidence_alone (`bool`, defaults to `False`):
-            Let the losses of the pair score see it without the embedding term, which is added in the score alone.
-            Trained on the sum, the evidence learns only what the embeddings leave of the training set, and that
-            generalises worse.
+            Let the losses of the pair score see it without those two terms, which are added in the score alone.
+            Trained on the sum, the evidence learns only what they leave of the training set, and that generalises
+            worse.
         use_refined_features (`bool`, defaults to `True`):
             Let the embeddings see the refined regions (their attention pooling and mean) and words.
         use_pooled_features (`bool`, defaults to `True`):
             Let the embeddings also see the mean of the input features (region features, word embeddings or the text
             tower's outputs), through a linear layer and a two-layer perceptron side by side.
         pooled_hidden_size (`int`, defaults to 1024): Hidden units of those perceptrons; 0: the linear layer alone.
+        word_hidden_size (`int`, defaults to 0):
+            Hidden units of a perceptron beside the linear projection of a text tower's tokens; 0: the linear layer
+            alone.
         dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
         image_dropout (`float`, defaults to 0.0): On region features.
         text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
         margin, matching_temperature: Of the matching loss.
-        matching_loss_weight, pair_contrastive_loss_weight, contrastive_loss_weight, hardest_negative_loss_weight:
+        matching_loss_weight, pair_contrastive_loss_weight, contrastive_loss_weight, token_contrastive_loss_weight,
+        hardest_negative_loss_weight:
             Weights of the loss's parts: matching and cross-entropy of the pair logits, InfoNCE of the embeddings,
-            hinge on the hardest negatives of the pair scores.
-        label_smoothing (`float`, defaults to 0.0): Of the two cross-entropies.
+            InfoNCE of the token similarities, hinge on the hardest negatives of the pair scores.
+        label_smoothing (`float`, defaults to 0.0): Of the three cross-entropies.
         logit_scale_init_value (`float`, defaults to 2.6592): Log of the contrastive loss's first scale, as in CLIP.
         pair_chunk_size (`int`, *optional*):
             Image–caption pairs scored at once, which bounds the memory of the pair stage. `None`: as many as keep one
@@ -110,10 +119,13 @@ class TVRNConfig(PreTrainedConfig):
     use_semantic_alignment: bool = True
     use_embedding_similarity: bool = True
     embedding_scale_init_value: float | int = 10.0
+    use_token_similarity: bool = True
+    token_logit_scale_init_value: float | int = 3.0
     train_evidence_alone: bool = False
     use_refined_features: bool = True
     use_pooled_features: bool = True
     pooled_hidden_size: int = 1024
+    word_hidden_size: int = 0
     dropout: float | int = 0.4
     image_dropout: float | int = 0.0
     text_dropout: float | int = 0.0
@@ -122,6 +134,7 @@ class TVRNConfig(PreTrainedConfig):
     matching_loss_weight: float | int = 1.0
     pair_contrastive_loss_weight: float | int = 0.0
     contrastive_loss_weight: float | int = 1.0
+    token_contrastive_loss_weight: float | int = 1.0
     hardest_negative_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
     logit_scale_init_value: float | int = 2.6592
@@ -162,8 +175,9 @@ class TVRNConfig(PreTrainedConfig):
             raise ValueError(
                 "use_refined_features and use_pooled_features are both False; the embeddings need at least one."
             )
-        if not (_is_number(self.pooled_hidden_size) and self.pooled_hidden_size >= 0):
-            raise ValueError(f"pooled_hidden_size is {self.pooled_hidden_size!r}; expected 0 (linear) or more.")
+        for name in ("pooled_hidden_size", "word_hidden_size"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 0 (linear) or more.")
         for name in ("vision_grid_size", "pair_chunk_size"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 1):

@@ -118,6 +118,7 @@ class EncodedImages(EncodedItems):
         token_gram: (I, N, N) U Uᵀ, which gives a context's norm without the context.
         region_mask: (I, R) bool, valid regions first.
         region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the tokens.
+        regions: (I, R, D) regions v, which the token similarity compares with the words.
         context_keys: (I, R, D) W_k c^v, the sources of the expansion.
         context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input
             gates.
@@ -132,6 +133,7 @@ class EncodedImages(EncodedItems):
     token_gram: Tensor
     region_mask: Tensor
     region_boxes: Tensor | None = None
+    regions: Tensor | None = None
     context_keys: Tensor | None = None
     context_values: Tensor | None = None
     context_gram: Tensor | None = None

@@ -210,6 +210,13 @@ class AttentionPooling(nn.Module):
         return masked_softmax(scores, mask, dim=-1).to(fragments.dtype)
 
 
+def perceptron(size: int, hidden: int, out: int, dropout: float) -> nn.Sequential | None:
+    """MLP with one hidden GELU layer, what stands beside a linear map (B, size) -> (B, out); None without units."""
+    if not hidden:
+        return None
+    return nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+
+
 class PooledEmbedding(nn.Module):
     """Mean input features (B, F) to the embedding space (B, P): W x + b + MLP(x); on both sides (§5)."""
 
@@ -217,16 +224,7 @@ class PooledEmbedding(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(size, config.projection_size)
-        self.perceptron = (
-            nn.Sequential(
-                nn.Linear(size, config.pooled_hidden_size),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Linear(config.pooled_hidden_size, config.projection_size),
-            )
-            if config.pooled_hidden_size
-            else None
-        )
+        self.perceptron = perceptron(size, config.pooled_hidden_size, config.projection_size, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x)

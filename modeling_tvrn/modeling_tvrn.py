@@ -35,6 +35,7 @@ from .layers_tvrn import (
     grid_boxes,
     masked_mean,
     normalize,
+    perceptron,
     take,
     valid_first,
     wide,
@@ -47,6 +48,9 @@ from .towers_tvrn import build_tower, freeze_unused, load_tower, region_feature_
 CAPTIONS_PER_CHUNK = 32
 # One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# What the evidence alone uses: nothing that a coarse term sees depends on these weights.
+_EVIDENCE = ("pair.local_similarity", "pair.global_similarity", "pair.head", "textual_refinement")
+_POOLED_FEATURES = ("pooled_image_embedding", "pooled_text_embedding", "logit_scale", "word_encoder.embeddings")
 
 
 @dataclass
@@ -94,9 +98,12 @@ class TVRNPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 else:
                     init.xavier_uniform_(parameter)
-        elif isinstance(module, PairStage) and module.config.use_embedding_similarity:
-            init.constant_(module.embedding_scale, module.config.embedding_scale_init_value)
-            init.zeros_(module.embedding_shift)
+        elif isinstance(module, PairStage):
+            if module.config.use_embedding_similarity:
+                init.constant_(module.embedding_scale, module.config.embedding_scale_init_value)
+                init.zeros_(module.embedding_shift)
+            if module.config.use_token_similarity:
+                init.constant_(module.token_logit_scale, module.config.token_logit_scale_init_value)
         elif isinstance(module, TVRNModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         else:
@@ -139,6 +146,7 @@ class TVRNModel(TVRNPreTrainedModel):
         self.region_projection = nn.Linear(config.region_feature_size, size)
         if config.text_config is not None:
             self.word_projection = nn.Linear(_width(config), size)
+            self.word_perceptron = perceptron(_width(config), config.word_hidden_size, size, config.dropout)
         self.attention = FragmentAttention(config)
         self.geometry = GeometricAttention(config) if config.use_geometric_context else None
         self.visual_refinement = _refinement(config)
@@ -202,22 +210,24 @@ class TVRNModel(TVRNPreTrainedModel):
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
-    def freeze_embeddings(self) -> None:
-        """Leave `image_embeds` and `text_embeds` as they are: only what the pair score adds is trained from here on.
+    def freeze_coarse(self) -> None:
+        """Leave the coarse terms of the score as they are: only the evidence is trained from here on.
+
+        Those terms are the embeddings' and the tokens' similarity, with all that the tokens go through.
 
         Raises:
-            ValueError: If the embeddings see the refined regions and words, which the pair score trains.
+            ValueError: If the text embeddings see the words that the evidence refines.
         """
-        if self.config.use_refined_features:
+        config = self.config
+        if config.use_refined_features and config.use_text_refinement and config.refinement == "gru":
             raise ValueError(
-                "The embeddings of this model see its refined regions and words, so training the pair score moves "
-                "them; keeping them fixed needs use_refined_features=False."
+                "The text embeddings of this model see words that its textual refinement has read, so training the "
+                "pair score moves them; keeping them fixed needs use_refined_features=False or refinement='gate'."
             )
-        self.pooled_image_embedding.requires_grad_(False)
-        self.pooled_text_embedding.requires_grad_(False)
-        self.logit_scale.requires_grad_(False)
-        if self.word_encoder is not None:
-            self.word_encoder.embeddings.requires_grad_(False)
+        everything = config.use_token_similarity or config.use_refined_features
+        for name, weight in self.named_parameters():
+            if not name.startswith(_EVIDENCE) if everything else name.startswith(_POOLED_FEATURES):
+                weight.requires_grad_(False)
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
         if self.vision_model is not None:
@@ -300,8 +310,9 @@ class TVRNModel(TVRNPreTrainedModel):
             token_gram=gram(tokens),
             region_mask=mask,
             region_boxes=boxes,
+            regions=regions if self.config.use_token_similarity else None,
             **self._expansion_sources(contexts),
-            model_fingerprint=self._fingerprint(),
+            model_fingerprint=self.fingerprint(),
         )
 
     def _regions(
@@ -418,7 +429,7 @@ class TVRNModel(TVRNPreTrainedModel):
             word_positions=positions,
             word_weights=self.text_pooling(words, mask),
             **extras,
-            model_fingerprint=self._fingerprint(),
+            model_fingerprint=self.fingerprint(),
         )
 
     def _words(
@@ -439,7 +450,9 @@ class TVRNModel(TVRNPreTrainedModel):
             hidden = given if text_features is not None else self.extract_words(given, attended.long())
             hidden = hidden.to(self.word_projection.weight.dtype)
             pooled = masked_mean(hidden, attended)
-            words = self.word_projection(self.text_dropout(take(hidden, positions)))
+            hidden = self.text_dropout(take(hidden, positions))
+            words = self.word_projection(hidden)
+            words = words + self.word_perceptron(hidden) if self.word_perceptron is not None else words
         return normalize(words), mask, positions, pooled
 
     def _text_embeds(self, summary: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
@@ -475,21 +488,42 @@ class TVRNModel(TVRNPreTrainedModel):
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
 
-    def _fingerprint(self) -> str | None:
+    def fingerprint(self) -> str | None:
+        """What encoded galleries carry to tell whose they are; None in training, or where weights are not at hand."""
         # In training weights change at every step, and both sides are encoded in one anyway.
         return None if self.training and torch.is_grad_enabled() else model_fingerprint(self)
 
     # -- pairs ------------------------------------------------------------------------------------------------------
 
-    def match(self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None) -> Tensor:
+    def match(
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts,
+        chunk_size: int | None = None,
+        with_evidence: bool = True,
+    ) -> Tensor:
         """Pair logits (I, T) in float32 (float64 for a float64 model); the sigmoid is the matching score (§4).
 
         Args:
             images, texts: As `encode_images` and `encode_texts` give them.
             chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, does not change scores.
+            with_evidence: False leaves the pair stage out: the sum of the coarse terms alone.
 
         Raises:
             ValueError: If a side is empty, another model's, or `chunk_size` is below 1.
+        """
+        return torch.stack(list(self.match_terms(images, texts, chunk_size, with_evidence).values())).sum(dim=0)
+
+    def match_terms(
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts,
+        chunk_size: int | None = None,
+        with_evidence: bool = True,
+    ) -> dict[str, Tensor]:
+        """The summands of `match`, each (I, T): "evidence", "tokens", "embeddings", those that the model has.
+
+        Arguments and errors are those of `match`.
         """
         if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
             raise ValueError(
@@ -501,9 +535,25 @@ class TVRNModel(TVRNPreTrainedModel):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             images, texts = images.to(dtype), texts.to(dtype)
-        # Captions of one length share a chunk, so that little of it is padding.
+        terms = self._match_chunks(images, texts, chunk_size, with_evidence)
+        if self.config.use_embedding_similarity:
+            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
+        if not terms:
+            raise ValueError(
+                "This model has neither an embedding nor a token similarity: without the evidence nothing is left."
+            )
+        return terms
+
+    def _match_chunks(
+        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None, with_evidence: bool
+    ) -> dict[str, Tensor]:
+        """The terms that see fragments, block by block; captions of one length share a chunk: little is padding."""
+        names = [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
+        if not names:
+            return {}
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
-        chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts)
+        width = texts.words.shape[-1] if with_evidence else images.tokens.shape[1]
+        chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts, width)
         captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
         image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
         whole = len(image_blocks) == 1 and len(texts) == captions
@@ -511,17 +561,25 @@ class TVRNModel(TVRNPreTrainedModel):
         columns = []
         for rows in _slices(len(texts), captions):
             block = texts.select(order[rows]).trim()
-            columns.append(torch.cat([score(image_block, block) for image_block in image_blocks]))
-        return torch.cat(columns, dim=1).index_select(1, torch.argsort(order))
+            scored = [score(image_block, block, with_evidence) for image_block in image_blocks]
+            columns.append(torch.cat(scored, dim=1))
+        matrices = torch.cat(columns, dim=2).index_select(2, torch.argsort(order))
+        return dict(zip(names, matrices, strict=True))
 
-    def _score_block(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
-        return self.pair(images, texts, self.attention, self.textual_refinement)
+    def _score_block(self, images: EncodedImages, texts: EncodedTexts, with_evidence: bool) -> Tensor:
+        """Evidence and token similarity of a block, those that are wanted: (1 or 2, i, t)."""
+        terms = [self.pair(images, texts, self.attention, self.textual_refinement)] if with_evidence else []
+        if self.config.use_token_similarity:
+            terms.append(self.pair.token_similarity(images, texts))
+        return torch.stack(terms)
 
-    def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+    def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts, with_evidence: bool) -> Tensor:
         """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
         if not torch.is_grad_enabled() or not (self.config.checkpoint_pair_chunks or self.gradient_checkpointing):
-            return self._score_block(images, texts)
-        return checkpoint(self._score_block, images, texts, use_reentrant=False, preserve_rng_state=False)
+            return self._score_block(images, texts, with_evidence)
+        return checkpoint(
+            self._score_block, images, texts, with_evidence, use_reentrant=False, preserve_rng_state=False
+        )
 
     def forward(
         self,
@@ -536,21 +594,24 @@ class TVRNModel(TVRNPreTrainedModel):
         image_ids: Tensor | None = None,
         text_image_ids: Tensor | None = None,
         return_loss: bool = False,
+        with_evidence: bool = True,
     ) -> TVRNOutput:
         """Score I images against T texts; with `return_loss=True` also the weighted loss.
 
         Args:
             image_ids: (I,) int64, what decides positives; default: row numbers.
             text_image_ids: (T,) int64, each text's image; default: text k belongs to image k (needs I = T).
+            with_evidence: False leaves the pair stage out, of the logits and of the loss.
             others: As in `encode_images` and `encode_texts`.
         """
         images = self.encode_images(pixel_values, region_features, region_boxes, region_mask)
         texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features)
-        logits = self.match(images, texts)
+        terms = self.match_terms(images, texts, with_evidence=with_evidence)
+        logits = torch.stack(list(terms.values())).sum(dim=0)
         loss, parts = None, None
         if return_loss:
             image_ids, text_image_ids = row_ids(len(images), len(texts), image_ids, text_image_ids, logits.device)
-            loss, parts = self._loss(logits, images.embeds, texts.embeds, image_ids, text_image_ids)
+            loss, parts = self._loss(terms, images.embeds, texts.embeds, image_ids, text_image_ids)
         return TVRNOutput(
             loss=loss,
             logits_per_image=logits,
@@ -561,28 +622,44 @@ class TVRNModel(TVRNPreTrainedModel):
         )
 
     def _loss(
-        self, logits: Tensor, image_embeds: Tensor, text_embeds: Tensor, image_ids: Tensor, text_image_ids: Tensor
+        self,
+        terms: dict[str, Tensor],
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        image_ids: Tensor,
+        text_image_ids: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, parts = self.config, {}
+        """The weighted sum of the losses in use, and each of them, from the terms of the logits (I, T)."""
+        config = self.config
         ids = (image_ids, text_image_ids)
-        if config.use_embedding_similarity and config.train_evidence_alone:
-            logits = logits - self.pair.embedding_similarity(image_embeds, text_embeds, logits.dtype)
+        parts = self._pair_losses(terms, *ids) if "evidence" in terms else {}
+        if config.contrastive_loss_weight:
+            parts["contrastive"] = contrastive_loss(
+                image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
+            )
+        if config.token_contrastive_loss_weight and "tokens" in terms:
+            parts["token_contrastive"] = positives_cross_entropy(terms["tokens"], *ids, config.label_smoothing)
+        if not parts:
+            raise ValueError(
+                "return_loss=True but no loss is left: every *_loss_weight that could apply is 0; set one above 0."
+            )
+        loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _pair_losses(self, terms: dict[str, Tensor], *ids: Tensor) -> dict[str, Tensor]:
+        """The losses of the pair score, or of the evidence alone."""
+        config, parts = self.config, {}
+        alone = config.train_evidence_alone
+        logits = terms["evidence"] if alone else torch.stack(list(terms.values())).sum(dim=0)
         if config.matching_loss_weight:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
             )
         if config.pair_contrastive_loss_weight:
             parts["pair_contrastive"] = positives_cross_entropy(logits, *ids, config.label_smoothing)
-        if config.contrastive_loss_weight:
-            parts["contrastive"] = contrastive_loss(
-                image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
-            )
         if config.hardest_negative_loss_weight:
             parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
-        if not parts:
-            raise ValueError("return_loss=True but every *_loss_weight of the config is 0; set at least one above 0.")
-        loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
-        return loss, {name: part.detach() for name, part in parts.items()}
+        return parts
 
     def get_image_features(
         self, pixel_values: Tensor | None = None, **regions: Tensor | None
@@ -606,11 +683,11 @@ def _width(config: TVRNConfig) -> int:
     return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
 
 
-def _auto_chunk_size(texts: EncodedTexts) -> int:
-    """Pairs whose (pairs, words, D) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
+def _auto_chunk_size(texts: EncodedTexts, width: int) -> int:
+    """Pairs whose (pairs, words, width) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
     budget = CHUNK_BYTES.get(texts.words.device.type, CHUNK_BYTES["cuda"])
     words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (2 if texts.recurrent_words is not None else 1)
-    return max(budget // (words * texts.words.shape[-1] * texts.words.element_size()), 1)
+    return max(budget // (words * width * texts.words.element_size()), 1)
 
 
 def _slices(length: int, step: int) -> list[slice]:

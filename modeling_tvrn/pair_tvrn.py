@@ -88,6 +88,8 @@ class PairStage(nn.Module):
         if config.use_embedding_similarity:
             self.embedding_scale = nn.Parameter(torch.full((1,), float(config.embedding_scale_init_value)))
             self.embedding_shift = nn.Parameter(torch.zeros(1))
+        if config.use_token_similarity:
+            self.token_logit_scale = nn.Parameter(torch.full((1,), float(config.token_logit_scale_init_value)))
 
     def forward(
         self,
@@ -96,12 +98,9 @@ class PairStage(nn.Module):
         attention: FragmentAttention,
         refinement: Gate | Recurrence | None,
     ) -> Tensor:
-        """Logits (i, t) of every image of the block against every caption of the block."""
+        """Evidence (i, t) of every image of the block against every caption of the block: the published logit."""
         nodes, weights = self.nodes(images, texts, attention, refinement)
-        logits = self.head(nodes, weights).view(len(images), len(texts))
-        if self.config.use_embedding_similarity:
-            logits = logits + self.embedding_similarity(images.embeds, texts.embeds, logits.dtype)
-        return logits
+        return self.head(nodes, weights).view(len(images), len(texts))
 
     def nodes(
         self,
@@ -122,11 +121,30 @@ class PairStage(nn.Module):
         ones = torch.ones_like(saliency[..., :1])
         return normalize(nodes), torch.cat([ones, saliency], dim=-1).flatten(0, 1)
 
-    def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor, dtype: torch.dtype) -> Tensor:
-        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t)."""
+    def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t), float32 or better."""
+        dtype = wide(image_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):  # a cosine in bfloat16 moves ranks
             cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
             return self.embedding_scale.to(dtype) * cosine + self.embedding_shift.to(dtype)
+
+    def token_similarity(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        """e^c Σ_j w_j (1/λ) log (1/R) Σ_i exp(λ⟨t_j, v_i⟩): the words' mean soft maximum over regions, (i, t).
+
+        Words and regions as they are before any refinement: refined regions learn the training set faster than what
+        holds beyond it. Neither side sees the other before the product, so this costs a tenth of the evidence.
+        """
+        assert images.regions is not None
+        captions, words = texts.word_mask.shape
+        cosine = texts.words.flatten(0, 1) @ images.regions.flatten(0, 1).T
+        cosine = cosine.view(-1, *images.region_mask.shape).to(wide(cosine))
+        scale = self.config.attention_scale
+        masked = (scale * cosine).masked_fill(~images.region_mask, torch.finfo(cosine.dtype).min)
+        counts = images.region_mask.sum(dim=1).to(cosine.dtype)
+        best = (masked.logsumexp(dim=-1) - counts.log()) / scale
+        with torch.autocast(best.device.type, enabled=False):
+            weighted = best.view(captions, words, -1) * texts.word_weights.to(best.dtype).unsqueeze(-1)
+        return self.token_logit_scale.exp().to(best.dtype) * weighted.sum(dim=1).T
 
     def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
         """Mask and global weights of the refined tokens: words, or words and their expansions."""

@@ -15,11 +15,17 @@ SIZES = {
     "word_embedding_size": 13,
     "vocab_size": 31,
     "pooled_hidden_size": 17,
+    "word_hidden_size": 11,
 }
 FEATURES = 29
 HEADS = [{"refinement": r, "similarity_head": h} for r, h in product(("gate", "gru"), ("saf", "sgr"))]
 SWITCHES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment", "use_embedding_similarity")
-VARIANTS = [head | dict(zip(SWITCHES, on, strict=True)) for head in HEADS for on in product((True, False), repeat=4)]
+# The token similarity comes with every second of them, so that it meets every other part on and off.
+VARIANTS = [
+    head | dict(zip(SWITCHES, on, strict=True)) | {"use_token_similarity": sum(on) % 2 == 0}
+    for head in HEADS
+    for on in product((True, False), repeat=4)
+]
 
 
 def name(variant: dict[str, Any]) -> str:

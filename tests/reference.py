@@ -67,8 +67,9 @@ def iou(a: Array, b: Array) -> float:
 
 @dataclass
 class Image:
-    """One image: contexts c^v (R, D), unified regions U (N, D), g^v (D,), saliencies a^v (N,), embedding (P,)."""
+    """One image: regions v and contexts c^v (R, D), unified regions U (N, D), g^v (D,), saliencies a^v (N,), embedding (P,)."""
 
+    regions: Array
     contexts: Array
     tokens: Array
     overall: Array
@@ -193,7 +194,7 @@ class Reference:
             saliency = softmax(config.attention_scale * np.array([u @ overall for u in tokens]))
         summary = np.concatenate([overall, tokens.mean(axis=0)])
         embedding = self.embedding("image", summary, features.mean(axis=0))
-        return Image(contexts, tokens, overall, saliency, embedding)
+        return Image(regions, contexts, tokens, overall, saliency, embedding)
 
     def geometry(self, regions: Array, boxes: Array) -> Array:
         """n(P v), §2: contexts of regions whose boxes overlap."""
@@ -228,13 +229,20 @@ class Reference:
             projected, seen = (forward + backward) / 2, embedded
         else:
             kept = features if is_word is None else features[np.array(is_word)]
-            projected, seen = np.array([self.linear("word_projection", x) for x in kept]), features
+            projected, seen = np.array([self.word(x) for x in kept]), features
         words = np.array([unit(x) for x in projected])
         summary = words
         if self.config.use_text_refinement and self.config.refinement == "gru":
             summary = np.array([unit(x) for x in self.gru("textual_refinement.gru", words) + words])
         embedding = self.embedding("text", summary.mean(axis=0), seen.mean(axis=0))
         return Text(words, self.attend(words, words), self.pooling_weights("text_pooling", words), embedding)
+
+    def word(self, feature: Array) -> Array:
+        """Projection of one output of a text tower, with the perceptron beside it where there is one."""
+        projected = self.linear("word_projection", feature)
+        if not self.config.word_hidden_size:
+            return projected
+        return projected + self.linear("word_perceptron.3", gelu(self.linear("word_perceptron.0", feature)))
 
     # -- pair ---------------------------------------------------------------------------------------------------------
 
@@ -254,7 +262,17 @@ class Reference:
         if config.use_embedding_similarity:
             scale, shift = self.weights["pair.embedding_scale"], self.weights["pair.embedding_shift"]
             logit += (scale * (image.embedding @ text.embedding) + shift).item()
+        if config.use_token_similarity:
+            logit += math.exp(self.weights["pair.token_logit_scale"].item()) * self.token_similarity(image, text)
         return logit
+
+    def token_similarity(self, image: Image, text: Text) -> float:
+        """The words' weighted mean of the soft maximum of their cosines with the regions."""
+        scale, total = self.config.attention_scale, 0.0
+        for weight, word in zip(text.weights, text.words, strict=True):
+            likelihood = [math.exp(scale * (word @ region)) for region in image.regions]
+            total += weight * math.log(sum(likelihood) / len(likelihood)) / scale
+        return float(total)
 
     def align(self, image: Image, tokens: Array) -> Array:
         """ctx, the refined region for each word."""

@@ -54,6 +54,12 @@ def reordered(inputs: dict[str, torch.Tensor], order: list[int]) -> dict[str, to
     return {key: value[order] for key, value in inputs.items()}
 
 
+def terms(model, images, texts):
+    """The summands of a batch's logits."""
+    with torch.no_grad():
+        return model.match_terms(model.encode_images(**images), model.encode_texts(**texts))
+
+
 class TestAPairIsItself:
     @pytest.mark.parametrize("variant", VARIANTS, ids=name)
     def test_alone_and_in_any_batch(self, variant):
@@ -212,6 +218,7 @@ class TestOutput:
 
     def test_the_loss_is_the_weighted_sum_of_its_parts(self):
         weights = {"matching": 0.5, "pair_contrastive": 0.25, "contrastive": 2.0, "hardest_negative": 1.5}
+        weights["token_contrastive"] = 0.75
         model = tiny_model(**{f"{key}_loss_weight": value for key, value in weights.items()})
         images, texts = regions(3), words(4)
         ids = (torch.tensor([4, 9, 4]), torch.tensor([9, 4, 4, 9]))
@@ -222,11 +229,56 @@ class TestOutput:
             "pair_contrastive": positives_cross_entropy(output.logits_per_image, *ids),
             "contrastive": contrastive_loss(output.image_embeds, output.text_embeds, model.logit_scale, *ids),
             "hardest_negative": hardest_negative_loss(scores, *ids, margin=0.2),
+            "token_contrastive": positives_cross_entropy(terms(model, images, texts)["tokens"], *ids),
         }
         assert set(output.loss_parts) == set(parts)
         for key, part in parts.items():
             assert_same(output.loss_parts[key], part, 1e-6)
         assert_same(output.loss, sum(weights[key] * part for key, part in parts.items()), 1e-5)
+
+    def test_the_logits_are_the_sum_of_their_terms(self):
+        """What explains a score, and what the losses see of it, is the score."""
+        model, images, texts = tiny_model(), regions(3), words(4)
+        summands = terms(model, images, texts)
+        assert set(summands) == {"evidence", "tokens", "embeddings"}
+        assert min(summand.std() for summand in summands.values()) > 1e-4
+        logits = model(**images, **texts).logits_per_image
+        assert_same(sum(summands.values()), logits, 1e-5)
+        coarse = model(**images, **texts, with_evidence=False).logits_per_image
+        assert_same(coarse, logits - summands["evidence"], 1e-5)
+
+    def test_the_evidence_learns_alone(self):
+        """Trained on the sum, the evidence would learn what the other terms leave of the training set."""
+        losses = {"matching_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "token_contrastive_loss_weight": 0.0}
+        model = tiny_model(train_evidence_alone=True, pair_contrastive_loss_weight=1.0, **losses)
+        images, texts, rows = regions(4), words(4), torch.arange(4)
+        output = model(**images, **texts, return_loss=True)
+        assert_same(output.loss, positives_cross_entropy(terms(model, images, texts)["evidence"], rows, rows), 1e-5)
+
+    def test_without_evidence_and_without_coarse_terms_nothing_is_left(self):
+        model = tiny_model(use_embedding_similarity=False, use_token_similarity=False)
+        with pytest.raises(ValueError, match="nothing is left"):
+            model(**regions(3), **words(3), with_evidence=False)
+
+    @pytest.mark.parametrize("variant", [*HEADS, {"use_refined_features": False}], ids=name)
+    def test_frozen_coarse_terms_stay(self, variant):
+        """What is kept after a head start must not drift with the evidence that is trained beside it."""
+        model, images, texts = tiny_model(**variant), regions(4), words(4)
+        if variant.get("refinement") == "gru":
+            with pytest.raises(ValueError, match="use_refined_features=False or refinement='gate'"):
+                model.freeze_coarse()
+            return
+        before = terms(model, images, texts)
+        model.freeze_coarse()
+        model(**images, **texts, return_loss=True).loss.backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.sub_(weight.grad.sign() * 0.05)
+        after = terms(model, images, texts)
+        assert_same(after["tokens"], before["tokens"], 0)
+        assert_same(after["embeddings"], before["embeddings"], 0)
+        assert (after["evidence"] - before["evidence"]).abs().max() > 1e-3
 
     def test_text_k_belongs_to_image_k_unless_ids_say_otherwise(self):
         model, images, texts = tiny_model(), regions(4), words(4)

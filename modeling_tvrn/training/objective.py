@@ -1,13 +1,17 @@
-"""One training step's loss: what is left out of the batch, and which losses enter."""
+"""One training step's loss: what is left out of the batch, what the processes exchange, and which losses enter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..encoded_tvrn import EncodedItems
 from ..losses import contrastive_loss, matching_loss_floor
+from .exchange import gather_items, gather_rows
 
 __all__ = ["Objective", "drop_valid"]
 
@@ -22,8 +26,44 @@ def drop_valid(mask: Tensor, probability: float) -> Tensor:
     return keep.to(mask.dtype)
 
 
+@dataclass
+class Summaries(EncodedItems):
+    """Images or texts of which only the embeddings are wanted: embeds (n, P)."""
+
+    embeds: Tensor
+
+
+@dataclass
+class Sides:
+    """A batch taken apart: what the image side, the text side and the losses read.
+
+    Attributes:
+        images, texts: the model's inputs, the item first in each.
+        image_ids, text_image_ids: (I,) and (T,) what decides positives.
+        stand_in: whether this process has no share of the global batch, and the items are there to keep it in step.
+    """
+
+    images: dict[str, Tensor]
+    texts: dict[str, Tensor]
+    image_ids: Tensor
+    text_image_ids: Tensor
+    stand_in: bool = False
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> Sides:
+        """From what the collator makes."""
+        rest = {name: value for name, value in batch.items() if name != "return_loss"}
+        ids = rest.pop("image_ids"), rest.pop("text_image_ids")
+        stand_in = bool(rest.pop("stand_in", False))
+        images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or "region" in name}
+        return cls(images, rest, *ids, stand_in)
+
+
 class Objective(nn.Module):
     """A model with its training loss: what accelerate prepares and calls.
+
+    Among several processes each encodes its share of the batch and scores its images against the captions of all; every
+    process then computes the loss of the whole global batch (see `exchange` for why the gradients are right).
 
     Args:
         model: a TVRNModel.
@@ -36,46 +76,151 @@ class Objective(nn.Module):
         self.word_dropout = word_dropout
         self.region_dropout = region_dropout
 
-    def forward(self, batch: dict[str, Tensor], with_pairs: bool = True) -> dict[str, Any]:
+    def forward(self, batch: dict[str, Any], with_pairs: bool = True) -> dict[str, Any]:
         """Loss, its parts and, where pairs are scored, the logits.
 
         Args:
             batch: the model's inputs with `image_ids` and `text_image_ids`, as the collator makes them.
-            with_pairs: False trains the embeddings alone, by the contrastive loss, and scores no pair.
+            with_pairs: False trains the coarse terms alone, embeddings and tokens, by their contrastive losses.
 
         Returns:
             `loss` scalar; `parts` name -> detached scalar, the matching loss above its floor; `logits` (I, T) or
-            None.
+            None; `image_ids (I,)` and `text_image_ids (T,)`; all of the global batch.
         """
-        inputs = self._thinned(dict(batch))
-        inputs.pop("return_loss", None)
-        if not with_pairs:
-            return self._embeddings_alone(inputs)
-        output = self.model(**inputs, return_loss=True)
-        parts = dict(output.loss_parts)
-        if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
-            parts["matching"] = parts["matching"] - matching_loss_floor(inputs["image_ids"], inputs["text_image_ids"])
-        return {"loss": output.loss, "parts": parts, "logits": output.logits_per_image.detach()}
+        sides = Sides.of(batch)
+        whole = self._needs_fragments(with_pairs)
+        return self.score(
+            self.encode_images(sides.images, whole), self.encode_texts(sides.texts, whole), sides, with_pairs
+        )
 
-    def _embeddings_alone(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        ids = inputs.pop("image_ids"), inputs.pop("text_image_ids")
-        image_inputs = {name: value for name, value in inputs.items() if name == "pixel_values" or "region" in name}
-        text_inputs = {name: value for name, value in inputs.items() if name not in image_inputs}
-        images = self.model.embed_images(**image_inputs)
-        texts = self.model.embed_texts(**text_inputs)
-        smoothing = self.model.config.label_smoothing
-        loss = contrastive_loss(images, texts, self.model.logit_scale, *ids, label_smoothing=smoothing)
-        return {"loss": loss, "parts": {"contrastive": loss.detach()}, "logits": None}
+    def _needs_fragments(self, with_pairs: bool) -> bool:
+        return with_pairs or bool(self.model.config.use_token_similarity)
 
-    def _thinned(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs without the words and regions that this step leaves out."""
-        if not self.training:
-            return inputs
-        if self.word_dropout:
-            inputs["word_mask"] = drop_valid(inputs["word_mask"], self.word_dropout)
-        if self.region_dropout:
+    def encode_images(self, inputs: dict[str, Tensor], whole: bool = True) -> EncodedItems:
+        """The image side without the regions that this step leaves out; of the embeddings alone unless `whole`."""
+        inputs = dict(inputs)
+        if self.training and self.region_dropout:
             if "pixel_values" in inputs:
                 regions = self.model.extract_regions(inputs.pop("pixel_values"))
                 inputs |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
             inputs["region_mask"] = drop_valid(inputs["region_mask"], self.region_dropout)
-        return inputs
+        return self.model.encode_images(**inputs) if whole else Summaries(self.model.embed_images(**inputs))
+
+    def encode_texts(self, inputs: dict[str, Tensor], whole: bool = True) -> EncodedItems:
+        """The text side without the words that this step leaves out; of the embeddings alone unless `whole`."""
+        inputs = dict(inputs)
+        if self.training and self.word_dropout:
+            inputs["word_mask"] = drop_valid(inputs["word_mask"], self.word_dropout)
+        return self.model.encode_texts(**inputs) if whole else Summaries(self.model.embed_texts(**inputs))
+
+    def score(self, images: Any, texts: Any, sides: Sides, with_pairs: bool) -> dict[str, Any]:
+        """The loss of the global batch from this process's encoded share; returns what `forward` does."""
+        own = slice(0, 0) if sides.stand_in else slice(None)
+        ids = gather_rows(sides.image_ids[own]), gather_rows(sides.text_image_ids[own])
+        embeds = gather_rows(images.embeds[own]), gather_rows(texts.embeds[own])
+        model, logits = self.model, None
+        if self._needs_fragments(with_pairs):
+            terms = model.match_terms(images, gather_items(texts.select(own)), with_evidence=with_pairs)
+            terms = {name: gather_rows(term[own]) for name, term in terms.items()}
+            logits = torch.stack([term.detach() for term in terms.values()]).sum(dim=0)
+            loss, parts = model._loss(terms, *embeds, *ids)
+        else:
+            loss = contrastive_loss(*embeds, model.logit_scale, *ids, label_smoothing=model.config.label_smoothing)
+            parts = {"contrastive": loss.detach()}
+        if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
+            parts["matching"] = parts["matching"] - matching_loss_floor(*ids)
+        return {"loss": loss, "parts": parts, "logits": logits, "image_ids": ids[0], "text_image_ids": ids[1]}
+
+    # -- bounded memory -------------------------------------------------------------------------------------------
+
+    def cached_backward(
+        self, batch: dict[str, Any], size: int, backward: Callable[[Tensor], None], with_pairs: bool = True
+    ) -> dict[str, Any]:
+        """Forward and backward with the towers running over `size` items at a time, twice.
+
+        First without gradients, to get every item's features; the losses' gradient with respect to these is kept; then
+        once more, a few items at a time, to carry it on into the towers (Gao et al., "Scaling deep contrastive learning
+        batch size under memory limited setup", 2021). Towers need the memory of `size` items, whatever the batch. The
+        gradients are those of `forward`, on each process its own part: they have to be averaged afterwards.
+
+        Args:
+            batch, with_pairs: as in `forward`.
+            size: items a pass of the towers, images and captions alike.
+            backward: called with the loss, such as `accelerator.backward`.
+
+        Returns:
+            As `forward`.
+        """
+        sides, whole = Sides.of(batch), self._needs_fragments(with_pairs)
+        images = _Cached(lambda inputs: self.encode_images(inputs, whole), sides.images, size)
+        texts = _Cached(lambda inputs: self.encode_texts(inputs, whole), sides.texts, size)
+        output = self.score(images.items, texts.items, sides, with_pairs)
+        backward(output["loss"])
+        images.backward()
+        texts.backward()
+        return output
+
+
+@dataclass
+class _Cached:
+    """One side of a batch, encoded without gradients, to be encoded again with them.
+
+    Attributes:
+        encode: makes encoded items of inputs.
+        inputs: of all items.
+        size: items at a time.
+        items: all of them; their tensors are leaves that collect gradients.
+    """
+
+    encode: Callable[[dict[str, Tensor]], EncodedItems]
+    inputs: dict[str, Tensor]
+    size: int
+    items: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = next(iter(self.inputs.values())).device
+        self._states: list[list[Tensor]] = []  # of the random generators: dropout must be the same both times
+        parts = []
+        with torch.no_grad():
+            for rows in self._slices():
+                self._states.append(_random_states(self.device))
+                parts.append(self.encode(self._rows(rows)))
+        joined = type(parts[0]).cat(parts)
+        self.items = joined._map(lambda value: value.detach().requires_grad_() if value.is_floating_point() else value)
+
+    def backward(self) -> None:
+        """Carry the gradients that the items collected on into the weights."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        gradients = {name: value.grad for name, value in self.items.tensors().items() if value.grad is not None}
+        with torch.random.fork_rng(devices):
+            for rows, states in zip(self._slices(), self._states, strict=True):
+                _set_random_states(states, self.device)
+                tensors = self.encode(self._rows(rows)).tensors()
+                chosen = [name for name in gradients if tensors[name].requires_grad]
+                if chosen:
+                    torch.autograd.backward(
+                        [tensors[name] for name in chosen],
+                        [_part(gradients[name][rows], tensors[name].shape) for name in chosen],
+                    )
+
+    def _slices(self) -> Iterator[slice]:
+        count = len(next(iter(self.inputs.values())))
+        return (slice(start, start + self.size) for start in range(0, count, self.size))
+
+    def _rows(self, rows: slice) -> dict[str, Tensor]:
+        return {name: value[rows] for name, value in self.inputs.items()}
+
+
+def _part(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Without the padding that a part got when it was joined with longer ones."""
+    return gradient[tuple(slice(0, size) for size in shape)]
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
