@@ -1,4 +1,4 @@
-"""What a checkpoint tells the Hub about itself: the model card."""
+"""The model card: a header that the Hub reads, and a text from `model_cards/template.md`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["CardMetadata", "write_model_card"]
+__all__ = ["CardMetadata", "results_of_index", "write_model_card"]
 
 PIPELINE_TAG = "feature-extraction"
 TAGS = ("tvrn", "image-text-matching", "image-text-retrieval", "custom_code")
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout beside the package, in an installed copy inside it.
 TEMPLATES = (PACKAGE.parent / "model_cards" / "template.md", PACKAGE / "model_cards" / "template.md")
 
@@ -31,6 +31,8 @@ class CardMetadata:
         split: which split was evaluated.
         metrics: metric name -> value, such as `image_to_text_R@1` in percent.
         language: of the captions.
+        license: of the weights, as the Hub names it; "other" goes with a `license_name`.
+        license_name: what an "other" license is called.
     """
 
     name: str
@@ -40,6 +42,8 @@ class CardMetadata:
     split: str = ""
     metrics: Mapping[str, float] | None = None
     language: str = "en"
+    license: str | None = None
+    license_name: str | None = None
 
     def header(self) -> ModelCardData:
         """As huggingface_hub writes it, with a model-index of the metrics."""
@@ -50,8 +54,11 @@ class CardMetadata:
         }
         if self.metrics:
             more |= {"model_name": self.name, "eval_results": self._results(self.metrics)}
+        if self.license_name is not None:
+            more["license_name"] = self.license_name
         return ModelCardData(
             language=self.language,
+            license=self.license,
             library_name="transformers",
             pipeline_tag=PIPELINE_TAG,
             tags=list(TAGS),
@@ -75,6 +82,23 @@ class CardMetadata:
         ]
 
 
+def results_of_index(header: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a card's model-index by metric type.
+
+    Raises:
+        ValueError: the model-index has not the Hub's form.
+    """
+    try:
+        return {
+            metric["type"]: float(metric["value"])
+            for model in header.get("model-index") or []
+            for result in model["results"]
+            for metric in result["metrics"]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the card's model-index has not the Hub's form ({type(error).__name__}: {error})") from error
+
+
 def template_path() -> Path:
     """Where the card's template lies.
 
@@ -93,7 +117,7 @@ def write_model_card(folder: str | os.PathLike[str], metadata: CardMetadata, **s
     """Render `model_cards/template.md` into a checkpoint's README.md.
 
     Args:
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder, or a path that ends in .md.
         metadata: the YAML header.
         sections: the template's other variables.
 
@@ -101,6 +125,6 @@ def write_model_card(folder: str | os.PathLike[str], metadata: CardMetadata, **s
         The path written to.
     """
     card = ModelCard.from_template(metadata.header(), template_path=str(template_path()), **sections)
-    path = Path(folder) / "README.md"
-    path.write_text(str(card), encoding="utf-8")
+    path = Path(folder) if Path(folder).suffix == ".md" else Path(folder) / "README.md"
+    path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
     return path

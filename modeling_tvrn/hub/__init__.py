@@ -1,0 +1,8 @@
+"""Sharing a model: its card, the doctor that examines a checkpoint, and the push to the Hub."""
+
+from .card import CardMetadata, write_model_card
+from .examination import doctor
+from .report import Check, DoctorReport
+from .run_card import write_run_card
+
+__all__ = ["CardMetadata", "Check", "DoctorReport", "doctor", "write_model_card", "write_run_card"]
