@@ -72,6 +72,9 @@ class TVRNConfig(PreTrainedConfig):
         word_hidden_size (`int`, defaults to 0):
             Hidden units of a perceptron beside the linear projection of a text tower's tokens; 0: the linear layer
             alone.
+        use_unimodal_heads (`bool`, defaults to `False`):
+            A head on each side whose embeddings compare images with images and texts with texts; trained by CUSA's
+            uni-modal part, see `get_image_features(…, unimodal=True)`.
         dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
         image_dropout (`float`, defaults to 0.0): On region features.
         text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
@@ -126,6 +129,7 @@ class TVRNConfig(PreTrainedConfig):
     use_pooled_features: bool = True
     pooled_hidden_size: int = 1024
     word_hidden_size: int = 0
+    use_unimodal_heads: bool = False
     dropout: float | int = 0.4
     image_dropout: float | int = 0.0
     text_dropout: float | int = 0.0

@@ -231,6 +231,23 @@ class PooledEmbedding(nn.Module):
         return self.linear(x) + (self.perceptron(x) if self.perceptron is not None else 0)
 
 
+class UnimodalHead(nn.Module):
+    """Embeddings for comparing items of one modality: LayerNorm and a linear map of the cross-modal ones.
+
+    It reads the embedding, and so whatever that reads: what it learns of the teachers also shapes the features below,
+    and a stored gallery of embeddings needs no second one.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """(n, P) unit norm -> (n, P) unit norm."""
+        return normalize(self.linear(self.norm(embeds)).to(embeds.dtype))
+
+
 class WordEncoder(nn.Module):
     """Word embeddings and a bidirectional GRU whose directions are averaged (§3a)."""
 

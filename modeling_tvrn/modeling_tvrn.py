@@ -30,6 +30,7 @@ from .layers_tvrn import (
     GeometricAttention,
     PooledEmbedding,
     Recurrence,
+    UnimodalHead,
     WordEncoder,
     gram,
     grid_boxes,
@@ -50,7 +51,9 @@ CAPTIONS_PER_CHUNK = 32
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # What the evidence alone uses: nothing that a coarse term sees depends on these weights.
 _EVIDENCE = ("pair.local_similarity", "pair.global_similarity", "pair.head", "textual_refinement")
-_POOLED_FEATURES = ("pooled_image_embedding", "pooled_text_embedding", "logit_scale", "word_encoder.embeddings")
+_POOLED_FEATURES = (
+    "pooled_image_embedding", "pooled_text_embedding", "unimodal", "logit_scale", "word_encoder.embeddings",
+)  # fmt: skip
 
 
 @dataclass
@@ -159,6 +162,9 @@ class TVRNModel(TVRNPreTrainedModel):
         if config.use_pooled_features:
             self.pooled_image_embedding = PooledEmbedding(config.region_feature_size, config.image_dropout, config)
             self.pooled_text_embedding = PooledEmbedding(_width(config), config.text_dropout, config)
+        if config.use_unimodal_heads:
+            self.unimodal_image_head = UnimodalHead(config.projection_size)
+            self.unimodal_text_head = UnimodalHead(config.projection_size)
         self.pair = PairStage(config)
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
@@ -662,16 +668,57 @@ class TVRNModel(TVRNPreTrainedModel):
         return parts
 
     def get_image_features(
-        self, pixel_values: Tensor | None = None, **regions: Tensor | None
+        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Tensor | None
     ) -> BaseModelOutputWithPooling:
-        """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`."""
-        images = self.encode_images(pixel_values, **regions)
-        return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=images.embeds)
+        """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`.
 
-    def get_text_features(self, input_ids: Tensor | None = None, **words: Tensor | None) -> BaseModelOutputWithPooling:
-        """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`."""
+        Args:
+            pixel_values, regions: As in `encode_images`.
+            unimodal: Give the embeddings for comparing images with images, of a model with `use_unimodal_heads`.
+        """
+        images = self.encode_images(pixel_values, **regions)
+        embeds = self.unimodal_image_embeds(images.embeds) if unimodal else images.embeds
+        return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=embeds)
+
+    def get_text_features(
+        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Tensor | None
+    ) -> BaseModelOutputWithPooling:
+        """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`.
+
+        Args:
+            input_ids, words: As in `encode_texts`.
+            unimodal: Give the embeddings for comparing texts with texts, of a model with `use_unimodal_heads`.
+        """
         texts = self.encode_texts(input_ids, **words)
-        return BaseModelOutputWithPooling(last_hidden_state=texts.words, pooler_output=texts.embeds)
+        embeds = self.unimodal_text_embeds(texts.embeds) if unimodal else texts.embeds
+        return BaseModelOutputWithPooling(last_hidden_state=texts.words, pooler_output=embeds)
+
+    def unimodal_image_embeds(self, image_embeds: Tensor) -> Tensor:
+        """Embeddings for comparing images with images, from `image_embeds`: (I, P) -> (I, P), unit norm.
+
+        Raises:
+            ValueError: If the model has no such heads.
+        """
+        self._check_heads()
+        embeds: Tensor = self.unimodal_image_head(image_embeds)
+        return embeds
+
+    def unimodal_text_embeds(self, text_embeds: Tensor) -> Tensor:
+        """Embeddings for comparing texts with texts, from `text_embeds`: (T, P) -> (T, P), unit norm.
+
+        Raises:
+            ValueError: If the model has no such heads.
+        """
+        self._check_heads()
+        embeds: Tensor = self.unimodal_text_head(text_embeds)
+        return embeds
+
+    def _check_heads(self) -> None:
+        if not self.config.use_unimodal_heads:
+            raise ValueError(
+                "This model has no uni-modal heads (use_unimodal_heads=False); use its image_embeds and text_embeds, "
+                "or train one with use_unimodal_heads=True and cusa=true."
+            )
 
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:

@@ -5,6 +5,8 @@ Huang, Nie, Wang, Shang, AAAI 2024. A batch is N pairs, one caption a row: an im
 two rows. The diagonal is kept on both sides. Labels carry no gradient.
 """
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+logger = logging.getLogger(__name__)
+
 TEACHER_COMBINATIONS = ("own", "mean", "geometric_mean")
+# Entropy of a teacher's rows, as a share of the largest possible, beyond which they tell no two items apart, or each
+# only from itself.
+UNIFORM, ONE_HOT = 0.999, 0.01
 
 
 def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0) -> Tensor:
@@ -134,6 +141,7 @@ class CUSA(nn.Module):
                     f"student_temperature is {student_temperature}, outside the bounds ({low}, {high}) of {name}; "
                     "expected 0 < lower bound <= student_temperature <= upper bound."
                 )
+        self._has_looked_at_entropy = False
         # Shape (1,): parameters without dimensions cannot be sharded.
         self.student_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
         self.image_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
@@ -161,7 +169,8 @@ class CUSA(nn.Module):
             image_embeds, text_embeds: (N, any) each, the student's uni-modal embeddings; needed if beta > 0.
 
         Raises:
-            ValueError: On a part without its input, wrong shapes, NaN, or temperatures outside their bounds.
+            ValueError: On a part without its input, wrong shapes, fewer than two pairs, NaN, or temperatures outside
+                their bounds.
         """
         self._check_bounds()
         given = {"similarity": similarity, "image_embeds": image_embeds, "text_embeds": text_embeds}
@@ -172,6 +181,7 @@ class CUSA(nn.Module):
                 "set the weight of the part that needs it (alpha: similarity, beta: embeddings) to 0."
             )
         cosines = _teacher_cosines(image_teacher_embeds, text_teacher_embeds)
+        self._look_at_entropy(*cosines)
         parts: dict[str, Tensor] = {}
         if similarity is not None and self.alpha:
             labels = self._rows(*self._combined(*cosines))
@@ -184,6 +194,23 @@ class CUSA(nn.Module):
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}
         return CUSALoss(loss, detached.get("cross_modal"), detached.get("uni_modal"))
+
+    @torch.no_grad()
+    def _look_at_entropy(self, *teacher_cosines: Tensor) -> None:
+        """At the first batch, warn of rows that teach nothing: all of them uniform, or all of them one-hot."""
+        if self._has_looked_at_entropy:
+            return
+        self._has_looked_at_entropy = True
+        for side, rows in zip(("image", "text"), self._rows(*teacher_cosines), strict=True):
+            entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows))
+            low, high = entropies.min().item(), entropies.max().item()
+            if low > UNIFORM or high < ONE_HOT:
+                logger.warning(
+                    "at teacher_temperature=%s every row of the %s teacher is %s: entropy %.4f to %.4f of the largest "
+                    "possible over a batch of %d; a %s temperature would tell items apart",
+                    *(self.teacher_temperature, side, "uniform" if low > UNIFORM else "one-hot", low, high, len(rows)),
+                    "lower" if low > UNIFORM else "higher",
+                )
 
     def _combined(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
         if self.teachers == "own":
@@ -215,6 +242,11 @@ def _teacher_cosines(image_teacher_embeds: Tensor, text_teacher_embeds: Tensor) 
         raise ValueError(
             f"There are {len(image_teacher_embeds)} image and {len(text_teacher_embeds)} text teacher vectors; "
             "expected one of each for every pair of the batch: repeat an image's vector for each of its captions."
+        )
+    if len(image_teacher_embeds) == 1:
+        raise ValueError(
+            "CUSA got a batch of one pair, expected at least two: alone, a pair's loss is 0 whatever the model says. "
+            "Use a larger batch."
         )
     with torch.no_grad():
         images = _cosines("image_teacher_embeds", image_teacher_embeds)

@@ -1,5 +1,6 @@
 """CUSA against float64 loops written from its formulas, and the batches that would train it towards nothing."""
 
+import logging
 import math
 
 import numpy as np
@@ -222,6 +223,7 @@ def test_settings_that_cannot_work_are_refused(arguments: dict, message: str) ->
         ("text_teacher_embeds", torch.ones(N), r"text_teacher_embeds has shape \(5,\)"),
         ("similarity", torch.ones(N, N + 1), r"its similarity \(5, 6\)"),
         ("similarity", torch.full((N, N), torch.inf), "must be finite"),
+        ("image_teacher_embeds", torch.full((N, 7), torch.inf), "image_teacher_embeds holds NaN, infinity"),
         ("image_embeds", torch.ones(N + 1, 4), r"\(5, 5\) and its similarity \(6, 6\)"),
     ],
 )
@@ -241,3 +243,22 @@ def test_labels_that_are_no_distributions_are_refused() -> None:
     for temperature in (0.0, -1.0, math.nan, torch.tensor([math.inf])):
         with pytest.raises(ValueError, match="temperature is"):
             cross_modal_soft_label_loss(similarity, labels, labels, temperature)
+
+
+def test_a_batch_of_one_is_refused() -> None:
+    """Its labels are 1 and its loss 0, whatever the model says."""
+    with pytest.raises(ValueError, match="batch of one pair, expected at least two"):
+        CUSA()(**{name: value[:1] for name, value in tensors(batch()).items()})
+
+
+@pytest.mark.parametrize(("temperature", "word"), [(50.0, "uniform"), (0.002, "one-hot")])
+def test_a_teacher_temperature_that_teaches_nothing_is_said_once(temperature, word, caplog) -> None:
+    cusa, given = CUSA(teacher_temperature=temperature), tensors(batch(10))
+    with caplog.at_level(logging.WARNING):
+        cusa(**given), cusa(**given)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2 and all(f"teacher is {word}: entropy" in message for message in said)
+        assert {"image teacher" in message for message in said} == {True, False}
+        caplog.clear()
+        CUSA(teacher_temperature=0.3)(**given)
+        assert not caplog.records
