@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 if TYPE_CHECKING:
+    from ..data import CaptionDataset, PairCollator
     from .config import TrainingConfig
 
-__all__ = ["CaptionBatches", "Phase", "phases"]
+__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "phases"]
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -38,10 +39,12 @@ class CaptionBatches(Sampler[list[int]]):
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next pass has."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order the next pass has, and how many of its batches to pass over."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
         captions = len(self.image_rows)
@@ -49,7 +52,7 @@ class CaptionBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
-        for number in range(len(self)):
+        for number in range(self.start, len(self)):
             end = (number + 1) * self.batch_size if number + 1 < len(self) else len(order)
             yield order[number * self.batch_size : end].tolist()
 
@@ -66,6 +69,72 @@ class CaptionBatches(Sampler[list[int]]):
         starts = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(part) != 0)])
         groups = np.split(by_image, starts[1:])
         return np.concatenate([groups[number] for number in rng.permutation(len(groups))])
+
+
+class Shares(Sampler[list[int]]):
+    """The part of each batch that one process reads: the images dealt out in a row, each with all of its captions.
+
+    The batches are the same for any number of processes, and no image is encoded by two of them. Where a batch has
+    fewer images than there are processes, one that would get nothing reads the batch's first caption as a stand-in, so
+    that it goes through the same steps as the others; the number is then `~row`, below 0.
+
+    Args:
+        batches: the global batches.
+        process: rank of this process.
+        processes: how many there are.
+    """
+
+    def __init__(self, batches: CaptionBatches, process: int = 0, processes: int = 1) -> None:
+        self.batches = batches
+        self.process = process
+        self.processes = processes
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield self.share(batch) if self.processes > 1 else batch
+
+    def share(self, batch: list[int]) -> list[int]:
+        """This process's captions of a batch."""
+        rows = self.batches.image_rows[batch].tolist()
+        images = list(dict.fromkeys(rows))
+        bounds = [len(images) * number // self.processes for number in (self.process, self.process + 1)]
+        own = set(images[bounds[0] : bounds[1]])
+        return [caption for caption, row in zip(batch, rows, strict=True) if row in own] or [~batch[0]]
+
+
+class ShareItems(Dataset[dict[str, Any]]):
+    """Items of a caption data set by the numbers of `Shares`; a stand-in carries the key `stand_in`."""
+
+    def __init__(self, captions: CaptionDataset) -> None:
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        items = self.captions.__getitems__([max(number, ~number) for number in numbers])
+        for item, number in zip(items, numbers, strict=True):
+            if number < 0:
+                item["stand_in"] = True
+        return items
+
+
+class ShareCollator:
+    """A collator that passes on whether the batch is a stand-in."""
+
+    def __init__(self, collator: PairCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate one process's share of a batch."""
+        batch = self.collator(items)
+        return {**batch, "stand_in": True} if items[0].get("stand_in") else batch
 
 
 @dataclass

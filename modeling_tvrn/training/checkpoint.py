@@ -10,6 +10,7 @@ from typing import Any
 
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
+from .snapshots import WRITING_FAILED, flush_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,11 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(path, target / path.name)
     aside.rmdir()
+    flush_folder(target)
 
 
 class BestModel:
@@ -37,22 +41,34 @@ class BestModel:
 
     Attributes:
         step: the optimizer step of the model that is kept, 0 before there is one.
-        report: its evaluation; None before there is one.
+        rsum: its validation rSum; None before there is one.
+        report: its evaluation; None before there is one, and where an earlier process made it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.step = 0
+        self.rsum: float | None = None
         self.report: EvaluationReport | None = None
+
+    def warn(self) -> None:
+        """Say so where the folder holds another run's model."""
         if (self.folder / "config.json").exists():
             logger.warning("%s holds a model already; it is replaced at the first evaluation", self.folder)
 
     def offer(self, step: int, report: EvaluationReport, model: Any, processor: Any) -> bool:
         """Save the model if its rSum is higher than that of the one kept."""
-        if self.report is not None and report.metrics.rsum <= self.report.metrics.rsum:
+        if self.rsum is not None and report.metrics.rsum <= self.rsum:
             return False
-        save_model(self.folder, model, processor)
-        self.step, self.report = step, report
+        try:
+            save_model(self.folder, model, processor)
+        except WRITING_FAILED as error:
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)
+            logger.error(
+                "the best model so far, of step %d, could not be written to %s (%s)", step, self.folder, error
+            )
+            return False
+        self.step, self.rsum, self.report = step, report.metrics.rsum, report
         return True
 
     def load(self) -> TVRNModel:

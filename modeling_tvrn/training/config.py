@@ -55,6 +55,13 @@ class TrainingConfig:
         False, "towers", "run a frozen text tower once a caption and keep its token outputs in memory, half precision"
     )
     gradient_checkpointing: bool = _key(False, "towers", "recompute the towers' activations backwards to save memory")
+    tower_batch_size: int | None = _key(
+        None,
+        "towers",
+        "items that the towers run over at a time, twice (once without gradients), so that a batch of thousands fits "
+        "into memory; gradients stay the same (null: the whole batch, once)",
+        minimum=1,
+    )
     model: dict[str, Any] = _key({}, "towers", "fields of TVRNConfig, as model.NAME=VALUE")
 
     epochs: int = _key(10, "schedule", "times that every caption is seen", minimum=1)
@@ -144,6 +151,18 @@ class TrainingConfig:
     evaluate_embeddings: bool = _key(True, "evaluation", "also give the recalls of image_embeds and text_embeds alone")
 
     output_dir: str = _key("runs/tvrn", "run", "folder of the model: weights, processor, card, results, curve")
+    resume: str | None = _key(
+        None,
+        "run",
+        "go on from a checkpoint: auto (the newest whole one of output_dir, else from the start), or its folder",
+    )
+    resume_changed: bool = _key(False, "run", "go on although the checkpoint was made with other settings")
+    save_steps: int | None = _key(
+        None, "run", "optimizer steps between two checkpoints (null: at the end of each epoch)", minimum=1
+    )
+    keep_checkpoints: int = _key(
+        2, "run", "newest checkpoints that stay in output_dir/checkpoints, beside the best model (0: none)", minimum=0
+    )
     seed: int = _key(0, "run", "what initial weights, order of the data and dropout follow from", minimum=0)
     mixed_precision: str = _key("no", "run", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     cpu: bool = _key(False, "run", "stay on the CPU even where there is an accelerator")

@@ -7,23 +7,35 @@ import importlib.util
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    send_to_device,
+    set_seed,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import CaptionDataset, PairCollator
-from .batches import CaptionBatches, Phase, phases
+from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
+from .exchange import average_gradients, broadcast_json
+from .interrupt import Interrupt
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer, rate_factor
 from .output import write_results
 from .progress import Progress
+from .snapshots import Snapshots
+from .state import capture, data_hash, resume
 from .text_cache import CachedTextProcessor
 from .validation import Validation, flat_recalls, summary
 from .watch import TrainingStopped, Watch
@@ -31,6 +43,8 @@ from .watch import TrainingStopped, Watch
 logger = logging.getLogger(__name__)
 
 __all__ = ["Training", "train"]
+
+PATIENCE = timedelta(hours=6)  # the other processes wait while the main one evaluates and saves
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -45,10 +59,14 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         ValueError: for a configuration, data or towers that do not fit together; the message says what and what to do.
         TrainingStopped: the loss became NaN or infinite or the scores collapsed; names the step and the image ids.
+        SystemExit: with code 0, when SIGTERM or SIGUSR1 came and the run's state is saved.
     """
     run = Training(config)
     run.fit()
-    return write_results(run)
+    result = write_results(run) if run.accelerator.is_main_process else None
+    result = dict(broadcast_json(result, run.accelerator.device)) if run.accelerator.num_processes > 1 else result
+    run.accelerator.end_training()
+    return dict(result or {})
 
 
 class Training:
@@ -57,6 +75,7 @@ class Training:
     Attributes:
         model: the TVRNModel in training; `best` tells which of its states the folder holds.
         step: optimizer steps made.
+        phase_number, phase_epoch, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
         progress: bar, logs and `history`.
     """
 
@@ -70,19 +89,37 @@ class Training:
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
         self.trained_parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        if self.accelerator.num_processes > 1:
+            set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
         self._read_caches()
-        image_rows = [row for row, captions in enumerate(self.train_records.captions) for _ in captions]
-        self.phases = phases(config, image_rows)
+        self.captions = CaptionDataset(self.train_records)
+        self.phases = phases(config, self.captions.image_rows.tolist())
         self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
-        self.epoch, self.epoch_step, self.phase_step = 0, 0, 0
+        self.step, self.epoch, self.epoch_step = 0, 0, 0
+        self.phase_number, self.phase_epoch, self.phase_step = 0, 0, 0
+        self.waited = 0.0
         self._prepare()
-        self.step, self.waited = 0, 0.0
         self.gradient_norm: Tensor | None = None
         self.validation = Validation(config, self.validation_records, self.input_processor)
         self.best = BestModel(config.output_dir)
         self.watch = Watch(self.train_records.image_ids)
         self.progress = Progress(self.accelerator, self.total_steps, config.logging_steps)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
+        self.interrupt = Interrupt(self.accelerator.device)
+        self.data_hash = data_hash(self.train_records)
+        self.snapshots = Snapshots(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
+        if not resume(self):
+            self._warn_of_former_run()
+
+    def _warn_of_former_run(self) -> None:
+        self.best.warn()
+        if steps := self.snapshots.steps():
+            logger.warning(
+                "%s holds checkpoints of a former run, up to step %d; they go at this run's first checkpoint "
+                "(resume=auto goes on with them instead)",
+                self.snapshots.folder,
+                steps[-1],
+            )
 
     def _read_caches(self) -> None:
         """Regions from their cache and, if asked for, the text tower's outputs in memory."""
@@ -103,22 +140,26 @@ class Training:
 
     def _prepare(self) -> None:
         config = self.config
-        loaders = [self._loader(phase.batches) for phase in self.phases]
         objective = Objective(self.model, config.word_dropout, config.region_dropout)
-        self.objective, self.optimizer, *self.loaders = self.accelerator.prepare(
-            objective, make_optimizer(self.model, config), *loaders
-        )
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config))
+        # The cached mode goes backwards several times a step and averages the gradients itself.
+        whole = config.tower_batch_size is None
+        self.objective: Any = self.accelerator.prepare(objective) if whole else objective
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.loaders = [self._loader(phase.batches) for phase in self.phases]
 
     def _loader(self, batches: CaptionBatches) -> DataLoader[Any]:
-        workers = self.config.num_workers
+        workers, accelerator = self.config.num_workers, self.accelerator
         return DataLoader(
-            CaptionDataset(self.train_records),
-            batch_sampler=batches,
-            collate_fn=PairCollator(self.input_processor),
+            ShareItems(self.captions),
+            batch_sampler=Shares(batches, accelerator.process_index, accelerator.num_processes),
+            collate_fn=ShareCollator(PairCollator(self.input_processor)),
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=self.accelerator.device.type == "cuda",
+            pin_memory=accelerator.device.type == "cuda",
+            # The loader draws a seed for its workers at each pass; from the global generator, that would make what is
+            # drawn afterwards depend on how often the run was resumed.
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
 
     def seconds(self) -> dict[str, float]:
@@ -134,63 +175,96 @@ class Training:
             TrainingStopped: see `train`.
         """
         try:
-            for phase, loader in zip(self.phases, self.loaders, strict=True):
-                self._run_phase(phase, loader)
+            with self.interrupt.watching():
+                while self.step < self.total_steps:
+                    self._run_phase(self.phases[self.phase_number], self.loaders[self.phase_number])
             self.watch.check()
         except TrainingStopped:
-            if self.best.step:
-                logger.error("stopped; the best model so far, of step %d, is in %s", self.best.step, self.best.folder)
+            self._say_what_is_kept()
             raise
         finally:
             self.progress.close()
 
-    def _run_phase(self, phase: Phase, loader: Iterable[dict[str, Any]]) -> None:
+    def _say_what_is_kept(self) -> None:
+        if self.best.step:
+            logger.error("stopped; the best model so far, of step %d, is in %s", self.best.step, self.best.folder)
+        if self.snapshots.own:
+            kept = self.snapshots.path(self.snapshots.own[-1])
+            logger.error("the last good checkpoint is %s (resume=auto goes on from it)", kept)
+
+    def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
-        last, done, self.phase_step = phase is self.phases[-1], 0, 0
         self._set_rates(phase)
         if phase.with_pairs and self.config.keep_head_start:
-            self.model.freeze_embeddings()
-        while self.step < self.total_steps and (last or done < phase.epochs):
+            self.model.freeze_coarse()
+        last = phase is self.phases[-1]
+        while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
             self._run_epoch(phase, loader)
-            self.epoch, self.epoch_step, done = self.epoch + 1, 0, done + 1
-            if phase.with_pairs and not self.config.evaluation_steps and self.step < self.total_steps:
-                self._evaluate()
+        if not last:
+            self.phase_number, self.phase_epoch, self.phase_step = self.phase_number + 1, 0, 0
 
-    def _run_epoch(self, phase: Phase, loader: Iterable[dict[str, Any]]) -> None:
-        phase.batches.set_epoch(self.epoch)
+    def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
+        """The batches of an epoch that are left, in groups that make a step each."""
+        group = phase.accumulation
+        start = self.epoch_step * group
+        phase.batches.set_epoch(self.epoch, start)
         self.objective.train()
-        for batch in self._timed(loader):
-            with self.accelerator.accumulate(self.objective):
-                self._run_batch(batch, phase.with_pairs)
-            if self.accelerator.sync_gradients:
+        last = len(phase.batches) - 1
+        for number, batch in enumerate(self._timed(loader), start):
+            size = min(group, last + 1 - number // group * group)
+            complete = (number + 1) % group == 0 or number == last
+            self._run_batch(batch, phase.with_pairs, size, complete)
+            if complete:
                 self._finish_step(phase)
                 if self.step == self.total_steps:
                     return
 
     def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches, counting the time that the loop waits for them."""
+        """The batches on the device, counting the time that the loop waits for them."""
         asked = time.perf_counter()
         for batch in loader:
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
 
-    def _run_batch(self, batch: dict[str, Any], with_pairs: bool) -> None:
-        """Forward, backward and, where gradients are complete, the optimizer's step."""
+    def _run_batch(self, batch: dict[str, Any], with_pairs: bool, group: int = 1, complete: bool = True) -> None:
+        """Forward, backward and, where the step's group of batches is complete, the optimizer's step."""
         with self._named_batch(batch):
+            output = self._forward_backward(batch, with_pairs, group, complete)
+        self.gradient_norm = self._update() if complete else None
+        loss, parts, images = output["loss"].detach(), output["parts"], output["image_ids"]
+        # fp16's scaler skips steps with infinite gradients by itself
+        seen_norm = None if self.config.mixed_precision == "fp16" else self.gradient_norm
+        self.watch.see(self.step + 1, images, loss, parts, seen_norm, output["logits"])
+        self.progress.batch(loss, parts, len(images), len(output["text_image_ids"]))
+
+    def _forward_backward(self, batch: dict[str, Any], with_pairs: bool, group: int, complete: bool) -> dict[str, Any]:
+        """Add the gradients of one batch of a step's group; after the last one they are those of all processes."""
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss / group)
+
+        size = self.config.tower_batch_size
+        if size is not None:
+            with self.accelerator.autocast():
+                output: dict[str, Any] = self.objective.cached_backward(batch, size, backward, with_pairs)
+            if complete:
+                average_gradients([weight for weight in self.model.parameters() if weight.requires_grad])
+            return output
+        with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.objective):
             output = self.objective(batch, with_pairs=with_pairs)
-        self.accelerator.backward(output["loss"])
+            backward(output["loss"])
+        return output
+
+    def _update(self) -> Tensor | None:
+        """Clip the gradients and move the weights; the gradient's norm where it is known."""
         norm = None
-        if self.accelerator.sync_gradients and self.config.max_grad_norm is not None:
+        if self.config.max_grad_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss, parts = output["loss"].detach(), output["parts"]
-        self.gradient_norm = norm
-        # fp16's scaler skips steps with infinite gradients by itself
-        seen_norm = None if self.config.mixed_precision == "fp16" else norm
-        self.watch.see(self.step + 1, batch["image_ids"], loss, parts, seen_norm, output["logits"])
-        self.progress.batch(loss, parts, len(batch["image_ids"]), len(batch["text_image_ids"]))
+        return norm
 
     @contextlib.contextmanager
     def _named_batch(self, batch: dict[str, Any]) -> Iterator[None]:
@@ -202,7 +276,7 @@ class Training:
             raise TrainingStopped(f"{error} (at step {self.step + 1}; {shown})") from error
 
     def _finish_step(self, phase: Phase) -> None:
-        """Count an optimizer step, move the rates, and evaluate where it is time to."""
+        """Count an optimizer step, move the rates, and evaluate and save where it is time to."""
         self.step += 1
         self.epoch_step += 1
         self.phase_step += 1
@@ -213,9 +287,48 @@ class Training:
             values["gradient_norm"] = self.gradient_norm
         self.progress.step(self.step, self.epoch + self.epoch_step / phase.steps_per_epoch, **values)
         self._set_rates(phase)
-        every = self.config.evaluation_steps
-        if self.step == self.total_steps or (every and phase.with_pairs and self.step % every == 0):
+        ended = self.epoch_step == phase.steps_per_epoch
+        if ended:
+            self.epoch, self.epoch_step, self.phase_epoch = self.epoch + 1, 0, self.phase_epoch + 1
+        if self._is_due(ended and phase.with_pairs, self.config.evaluation_steps if phase.with_pairs else None):
             self._evaluate()
+        saved = self._is_due(ended, self.config.save_steps) and self._save()
+        if self.interrupt.agreed() and self.step < self.total_steps:
+            self._leave(saved)
+
+    def _is_due(self, ended: bool, every: int | None) -> bool:
+        """At the last step, and every so many steps, or where no number is given at the end of an epoch."""
+        return self.step == self.total_steps or (ended if every is None else self.step % every == 0)
+
+    def _save(self) -> bool:
+        """Write a checkpoint, of good weights only; whether there is one now."""
+        self.watch.check()
+        self._check_weights()
+        state, tensors = capture(self)
+        saved = not self.accelerator.is_main_process or self.snapshots.save(self.step, state, tensors)
+        return bool(broadcast_json(saved, self.accelerator.device))
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are no numbers: the step before this one may have broken them unseen."""
+        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
+        if not finite:
+            raise TrainingStopped(
+                f"weights are NaN or infinite after step {self.step}; lower the learning rate, or set max_grad_norm"
+            )
+
+    def _leave(self, saved: bool) -> None:
+        """End the run as its scheduler asked, with everything saved.
+
+        Raises:
+            SystemExit: always; code 0, or 1 where the state could not be saved.
+        """
+        name = self.interrupt.received or "another process's signal"
+        if saved or self._save():
+            self.progress.say("%s: saved after step %d; resume=auto goes on", name, self.step)
+            self.accelerator.end_training()
+            raise SystemExit(0)
+        logger.error("%s: stopped after step %d without a checkpoint of it", name, self.step)
+        raise SystemExit(1)
 
     def _set_rates(self, phase: Phase) -> None:
         last = phase is self.phases[-1]
@@ -225,8 +338,10 @@ class Training:
             group["lr"] = rate * factor
 
     def _evaluate(self) -> None:
-        """Validate, and keep the model if it is the best so far."""
+        """Validate, and keep the model if it is the best so far; the main process does it for all."""
         self.watch.check()
+        if not self.accelerator.is_main_process:
+            return
         started = time.perf_counter()
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             # the random state comes back: how often a run is evaluated does not change what it learns
@@ -246,7 +361,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The device, precision and trackers of a run.
 
     Raises:
-        ValueError: several processes were launched, or a tracker is not installed.
+        ValueError: a tracker is not installed.
     """
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -254,15 +369,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+        kwargs_handlers=[
+            # The head start trains a part of the weights; frozen towers' statistics are the same everywhere.
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"launched as {accelerator.num_processes} processes; this version trains in one, since negatives "
-            "come from the whole batch: launch with --num_processes 1"
-        )
     if config.trackers:
         accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in config.as_dict().items()})
     return accelerator

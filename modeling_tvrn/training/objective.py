@@ -62,8 +62,8 @@ class Sides:
 class Objective(nn.Module):
     """A model with its training loss: what accelerate prepares and calls.
 
-    Among several processes each encodes its share of the batch and scores its images against the captions of all; every
-    process then computes the loss of the whole global batch (see `exchange` for why the gradients are right).
+    Among several processes each encodes its share of the batch and scores its images against the captions of all;
+    every process then computes the loss of the whole global batch (`exchange` says why the gradients are right).
 
     Args:
         model: a TVRNModel.
@@ -139,9 +139,9 @@ class Objective(nn.Module):
         """Forward and backward with the towers running over `size` items at a time, twice.
 
         First without gradients, to get every item's features; the losses' gradient with respect to these is kept; then
-        once more, a few items at a time, to carry it on into the towers (Gao et al., "Scaling deep contrastive learning
-        batch size under memory limited setup", 2021). Towers need the memory of `size` items, whatever the batch. The
-        gradients are those of `forward`, on each process its own part: they have to be averaged afterwards.
+        once more, a few items at a time, to carry it on into the towers (Gao et al., "Scaling deep contrastive
+        learning batch size under memory limited setup", 2021). Towers need the memory of `size` items, whatever the
+        batch. The gradients are those of `forward`, on each process its own part: they have to be averaged afterwards.
 
         Args:
             batch, with_pairs: as in `forward`.

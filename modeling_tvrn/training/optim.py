@@ -82,6 +82,17 @@ class WeightAverage:
         self._weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._means = [weight.detach().clone() for weight in self._weights]
 
+    def means(self) -> dict[str, torch.Tensor]:
+        """The means, numbered as the trainable parameters are."""
+        return {str(number): mean for number, mean in enumerate(self._means)}
+
+    @torch.no_grad()
+    def restore(self, means: dict[str, torch.Tensor], steps: int) -> None:
+        """Go on from what `means` gave after so many steps."""
+        self.steps = steps
+        for number, mean in enumerate(self._means):
+            mean.copy_(means[str(number)])
+
     @torch.no_grad()
     def update(self) -> None:
         """Follow the weights after an optimizer step."""

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -109,6 +110,34 @@ class Progress:
         """Seconds of training so far without the evaluations, and of these."""
         end = self._ended or time.perf_counter()
         return {"training": end - self._started - self._paused, "evaluation": self._paused}
+
+    def state(self) -> dict[str, Any]:
+        """History, clocks and the sums since the last report, as JSON values."""
+        return {
+            "history": self.history,
+            "seconds": self.seconds(),
+            "sums": {name: total.item() for name, total in self._sums.items()},
+            "counts": self._counts,
+            "pairs": self._pairs,
+            "captions": self._captions,
+            "since": time.perf_counter() - self._since - (self._paused - self._paused_since),
+        }
+
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Go on from `state` as if the time between had not passed."""
+        now = time.perf_counter()
+        self.history = list(state["history"])
+        self._paused = state["seconds"]["evaluation"]
+        self._started = now - state["seconds"]["training"] - self._paused
+        self._since, self._paused_since = now - state["since"], self._paused
+        device = self.accelerator.device
+        # float64 holds the float32 sums exactly, and the sums go on in float32 as before
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in state["sums"].items()
+        }
+        self._counts = dict(state["counts"])
+        self._pairs, self._captions = state["pairs"], state["captions"]
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
         """Finish the bar and stop the clock."""

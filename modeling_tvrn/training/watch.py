@@ -43,6 +43,14 @@ class Watch:
         self._last: _Step | None = None
         self._collapsed = 0
 
+    def state(self) -> dict[str, Any]:
+        """What the next checks depend on, once `check` was called."""
+        return {"collapsed": self._collapsed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._collapsed = state["collapsed"]
+
     def see(
         self,
         number: int,

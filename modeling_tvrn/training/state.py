@@ -1,0 +1,233 @@
+"""Everything of a run that the next step depends on, into a checkpoint and back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.provenance import versions
+from .exchange import broadcast_json, gather_bytes
+from .random_state import get_random_state, set_random_state
+from .snapshots import Snapshot, read_snapshot
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+    from .loop import Training
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["capture", "data_hash", "differences", "resume"]
+
+# What may change between a run and its continuation: none of it reaches the weights.
+FREE_KEYS = {
+    *("resume", "resume_changed", "save_steps", "keep_checkpoints", "output_dir", "num_workers", "cpu"),
+    *("logging_steps", "trackers", "query", "evaluation_batch_size", "evaluation_chunk_size"),
+}
+COUNTERS = ("step", "phase_number", "phase_epoch", "phase_step", "epoch", "epoch_step")
+
+
+def capture(run: Training) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a checkpoint holds: JSON values, and tensors by file. Every process calls it, the main one writes."""
+    states = gather_bytes(get_random_state(run.accelerator.device), run.accelerator.device)
+    moments = flat_optimizer_state(run.optimizer.state_dict())
+    tensors = {
+        "model": whole_state(run.model),
+        "optimizer": moments,
+        "random": {f"process-{number:05d}": state for number, state in enumerate(states)},
+    }
+    if run.average is not None:
+        tensors["average"] = run.average.means()
+    settings = compared(run.config)
+    state = {
+        "counters": {name: getattr(run, name) for name in COUNTERS},
+        "batches": [len(phase.batches) for phase in run.phases],
+        "config": settings,
+        "config_hash": digest(settings),
+        "data": run.data_hash,
+        "processes": len(states),
+        "versions": versions(),
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
+        "average_steps": run.average.steps if run.average is not None else None,
+        "best": {"step": run.best.step, "rsum": run.best.rsum},
+        "watch": run.watch.state(),
+        "progress": run.progress.state(),
+        "waited": run.waited,
+    }
+    return state, tensors
+
+
+def resume(run: Training) -> bool:
+    """Go on where the configured checkpoint was made; False where `resume` is auto and there is none.
+
+    Raises:
+        ValueError: the checkpoint is broken, of another model, or of other settings or data and `resume_changed` is
+            not set.
+    """
+    wanted = run.config.resume
+    if wanted is None:
+        return False
+    snapshot = _find(run, wanted)
+    if snapshot is None:
+        run.progress.say("resume=auto: no checkpoint in %s; starting anew", run.snapshots.folder)
+        return False
+    _check_settings(run, snapshot)
+    _restore(run, snapshot)
+    run.progress.say("going on from %s, after step %d of %d", snapshot.path, run.step, run.total_steps)
+    return True
+
+
+def _find(run: Training, wanted: str) -> Snapshot | None:
+    """The checkpoint that the main process chose, read by every process."""
+    if wanted != "auto":
+        snapshot = read_snapshot(wanted)
+        if snapshot.path.resolve().parent == run.snapshots.folder.resolve():
+            step = snapshot.state["counters"]["step"]
+            run.snapshots.own = [other for other in run.snapshots.steps() if other <= step]
+        return snapshot
+    main = run.accelerator.is_main_process
+    found, problem = None, None
+    try:
+        found = run.snapshots.newest() if main else None
+    except ValueError as error:
+        problem = str(error)
+    said = broadcast_json({"path": str(found.path) if found else None, "problem": problem}, run.accelerator.device)
+    if said["problem"]:
+        raise ValueError(said["problem"])
+    if said["path"] is None or main:
+        return found
+    return read_snapshot(said["path"])
+
+
+def _check_settings(run: Training, snapshot: Snapshot) -> None:
+    state = snapshot.state
+    found = differences(state["config"], compared(run.config))
+    if state["data"] != run.data_hash:
+        found.append("the training data's images or captions are others")
+    if state["processes"] != run.accelerator.num_processes:
+        found.append(f"processes: {state['processes']} → {run.accelerator.num_processes}")
+    if found and not run.config.resume_changed:
+        raise ValueError(
+            f"{snapshot.path} was made with other settings: {'; '.join(found)}. Go on with the former ones, or set "
+            "resume_changed=true if these are meant (the result is then no longer that of one run)"
+        )
+    if found:
+        logger.warning("going on from %s with other settings: %s", snapshot.path, "; ".join(found))
+    now = versions()
+    others = [f"{name} {old} → {now.get(name)}" for name, old in state["versions"].items() if now.get(name) != old]
+    if others:
+        logger.warning(
+            "the checkpoint was made with other versions (%s): results may differ in bits", ", ".join(others)
+        )
+
+
+def _restore(run: Training, snapshot: Snapshot) -> None:
+    state, tensors = snapshot.state, snapshot.tensors
+    for name in COUNTERS:
+        setattr(run, name, state["counters"][name])
+    if run.phase_number >= len(run.phases):
+        raise ValueError(
+            f"{snapshot.path} is in phase {run.phase_number + 1}, but this run has {len(run.phases)}: it was made "
+            "with head_start_epochs, which this configuration lacks"
+        )
+    if state["batches"] != [len(phase.batches) for phase in run.phases]:
+        logger.warning("the batches are others than the checkpoint's: epoch %d starts again", run.epoch + 1)
+        run.epoch_step = 0
+    load_whole_state(run.model, tensors["model"], str(snapshot.path))
+    # The groups are this run's: rates and decays come from the configuration, and were compared with it.
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(nested_optimizer_state(tensors["optimizer"], groups))
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if run.average is not None and "average" in tensors:
+        run.average.restore(tensors["average"], state["average_steps"])
+    run.best.step, run.best.rsum = state["best"]["step"], state["best"]["rsum"]
+    run.watch.restore(state["watch"])
+    run.progress.restore(state["progress"], run.step)
+    run.waited = state["waited"]
+    own = tensors["random"].get(f"process-{run.accelerator.process_index:05d}")
+    if own is not None:
+        set_random_state(own, run.accelerator.device)
+
+
+# -- settings and data ----------------------------------------------------------------------------------------
+
+
+def compared(config: TrainingConfig) -> dict[str, Any]:
+    """The keys on which the weights depend, as JSON gives them back."""
+    kept = {name: value for name, value in config.as_dict().items() if name not in FREE_KEYS}
+    return dict(json.loads(json.dumps(kept)))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every key whose value changed, as `name: old → new`."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}: {before!r} → {after!r}")
+    return found
+
+
+def data_hash(records: Any) -> str:
+    """Of the ids and captions of map-style records, which decide what a row number means."""
+    seen = hashlib.sha256()
+    for image_id, captions in zip(records.image_ids, records.captions, strict=True):
+        seen.update(json.dumps([image_id, list(captions)]).encode())
+    return seen.hexdigest()
+
+
+# -- weights and moments --------------------------------------------------------------------------------------
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; one that has two names comes once."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: value.detach() for name, value in named.items()}
+
+
+@torch.no_grad()
+def load_whole_state(model: nn.Module, stored: dict[str, Tensor], source: str) -> None:
+    """Put back what `whole_state` gave.
+
+    Raises:
+        ValueError: the names or shapes are those of another model.
+    """
+    own = whole_state(model)
+    wrong = sorted(own.keys() ^ stored.keys()) or [name for name in own if own[name].shape != stored[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{source} holds another model: {len(wrong)} tensors differ in name or shape, among them {wrong[:4]}; "
+            "continue with the configuration it was made with, or set resume=null to start anew"
+        )
+    for name, value in own.items():
+        value.copy_(stored[name])
+
+
+def flat_optimizer_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's moments and step counts by `number.name`, numbered as its parameters are."""
+    return {
+        f"{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for number, values in state["state"].items()
+        for name, value in values.items()
+    }
+
+
+def nested_optimizer_state(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `load_state_dict` of the optimizer takes."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,119 @@
+"""Tiny data, configurations and processes for tests of training."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling_tvrn.training import TrainingConfig
+
+WORDS = ("red", "green", "blue", "circle", "square", "star", "left", "right")
+SIZES = {"hidden_size": 10, "projection_size": 7, "similarity_size": 6, "word_embedding_size": 9}
+
+
+def write_scan(folder: Path, images: int = 14, captions_per_image: int = 2) -> Path:
+    """SCAN's files with random regions, captions that differ, boxes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", images), ("dev", 6)):
+        low = rng.uniform(0, 0.5, size=(count, 3, 2))
+        np.save(folder / f"{split}_ims.npy", rng.normal(size=(count, 3, 5)).astype(np.float32))
+        np.save(folder / f"{split}_boxes.npy", np.concatenate([low, low + 0.4], axis=2).astype(np.float32))
+        captions = [
+            " ".join([*rng.choice(WORDS, size=rng.integers(1, 5)), f"n{number % 5}"])
+            for number in range(count * captions_per_image)
+        ]
+        (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return folder
+
+
+def tiny_config(data: Path, output: Path, **keys: Any) -> TrainingConfig:
+    """A run of some seconds' fractions; keywords replace keys, those of the model too."""
+    model = {**SIZES, **keys.pop("model", {})}
+    base: dict[str, Any] = {
+        "data": str(data), "data_options": {"captions_per_image": 2}, "output_dir": str(output), "cpu": True,
+        "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "logging_steps": 2,
+    }  # fmt: skip
+    return TrainingConfig.from_mapping({**base, **keys, "model": model})
+
+
+class Processes:
+    """Functions in forked processes, which need not import everything again; they may form a gloo group.
+
+    A process that raises leaves its traceback in a file beside the result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.context = multiprocessing.get_context("fork")
+
+    def start(self, function: Callable[..., Any], *arguments: Any, count: int = 1) -> list[Any]:
+        """`function(*arguments)` in `count` processes that torch.distributed's variables join."""
+        port = _free_port()
+        started = []
+        for rank in range(count):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            target = self.context.Process(
+                target=_enter, args=(self.folder, rank, environment if count > 1 else {}, function, arguments)
+            )
+            target.start()
+            started.append(target)
+        return started
+
+    def finish(self, started: list[Any], timeout: float = 300.0) -> list[int | None]:
+        """The exit codes; once one has failed the others, which would wait for it, are killed."""
+        codes: list[int | None] = [None] * len(started)
+        while None in codes:
+            for rank, process in enumerate(started):
+                process.join(0.02)
+                codes[rank] = process.exitcode
+            timeout -= 0.02 * len(started)
+            if any(codes) or timeout < 0:
+                break
+        for rank, process in enumerate(started):
+            process.kill()
+            process.join()
+            codes[rank] = process.exitcode if codes[rank] is None else codes[rank]
+        return codes
+
+    def run(self, function: Callable[..., Any], *arguments: Any, count: int = 1) -> list[Any]:
+        """What the function returned (JSON values) in each process; fails with the traceback of one that did not."""
+        for path in self.folder.glob("process-*"):
+            path.unlink()
+        codes = self.finish(self.start(function, *arguments, count=count))
+        errors = [path.read_text() for path in sorted(self.folder.glob("process-*.error"))]
+        assert codes == [0] * count, (codes, *errors)
+        return [json.loads((self.folder / f"process-{rank}.json").read_text()) for rank in range(count)]
+
+
+def _enter(folder: Path, rank: int, environment: dict[str, Any], function: Callable[..., Any], arguments: Any) -> None:
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)  # of the parent
+    GradientState._reset_state()
+    code = 1
+    try:
+        result = function(*arguments)
+        (folder / f"process-{rank}.json").write_text(json.dumps(result))
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    except BaseException:
+        (folder / f"process-{rank}.error").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)  # without pytest's own leaving
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
