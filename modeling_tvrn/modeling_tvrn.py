@@ -216,21 +216,29 @@ class TVRNModel(TVRNPreTrainedModel):
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
-    def freeze_coarse(self) -> None:
+    def freeze_coarse(self, tokens: bool = True) -> None:
         """Leave the coarse terms of the score as they are: only the evidence is trained from here on.
 
         Those terms are the embeddings' and the tokens' similarity, with all that the tokens go through.
 
+        Args:
+            tokens: False freezes the embeddings alone.
+
         Raises:
-            ValueError: If the text embeddings see the words that the evidence refines.
+            ValueError: If the embeddings see refined regions or words, and what refines them is to be trained.
         """
         config = self.config
+        if not tokens and config.use_refined_features:
+            raise ValueError(
+                "The embeddings of this model see its refined regions and words, so training these moves them; "
+                "keeping the embeddings fixed needs use_refined_features=False."
+            )
         if config.use_refined_features and config.use_text_refinement and config.refinement == "gru":
             raise ValueError(
                 "The text embeddings of this model see words that its textual refinement has read, so training the "
                 "pair score moves them; keeping them fixed needs use_refined_features=False or refinement='gate'."
             )
-        everything = config.use_token_similarity or config.use_refined_features
+        everything = tokens and (config.use_token_similarity or config.use_refined_features)
         for name, weight in self.named_parameters():
             if not name.startswith(_EVIDENCE) if everything else name.startswith(_POOLED_FEATURES):
                 weight.requires_grad_(False)
