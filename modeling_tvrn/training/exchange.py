@@ -66,7 +66,7 @@ class _Gather(torch.autograd.Function):
     """All processes' rows forwards; backwards each process's rows get the sum of what all processes hand back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
         most = max(sizes)
         whole = _all_gather(_lengthened(rows.detach(), most))
@@ -75,7 +75,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(whole.split(most), sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         most, own = max(ctx.sizes), ctx.sizes[dist.get_rank()]
         parts = gradient.split(ctx.sizes)
         return _reduce_scatter(torch.cat([_lengthened(part, most) for part in parts]))[:own], None
