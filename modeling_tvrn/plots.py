@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["plot_search_results", "plot_training_curve"]
+__all__ = ["new_figure", "plot_search_results", "plot_training_curve", "save_figure"]
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 POSITIVE, OTHER = "#1a7f37", "#c3cad2"
@@ -60,13 +60,13 @@ def plot_training_curve(
             f"history has no finite loss and no {rsum_key!r} (keys: {known}); name them by loss_keys and rsum_key"
         )
     panels = bool(losses) + bool(rsum[0])
-    figure = _figure(4.8 * panels + 0.4, 3.6, title)
+    figure = new_figure(4.8 * panels + 0.4, 3.6, title)
     axes = list(figure.subplots(1, panels, squeeze=False, sharex=True)[0])
     if losses:
         _draw_losses(axes.pop(0), losses)
     if rsum[0]:
         _draw_rsum(axes.pop(0), *rsum, chance=chance)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _check_history(history: Sequence[Mapping[str, Any]]) -> None:
@@ -93,7 +93,8 @@ def _is_finite(value: Any) -> bool:
     return value is not None and isfinite(float(value))
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure on a canvas of its own, sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -181,7 +182,7 @@ def plot_search_results(
     width = max(1.9 * columns, 5.0)
     heading = textwrap.fill(f"“{query}”", width=max(30, int(width * 8.5)))
     height = rows * (2.55 if labels else 2.2) + 0.25 * (heading.count("\n") + 1) + 0.15
-    figure = _figure(width, height, heading)
+    figure = new_figure(width, height, heading)
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, axes in enumerate(cells):
         if number >= len(images):
@@ -191,7 +192,7 @@ def plot_search_results(
         _draw_result(axes, images[number], f"{number + 1}.   {scores[number]:.3f}", right)
         if labels:
             axes.set_xlabel(_wrap(labels[number]), fontsize=7, color=MUTED, parse_math=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _wrap(label: str) -> str:
@@ -209,7 +210,8 @@ def _draw_result(axes: Axes, image: Image, heading: str, right: bool) -> None:
         spine.set_linewidth(3.5 if right else 1.0)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG; missing folders are made."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")

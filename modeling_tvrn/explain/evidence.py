@@ -1,0 +1,320 @@
+"""`explain`: one pair's score taken apart, through the model's own pair stage."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from ..encoded_tvrn import EncodedImages, EncodedTexts
+from .caption import CaptionWord, caption_words, without_each_word
+from .scene import grid_shape, read_scene
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What float32 leaves of a sum of a few dozen numbers, relative to the logit.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class WordEvidence:
+    """What one word of the caption says about the image.
+
+    Attributes:
+        text: The word as written.
+        span: Its characters in the caption; None where the tokenizer keeps no offsets.
+        contribution: Its part of the logit, `evidence` + `tokens`; all parts add up to the logit. None for an SGR
+            head, whose nodes mix.
+        evidence: Its part of the pair stage's weighted mean; None for SGR.
+        tokens: Its part of the token similarity; None for a model without that term.
+        weight: Its share of the weighted mean, 0 to 1; the words' shares and the global one's sum to 1. None for SGR.
+        saliency: ω, how much the image as a whole calls for this word; the mean over a caption's tokens is 1.
+        without: Logit of the caption minus logit of the caption without this word: above 0 the word speaks for the
+            pair, below 0 it costs. None for a caption of one word, or where it was not asked for.
+        attention: (R,) where it looks, summing to 1 over the regions.
+    """
+
+    text: str
+    span: tuple[int, int] | None
+    contribution: float | None
+    evidence: float | None
+    tokens: float | None
+    weight: float | None
+    saliency: float
+    without: float | None
+    attention: np.ndarray
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One pair's score, taken apart.
+
+    Attributes:
+        caption: The caption.
+        picture: What the model saw of the photograph; None for bare features.
+        words: The caption's words.
+        boxes: (R, 4) xyxy in [0, 1] of the picture; None where the model was given none.
+        grid: (rows, columns) where the regions are a grid.
+        region_saliency: (R,) a^v, what the global image vector holds important; sums to 1.
+        logit: The pair logit, as `model.match` gives it.
+        parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their evidence), "global", "head
+            bias"; for SGR "graph", which does not come apart; and, where the model has the term, "tokens" (a sum over
+            the words), "embeddings" (a scaled cosine) and "embedding shift".
+        cosine: Of the two embeddings.
+        head: "saf" or "sgr".
+    """
+
+    caption: str
+    picture: PIL.Image.Image | None
+    words: tuple[WordEvidence, ...]
+    boxes: np.ndarray | None
+    grid: tuple[int, int] | None
+    region_saliency: np.ndarray
+    logit: float
+    parts: dict[str, float]
+    cosine: float
+    head: str
+
+    @property
+    def score(self) -> float:
+        """Matching score, the logit's sigmoid."""
+        return 1 / (1 + math.exp(-self.logit)) if self.logit >= 0 else 1 - 1 / (1 + math.exp(self.logit))
+
+    @property
+    def attention(self) -> np.ndarray:
+        """(W, R) of all words; rows sum to 1."""
+        return np.stack([word.attention for word in self.words])
+
+    @property
+    def region_weight(self) -> np.ndarray:
+        """(R,) where the caption as a whole looks: the words' attention, weighted as the score does; sums to 1."""
+        weights = np.array([word.saliency if word.weight is None else word.weight for word in self.words])
+        return weights @ self.attention / weights.sum()
+
+    @property
+    def region(self) -> int:
+        """The region that the caption looks at most."""
+        return int(self.region_weight.argmax())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the picture, as JSON values."""
+        words = [dataclasses.asdict(word) | {"attention": word.attention.tolist()} for word in self.words]
+        return {
+            "caption": self.caption,
+            "logit": self.logit,
+            "score": self.score,
+            "head": self.head,
+            "cosine": self.cosine,
+            "parts": self.parts,
+            "words": words,
+            "boxes": None if self.boxes is None else self.boxes.tolist(),
+            "grid": self.grid,
+            "region_saliency": self.region_saliency.tolist(),
+            "region_weight": self.region_weight.tolist(),
+        }
+
+    def table(self) -> str:
+        """The numbers as lines of text."""
+        from .page import text_table
+
+        return text_table(self)
+
+    def figure(self, **options: Any) -> Figure:
+        """A matplotlib figure: the parts as bars, and where each word looks; see `picture.draw`."""
+        from .picture import draw
+
+        return draw(self, **options)
+
+    def save_picture(self, path: str | Path, **options: Any) -> Path:
+        """Write `figure` as a PNG."""
+        from ..plots import save_figure
+
+        return save_figure(self.figure(**options), path)
+
+    def to_html(self) -> str:
+        """One self-contained page: click on a word to see where it looks."""
+        from .page import html_page
+
+        return html_page(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write `to_html` to a file."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.to_html(), encoding="utf-8")
+        return target
+
+
+def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: bool = True) -> Explanation:
+    """Take one pair's score apart: which word looks where, and what it adds to the score.
+
+    With a SAF head the evidence is a weighted mean of one number a word and a global one, plus a bias; the tokens'
+    similarity is a sum over words, and the embeddings' one number: all of it comes apart exactly. An SGR head passes
+    its nodes through three ReLU layers: its part of the logit stays whole, and what a word matters is the difference
+    that leaving it out makes (`WordEvidence.without`).
+
+    Args:
+        model: A `TVRNModel`; dropout is off meanwhile.
+        processor: Its processor.
+        image: A PIL image, path, encoded bytes or uint8 array; or a record with `region_features` (R, F),
+            `region_boxes` (R, 4) and perhaps `image`, to draw on.
+        text: The caption.
+        leave_out: Also score the caption without each of its words (as many texts as words more).
+
+    Raises:
+        ValueError: On an image or a caption that the processor or the model refuses.
+        RuntimeError: If the parts do not give the score: the model's pair stage has a term that is not known here.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text is a {type(text).__name__}; explain takes one caption, a string")
+    with _evaluating(model):
+        scene = read_scene(model, processor, image)
+        images = model.encode_images(**scene.inputs)
+        device = images.tokens.device
+        inputs = {name: value.to(device) for name, value in processor(text=[text], return_tensors="pt").items()}
+        texts = model.encode_texts(**inputs)
+        pair = _Pair(model, images, texts)
+        words = caption_words(processor.tokenizer, text, inputs["input_ids"][0], inputs["word_mask"][0])
+        parts = pair.parts()
+        without = _left_out(model, images, inputs, words, pair.logit) if leave_out and len(words) > 1 else None
+    boxes = _valid(images.region_boxes, images.region_mask)
+    return Explanation(
+        caption=text,
+        picture=scene.picture,
+        words=tuple(pair.word(word, None if without is None else without[k]) for k, word in enumerate(words)),
+        boxes=boxes,
+        grid=grid_shape(boxes),
+        region_saliency=pair.region_saliency(),
+        logit=pair.logit,
+        parts=parts,
+        cosine=float(images.embeds[0].double() @ texts.embeds[0].double()),
+        head=str(model.config.similarity_head),
+    )
+
+
+class _Pair:
+    """One image against one text: the pair stage's inner numbers, in float64 on the CPU from here on."""
+
+    def __init__(self, model: Any, images: EncodedImages, texts: EncodedTexts):
+        stage = model.pair
+        self.images, self.texts, self.stage = images, texts, stage
+        self.logit = model.match(images, texts).item()
+        self.terms = {name: value.item() for name, value in model.match_terms(images, texts).items()}
+        refined, scale = stage.refine(images, texts, model.attention, model.textual_refinement)
+        mask, _ = stage.text_tokens(texts)
+        attention, saliency = stage.attend(images, refined, scale, mask)
+        self.attention, self.saliency = _plain(attention[0, 0]), _plain(saliency[0, 0])
+        self.mixing = self.evidence = None
+        nodes, weights = stage.nodes(images, texts, model.attention, model.textual_refinement)
+        if hasattr(stage.head, "parts"):
+            self.mixing, self.evidence = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
+        self.tokens = self._token_parts() if "tokens" in self.terms else None
+        self.positions = texts.word_positions[0].tolist()
+
+    def _token_parts(self) -> np.ndarray:
+        """(W,) the words' parts of the token similarity: linear in their weights, so taken one word at a time."""
+        width = self.texts.word_weights.shape[1]
+        alone = self.texts.select([0] * width)
+        alone = dataclasses.replace(alone, word_weights=torch.diag_embed(self.texts.word_weights[0]))
+        return _plain(self.stage.token_similarity(self.images, alone)[0])
+
+    def parts(self) -> dict[str, float]:
+        """The logit's parts.
+
+        Raises:
+            RuntimeError: If they do not add up to it.
+        """
+        parts = self._evidence_parts()
+        if self.tokens is not None:
+            parts["tokens"] = float(self.tokens.sum())
+        if "embeddings" in self.terms:
+            shift = self.stage.embedding_shift.item()
+            parts |= {"embeddings": self.terms["embeddings"] - shift, "embedding shift": shift}
+        total = sum(parts.values())
+        if abs(total - self.logit) > TOLERANCE * max(1.0, abs(self.logit)):
+            raise RuntimeError(
+                f"the parts {parts} add up to {total}, but the model's logit is {self.logit}: its score has a term "
+                "that explain does not know; update modeling_tvrn, or report this"
+            )
+        return parts
+
+    def _evidence_parts(self) -> dict[str, float]:
+        if self.mixing is None or self.evidence is None:
+            return {"graph": self.terms["evidence"]}
+        shares = self.mixing / self.mixing.sum() * self.evidence
+        bias = self.stage.head.logit.bias.item()
+        return {"words": float(shares[1:].sum()), "global": float(shares[0]), "head bias": bias}
+
+    def word(self, word: CaptionWord, without: float | None) -> WordEvidence:
+        """The evidence of a word: of its tokens, and with `refinement="gru"` of their expansions too."""
+        columns = [self.positions.index(position) for position in word.positions]
+        tokens = None if self.tokens is None else float(self.tokens[columns].sum())
+        if self.texts.recurrent_words is not None:
+            columns += [len(self.positions) + column for column in columns]
+        saliency = self.saliency[columns]
+        weights, evidence, weight = saliency, None, None
+        if self.mixing is not None and self.evidence is not None:
+            nodes = [1 + column for column in columns]  # node 0 is the global one
+            weights = self.mixing[nodes]
+            weight = float(weights.sum() / self.mixing.sum())
+            evidence = float((weights * self.evidence[nodes]).sum() / self.mixing.sum())
+        attention = np.average(self.attention[columns], axis=0, weights=weights if weights.sum() > 0 else None)
+        return WordEvidence(
+            text=word.text,
+            span=word.span,
+            contribution=None if evidence is None else evidence + (tokens or 0.0),
+            evidence=evidence,
+            tokens=tokens,
+            weight=weight,
+            saliency=float(saliency.mean()),
+            without=without,
+            attention=self._by_region(attention),
+        )
+
+    def region_saliency(self) -> np.ndarray:
+        """a^v (R,) of the valid regions."""
+        mask = _plain(self.images.token_mask[0]) > 0
+        return self._by_region(np.where(mask, np.exp(_plain(self.images.token_saliency[0])), 0.0))
+
+    def _by_region(self, tokens: np.ndarray) -> np.ndarray:
+        """(N,) numbers of the image's tokens -> (R,) of its valid regions; a region and its context are one."""
+        regions = self.images.region_mask.shape[1]
+        by_region = tokens.reshape(-1, regions).sum(axis=0)
+        return by_region[: int(self.images.region_mask[0].sum())]
+
+
+def _left_out(
+    model: Any, images: EncodedImages, inputs: dict[str, Tensor], words: list[CaptionWord], logit: float
+) -> list[float]:
+    texts = model.encode_texts(**without_each_word(inputs, words))
+    return [logit - float(other) for other in model.match(images, texts)[0]]
+
+
+def _valid(boxes: Tensor | None, mask: Tensor) -> np.ndarray | None:
+    return None if boxes is None else _plain(boxes[0])[: int(mask[0].sum())]
+
+
+def _plain(value: Tensor) -> np.ndarray:
+    return value.detach().double().cpu().numpy()
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradients and no dropout meanwhile."""
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
