@@ -1,4 +1,4 @@
-"""Outputs of frozen networks, computed once and kept on disk: region caches, and the store underneath."""
+"""Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
 from .extraction import RegionExtraction, resize_only
 from .fingerprint import StaleStoreError
@@ -7,6 +7,8 @@ from .region_records import with_regions
 from .regions import RegionCache, region_fingerprint
 from .shards import BrokenShardError
 from .store import ArrayStore, StoreWriter
+from .teacher import Teacher
+from .teacher_cache import TeacherCache
 
 __all__ = [
     "ArrayStore",
@@ -15,6 +17,8 @@ __all__ = [
     "RegionExtraction",
     "StaleStoreError",
     "StoreWriter",
+    "Teacher",
+    "TeacherCache",
     "pool_boxes",
     "region_fingerprint",
     "resize_only",

@@ -92,9 +92,10 @@ class ArrayStore:
             )
         return np.fromiter((self._row_of[item_id] for item_id in wanted), np.int64, len(wanted))
 
-    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays of the given rows, copied out of the files: name -> (n, ...)."""
-        found = {name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in self.layout.items()}
+    def read(self, rows: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Arrays of the given rows, copied out of the files: name -> (n, ...); all of them, or those named."""
+        layout = self.layout if names is None else {name: self.layout[name] for name in names}
+        found = {name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in layout.items()}
         shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of_row).tolist():
             places = np.flatnonzero(shard_of_row == number)

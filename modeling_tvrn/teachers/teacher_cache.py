@@ -1,0 +1,240 @@
+"""A teacher's vectors of a data set: computed once, kept on disk in half precision, read by image or caption id."""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fingerprint import ItemId, StaleStoreError, items_fingerprint
+from .shards import BrokenShardError, shard_name
+from .store import ArrayStore, StoreWriter, read_manifest
+from .teacher import Teacher
+from .teacher_items import check_contents, fill, item_ids
+
+logger = logging.getLogger(__name__)
+
+STORED_DTYPES = ("float16", "float32")
+_PART = "part-{process:05d}-of-{processes:05d}"
+
+
+class TeacherCache:
+    """Unit-norm vectors of a teacher, memory-mapped and looked up by image id or caption id.
+
+    Attributes:
+        modality: "image" (ids are image ids) or "text" (caption ids).
+        fingerprint: what the vectors were made from: teacher, preprocessing, pooling, numbers, data.
+        info: where they came from and what that took; decides nothing.
+    """
+
+    def __init__(self, store: ArrayStore) -> None:
+        if "teacher_embeds" not in store.layout:
+            raise ValueError(
+                f"the store in {str(store.directory)!r} is no teacher cache: it holds {sorted(store.layout)}, "
+                "expected teacher_embeds; make one with TeacherCache.build or examples/cache_teachers.py"
+            )
+        self.store = store
+        self.fingerprint = store.fingerprint
+        self.info = store.info
+        self.modality: str = store.fingerprint["teacher"]["modality"]
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike,
+        teacher: Teacher | None = None,
+        dataset: Any = None,
+        modality: str | None = None,
+    ) -> "TeacherCache":
+        """Open a finished cache.
+
+        Args:
+            directory: its folder.
+            teacher: whose vectors these must be: weights, preprocessing and pooling are compared.
+            dataset: map-style records whose every item must be there, and be the one that was cached.
+            modality: "image" or "text", what the cache must be of.
+
+        Raises:
+            FileNotFoundError: there is none in `directory`.
+            StaleStoreError: it was made by another teacher, of other items or of the other modality; with both values.
+            KeyError: an item of `dataset` is not in it; the message names it.
+            ValueError: it is unfinished or broken.
+        """
+        expected = None
+        if teacher is not None:
+            expected = {key: value for key, value in teacher.fingerprint().items() if key != "compute_dtype"}
+        cache = cls(ArrayStore.load(directory, expected))
+        if modality is not None and cache.modality != modality:
+            raise StaleStoreError(
+                f"the teacher cache in {os.fspath(directory)!r} is of modality {cache.modality!r}, expected "
+                f"{modality!r}: are the paths of the two caches exchanged?"
+            )
+        if dataset is not None:
+            cache.check(dataset)
+        return cache
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        dataset: Iterable[Mapping[str, Any]],
+        directory: str | os.PathLike,
+        *,
+        batch_size: int = 64,
+        dtype: str = "float16",
+        shard_size: int = 4096,
+        num_workers: int = 0,
+        process: int = 0,
+        processes: int = 1,
+        overwrite: bool = False,
+        info: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> "TeacherCache":
+        """Run a teacher once over records; a build that was killed continues, a finished one is just opened.
+
+        Args:
+            teacher: of images (one vector a record) or of texts (one a caption).
+            dataset: of `load_pairs`, map-style or a stream; every id once.
+            directory: the cache's folder; one that holds another cache is refused.
+            batch_size: items that the teacher takes at once.
+            dtype: how vectors are stored, "float16" or "float32".
+            shard_size: items a file, and so the most that a kill loses.
+            num_workers: processes that decode photographs beside this one; only for map-style records.
+            process, processes: this process's number among those that share the work, each with its part of the
+                records; when all are done, `TeacherCache.join(directory)` makes one cache of the parts.
+            overwrite: drop what is in the folder.
+            info: facts to keep with the cache that decide nothing.
+            progress: show a progress bar.
+
+        Returns:
+            The cache; with several processes that of this process's part.
+
+        Raises:
+            StaleStoreError: the folder's cache was made from something else; with both values.
+            ValueError: bad settings or records, or a vector that is zero or not finite (its id is named).
+        """
+        if dtype not in STORED_DTYPES or batch_size < 1:
+            raise ValueError(f"dtype is {dtype!r}, batch_size {batch_size}; expected {STORED_DTYPES} and at least 1")
+        if not 0 <= process < processes:
+            raise ValueError(f"process is {process} of {processes} processes; expected 0 to {processes - 1}")
+        made_from = teacher.fingerprint()
+        made_from["numbers"] = {"dtype": dtype, "compute_dtype": made_from.pop("compute_dtype")}
+        ids = item_ids(dataset, teacher.modality)
+        whole = dict(made_from) if ids is None else made_from | {"data": items_fingerprint(ids)}
+        if not overwrite and (finished := _finished(directory, whole)) is not None:
+            return cls(finished)
+        if processes > 1:
+            if ids is None:
+                raise ValueError("a stream has no parts for several processes: use map-style records, or one process")
+            rows = np.array_split(np.arange(len(dataset)), processes)[process]  # type: ignore[arg-type]
+            dataset = dataset.select(rows.tolist())  # type: ignore[attr-defined]
+            directory = Path(directory) / _PART.format(process=process, processes=processes)
+            whole = made_from | {"data": items_fingerprint(item_ids(dataset, teacher.modality) or ())}
+            if not overwrite and (finished := _finished(directory, whole)) is not None:
+                return cls(finished)
+        writer = StoreWriter(directory, whole, shard_size, overwrite)
+        facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
+        return cls(writer.finish(facts | dict(info or {})))
+
+    @classmethod
+    def join(cls, directory: str | os.PathLike) -> "TeacherCache":
+        """One cache of the parts that several processes have built in a folder.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            StaleStoreError: the parts were made by different teachers.
+        """
+        directory = Path(directory)
+        if (manifest := read_manifest(directory)) is not None and manifest["complete"]:
+            return cls.load(directory)
+        parts = _parts(directory)
+        first = {name: value for name, value in parts[0].fingerprint.items() if name != "data"}
+        for part in parts[1:]:
+            ArrayStore.load(part.directory, first)  # refuses another teacher's
+        writer = StoreWriter(directory, first, overwrite=True)
+        number = 0
+        for part in parts:
+            for shard in part._shards:
+                _link(shard.path, directory / shard_name(number))
+                number += 1
+        del writer
+        facts = {"parts": [part.info for part in parts]}
+        joined = cls(StoreWriter(directory, first).finish(facts))
+        for part in parts:
+            shutil.rmtree(part.directory)
+        return joined
+
+    def check(self, dataset: Any) -> None:
+        """Compare map-style records with what was cached.
+
+        Raises:
+            KeyError: an item is not in the cache; the message names it.
+            StaleStoreError: an id is there, but its caption (or its picture's name and captions) was another one.
+        """
+        check_contents(self.store, dataset, self.modality)
+
+    @property
+    def ids(self) -> Sequence[ItemId]:
+        """Image or caption ids, in the order in which they were stored."""
+        return self.store.ids
+
+    @property
+    def size(self) -> int:
+        """D, the size of one vector."""
+        return int(self.store.layout["teacher_embeds"][1][0])
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.store
+
+    def __getitem__(self, ids: Iterable[ItemId]) -> Tensor:
+        """Unit-norm vectors (n, D) of n items, in the stored dtype; only these rows are read.
+
+        Raises:
+            KeyError: an id is not in the cache; the message names it.
+        """
+        if isinstance(ids, (int, str, np.integer)):
+            raise TypeError(f"expected several ids, got {ids!r}: write [[{ids!r}]] for one")
+        return torch.from_numpy(self.store.read(self.store.rows(ids), ["teacher_embeds"])["teacher_embeds"])
+
+    def __repr__(self) -> str:
+        return (
+            f"TeacherCache({str(self.store.directory)!r}, modality={self.modality!r}, items={len(self)}, "
+            f"size={self.size})"
+        )
+
+
+def _finished(directory: str | os.PathLike, made_from: Mapping[str, Any]) -> ArrayStore | None:
+    """The store in a folder if it is whole; of a stream (no section "data") it can't be known to be."""
+    manifest = read_manifest(directory)
+    if manifest is None or not manifest["complete"] or "data" not in made_from:
+        return None
+    try:
+        return ArrayStore.load(directory, made_from)
+    except BrokenShardError as error:
+        logger.warning("%s: building what is missing", error)
+        return None
+
+
+def _parts(directory: Path) -> list[ArrayStore]:
+    found = sorted(directory.glob("part-*-of-*"))
+    if not found:
+        raise FileNotFoundError(f"no parts in {str(directory)!r}: build them first, with process= and processes=")
+    processes = int(found[0].name.rsplit("-", 1)[1])
+    return [ArrayStore.load(directory / _PART.format(process=k, processes=processes)) for k in range(processes)]
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file: a kill while parts are joined loses nothing."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)

@@ -1,0 +1,238 @@
+"""What of a record a teacher reads, under which id, and how the vectors of all records come into a store."""
+
+import hashlib
+import importlib.metadata
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .fingerprint import ItemId, StaleStoreError, plain_id
+from .store import ArrayStore, StoreWriter
+from .teacher import PicturePreparation, Teacher, TextPreparation
+
+logger = logging.getLogger(__name__)
+
+BATCHES_AT_ONCE = 16  # captions sorted by length among that many batches: little padding, and memory stays bounded
+DIGEST_BYTES = 8
+Item = tuple[ItemId, Any, str, str]  # id, photograph or text, what its contents are told apart by: two names
+Digests = dict[str, np.ndarray]
+
+
+def item_ids(dataset: Any, modality: str) -> list[ItemId] | None:
+    """Ids of all items of map-style records, without decoding an image; None for a stream."""
+    if not hasattr(dataset, "image_ids") or not hasattr(dataset, "__getitem__"):
+        return None
+    if modality == "image":
+        return [plain_id(image_id) for image_id in dataset.image_ids]
+    return [plain_id(caption_id) for ids in dataset.caption_ids for caption_id in ids]
+
+
+def items_of(record: Mapping[str, Any], modality: str) -> list[Item]:
+    """A record's photograph, or its captions, as items.
+
+    Raises:
+        ValueError: the record has no photograph.
+    """
+    if modality == "text":
+        pairs = zip(record["caption_ids"], record["captions"], strict=True)
+        return [(plain_id(caption_id), caption, caption, caption) for caption_id, caption in pairs]
+    if "image" not in record:
+        raise ValueError(
+            f"the record of image {record['image_id']!r} has no image but {sorted(record)}: an image teacher needs "
+            "the photographs; load the data without a region cache"
+        )
+    first = record["captions"][0] if record.get("captions") else ""
+    return [(plain_id(record["image_id"]), record["image"], str(record.get("filename", "")), first)]
+
+
+def contents_of(dataset: Any, modality: str) -> tuple[list[str], list[str]]:
+    """The two names by which the contents of map-style records' items are told apart (see `items_of`)."""
+    if modality == "text":
+        captions = [caption for captions in dataset.captions for caption in captions]
+        return captions, captions
+    return list(map(str, dataset.filenames)), [captions[0] if captions else "" for captions in dataset.captions]
+
+
+def digests_of(names: Sequence[str]) -> np.ndarray:
+    """(n, 8) uint8: enough to tell that an id has come to mean something else."""
+    joined = b"".join(hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES).digest() for name in names)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(names), DIGEST_BYTES)
+
+
+def check_contents(store: ArrayStore, dataset: Any, modality: str) -> None:
+    """Refuse a store in which an id of these records stands for something else, or for nothing.
+
+    Raises:
+        KeyError: an id is not there.
+        StaleStoreError: an id stands for another caption; or for another photograph, by its file's name and its first
+            caption both (either may change where the photograph stays).
+    """
+    ids = item_ids(dataset, modality)
+    if ids is None:
+        raise ValueError(f"a {type(dataset).__name__} is a stream: its items are checked as they come, not before")
+    stored = store.read(store.rows(ids), ["first_digest", "second_digest"])
+    firsts, seconds = contents_of(dataset, modality)
+    same = (stored["first_digest"] == digests_of(firsts)).all(axis=1)
+    same |= (stored["second_digest"] == digests_of(seconds)).all(axis=1)
+    if same.all():
+        return
+    row = int(np.flatnonzero(~same)[0])
+    was = stored["second_digest"][row].tobytes().hex()
+    now = digests_of([seconds[row]])[0].tobytes().hex()
+    what = "the caption" if modality == "text" else f"the image (file {firsts[row]!r}) with the caption"
+    raise StaleStoreError(
+        f"the teacher cache in {str(store.directory)!r} is of other data: for {(~same).sum()} of {len(ids)} ids, the "
+        f"first {ids[row]!r}, it holds something else (stored digest {was}) than {what} {seconds[row]!r} (digest "
+        f"{now}): build a cache of these data"
+    )
+
+
+def fill(
+    writer: StoreWriter,
+    teacher: Teacher,
+    dataset: Any,
+    batch_size: int,
+    dtype: str,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compute what the writer lacks; returns facts about it.
+
+    Raises:
+        ValueError: the stored items are not those that the data begin with, or a vector has no direction.
+    """
+    started, done = time.monotonic(), list(writer.ids)
+    ids = item_ids(dataset, teacher.modality)
+    if ids is not None:
+        check_resumable(done, ids, writer)
+    noun = "image" if teacher.modality == "image" else "caption"
+    bar = tqdm(total=ids and len(ids), initial=len(done), unit=noun, desc="teacher", disable=not progress)
+    cut = 0
+    with bar:
+        for block, vectors, long in _blocks(teacher, dataset, done, ids is None, batch_size, num_workers, writer):
+            names = [name for name, *_ in block], [first for *_, first, _ in block], [second for *_, second in block]
+            writer.append(names[0], _checked(vectors, names[0], dtype, teacher) | _digests(names[1], names[2]))
+            cut += long
+            bar.update(len(block))
+    if cut:
+        logger.warning("%d captions are longer than the teacher's limit of tokens and were cut", cut)
+    return {
+        "teacher": teacher.name,
+        "revision": teacher.revision,
+        "device": str(teacher.device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+        "resumed_after": len(done),
+        "captions_cut": cut,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def check_resumable(stored: Sequence[ItemId], wanted: Sequence[ItemId], writer: StoreWriter) -> None:
+    """Refuse to continue unless the data begin with what is stored.
+
+    Raises:
+        ValueError: they do not; names the first place where they differ, with both ids.
+    """
+    for row, old in enumerate(stored):
+        new = repr(wanted[row]) if row < len(wanted) else "nothing more"
+        if repr(old) != new:
+            raise ValueError(
+                f"the unfinished cache in {str(writer.directory)!r} has item {old!r} at place {row} where the data "
+                f"have {new}: continue with the data it was begun with, or build with overwrite=True"
+            )
+
+
+def _digests(firsts: Sequence[str], seconds: Sequence[str]) -> Digests:
+    return {"first_digest": digests_of(firsts), "second_digest": digests_of(seconds)}
+
+
+def _checked(vectors: Tensor, ids: Sequence[ItemId], dtype: str, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Unit-norm vectors ready to be stored."""
+    norms = vectors.norm(dim=1, keepdim=True)
+    wrong = ~(norms.isfinite() & (norms > 0)).flatten()
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"the vector of {teacher.modality} {ids[row]!r} has the norm {norms[row].item()} by {teacher!r}, expected "
+            "a finite one above 0: look at that item, and at the teacher's dtype and pooling"
+        )
+    return {"teacher_embeds": (vectors / norms).to(getattr(torch, dtype)).cpu().numpy()}
+
+
+def _blocks(
+    teacher: Teacher,
+    dataset: Any,
+    done: list[ItemId],
+    stream: bool,
+    batch_size: int,
+    workers: int,
+    writer: StoreWriter,
+) -> Iterator[tuple[list[Item], Tensor, int]]:
+    """Items, their vectors, and how many of them were cut."""
+    if stream:
+        if workers:
+            raise ValueError(f"num_workers is {workers}, but a stream is read here: use 0, or map-style records")
+        yield from _stream_blocks(teacher, dataset, done, batch_size, writer)
+    elif teacher.modality == "image":
+        batches = _Pictures(teacher.prepare, dataset, len(done), batch_size)
+        for items, inputs in DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is):
+            yield items, teacher.embed(inputs), 0
+    else:
+        pairs = zip(item_ids(dataset, "text") or (), contents_of(dataset, "text")[0], strict=True)
+        items = ((caption_id, caption, caption, caption) for caption_id, caption in pairs)
+        yield from _embedded(teacher, itertools.islice(items, len(done), None), batch_size)
+
+
+def _stream_blocks(
+    teacher: Teacher, records: Iterable[Any], done: list[ItemId], batch_size: int, writer: StoreWriter
+) -> Iterator[tuple[list[Item], Tensor, int]]:
+    items = (item for record in records for item in items_of(record, teacher.modality))
+    check_resumable(done, [item[0] for item in itertools.islice(items, len(done))], writer)
+    yield from _embedded(teacher, items, batch_size)
+
+
+def _embedded(teacher: Teacher, items: Iterator[Item], batch_size: int) -> Iterator[tuple[list[Item], Tensor, int]]:
+    several = BATCHES_AT_ONCE if teacher.modality == "text" else 1
+    while block := list(itertools.islice(items, several * batch_size)):
+        contents = [content for _, content, *_ in block]
+        cut = count_cut(teacher.prepare, contents) if isinstance(teacher.prepare, TextPreparation) else 0
+        yield block, teacher(contents, batch_size), cut
+
+
+def count_cut(prepare: TextPreparation, texts: Sequence[str]) -> int:
+    """Texts longer than the limit; only those that may be are tokenized a second time."""
+    # A token has one character at least.
+    suspects = [text for text in texts if len(text) + 8 > prepare.max_length]
+    if not suspects:
+        return 0
+    tokens = prepare.tokenizer(suspects, truncation=False, padding=False, verbose=False)["input_ids"]
+    return sum(len(ids) > prepare.max_length for ids in tokens)
+
+
+class _Pictures(Dataset[tuple[list[Item], dict[str, Tensor]]]):
+    """Batches of decoded and preprocessed photographs, for the workers of a loader."""
+
+    def __init__(self, prepare: PicturePreparation | TextPreparation, records: Any, start: int, size: int) -> None:
+        self.prepare = prepare
+        self.records = records
+        self.rows = [range(first, min(first + size, len(records))) for first in range(start, len(records), size)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[list[Item], dict[str, Tensor]]:
+        found = [item for row in self.rows[number] for item in items_of(self.records[row], "image")]
+        inputs = self.prepare([image for _, image, *_ in found])
+        return [(item_id, None, first, second) for item_id, _, first, second in found], inputs
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
