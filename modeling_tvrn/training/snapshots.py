@@ -158,7 +158,12 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
             raise ValueError(f"the checkpoint {folder} is broken: {name} {problem}")
     state = _read_json(folder / STATE)
     files = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    return Snapshot(folder, state, {name.removesuffix(".safetensors"): load_file(folder / name) for name in files})
+    return Snapshot(folder, state, {name.removesuffix(".safetensors"): _read_tensors(folder / name) for name in files})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    # Copied: what load_file gives is the file itself in memory, and changes with it.
+    return {name: value.clone() for name, value in load_file(path).items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
