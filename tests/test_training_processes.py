@@ -1,0 +1,173 @@
+"""Several processes compute what one does: loss, every gradient, and the weights after some steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from training_makers import Processes, tiny_config, write_scan
+
+from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training.batches import CaptionBatches, Shares
+from modeling_tvrn.training.exchange import average_gradients, broadcast_json, gather_bytes, gather_rows, processes
+from modeling_tvrn.training.loop import Training
+
+# No dropout, whose draws differ between processes. A large epsilon: some weights' true gradient is 0, and Adam would
+# make steps of full size of its last bits.
+KEYS = {
+    "max_steps": 5, "logging_steps": 1, "adam_epsilon": 1e-3, "learning_rate": 2e-2, "keep_checkpoints": 0,
+    "evaluation_steps": 100, "evaluate_embeddings": False, "max_grad_norm": 0.5,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "saf": {"batch_size": 8, "model": {"similarity_head": "saf"}},
+    "sgr": {"batch_size": 9, "model": {"similarity_head": "sgr", "refinement": "gru"}},
+    "head start, images repeated": {"batch_size": 7, "head_start_epochs": 1, "batch_captions_per_image": 2},
+    "kept head start": {
+        "batch_size": 14, "head_start_epochs": 1, "keep_head_start": True, "model": {"use_refined_features": False},
+    },
+    "a last batch of two captions": {"batch_size": 13, "model": {"similarity_head": "sgr"}},
+    "accumulated": {"batch_size": 6, "gradient_accumulation_steps": 2},
+    "towers a few items at a time": {"batch_size": 13, "tower_batch_size": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scan(tmp_path_factory.mktemp("scan"))
+
+
+def observed(config: TrainingConfig, name: str, dtype: str = "float64") -> dict[str, Any]:
+    """A run's losses; its first gradients and last weights go to a file."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    run = Training(config)
+    update, first = run._update, {}
+
+    def then_look() -> Tensor | None:
+        if not first:
+            named = run.model.named_parameters()
+            first.update({f"gradient/{key}": value.grad.clone() for key, value in named if value.grad is not None})
+        return update()
+
+    run._update = then_look  # type: ignore[method-assign]
+    run.fit()
+    weights = {f"weight/{key}": value.detach().clone() for key, value in run.model.named_parameters()}
+    if run.accelerator.is_main_process:
+        save_file(first | weights, f"{name}.safetensors")
+    losses = [event["loss"] for event in run.progress.history if "loss" in event]
+    return {"losses": losses, "world": processes(), "used": run.accelerator.num_processes}
+
+
+def compared(found: tuple[dict[str, Any], dict[str, Tensor]], expected: Any, gradient: float, rest: float) -> None:
+    assert found[0]["losses"] == pytest.approx(expected[0]["losses"], rel=rest, abs=rest)
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        bound = gradient if name.startswith("gradient/") else rest
+        torch.testing.assert_close(
+            found[1][name], value, atol=bound, rtol=bound, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [*((name, "float64") for name in VARIANTS), ("saf", "float32"), ("sgr", "float32")]
+)
+def test_several_processes_learn_what_one_does(data: Path, tmp_path: Path, variant: str, dtype: str) -> None:
+    keys = {**KEYS, **VARIANTS[variant]}
+    keys["model"] = {"dropout": 0.0, "image_dropout": 0.0, "text_dropout": 0.0, **keys.get("model", {})}
+    runner, found = Processes(tmp_path), {}
+    for count in (1, 2, 3):
+        name = str(tmp_path / str(count))
+        results = runner.run(observed, tiny_config(data, tmp_path / "run", **keys), name, dtype, count=count)
+        assert [result["world"] for result in results] == [result["used"] for result in results] == [count] * count
+        found[count] = results[0], load_file(f"{name}.safetensors")
+    gradients = [value.abs().max() for name, value in found[1][1].items() if name.startswith("gradient/")]
+    assert max(gradients) > 1e-2
+    for count in (2, 3):
+        # In float32 products of other shapes round otherwise, which the normalisations amplify: the gradients, of
+        # about 1 here, agree to four digits. In float64 nothing but rounding is left.
+        bounds = (1e-9, 1e-9) if dtype == "float64" else (2e-4, 1e-5)
+        compared(found[count], found[1], *bounds)
+
+
+def test_towers_run_a_few_items_at_a_time_with_the_gradients_of_the_plain_way(data: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "batch_size": 13, "head_start_epochs": 1, "model": {"dropout": 0.0}}
+    keys["model"] |= {"image_dropout": 0.0, "text_dropout": 0.0, "refinement": "gru"}
+    runner, found = Processes(tmp_path), []
+    for size in (None, 3, 50):
+        config, name = tiny_config(data, tmp_path / "run", **keys, tower_batch_size=size), str(tmp_path / str(size))
+        [result] = runner.run(observed, config, name)
+        found.append((result, load_file(f"{name}.safetensors")))
+    for each in found[1:]:
+        compared(each, found[0], 1e-9, 1e-9)
+
+
+def test_dropout_leaves_out_the_same_in_both_passes_of_the_towers(data: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "batch_size": 13, "model": {"dropout": 0.3}, "word_dropout": 0.3, "region_dropout": 0.3}
+    runner, found = Processes(tmp_path), []
+    for size in (None, 50):  # in one piece, so that the draws are those of the plain way
+        config, name = tiny_config(data, tmp_path / "run", **keys, tower_batch_size=size), str(tmp_path / str(size))
+        [result] = runner.run(observed, config, name)
+        found.append((result, load_file(f"{name}.safetensors")))
+    compared(found[1], found[0], 1e-9, 1e-9)
+
+
+# -- the parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_batch_is_dealt_out_by_image_without_gap_or_repetition(count: int) -> None:
+    rows = [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8]
+    batches = CaptionBatches(rows, 5, seed=4)
+    shares = [list(Shares(batches, rank, count)) for rank in range(count)]
+    for number, batch in enumerate(batches):
+        dealt = [share[number] for share in shares]
+        own = [[caption for caption in share if caption >= 0] for share in dealt]
+        assert sorted(caption for share in own for caption in share) == sorted(batch)
+        images = [image for share in own for image in {rows[caption] for caption in share}]
+        assert len(images) == len(set(images))
+        for share, real in zip(dealt, own, strict=True):
+            assert share == real or (not real and len(share) == 1 and ~share[0] in batch)
+        filled = [len({rows[caption] for caption in share}) for share in own]
+        assert max(filled) - min(filled) <= 1
+
+
+def exchanged() -> dict[str, Any]:
+    rank, count = torch.distributed.get_rank(), processes()
+    own = torch.arange(2.0 * rank).view(rank, 2).requires_grad_()  # 0, 1, 2 rows
+    whole = gather_rows(own)
+    ((rank + 1) * whole.square()).sum().backward()
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 1, bias=False) for _ in range(2)])
+    layers[0].weight.grad = torch.full((1, 2), float(rank))
+    if rank == 1:
+        layers[1].weight.grad = torch.ones(1, 2)
+    unused = torch.nn.Parameter(torch.ones(1))
+    average_gradients([*layers.parameters(), unused])
+    said = gather_bytes(torch.full((rank + 1,), rank, dtype=torch.uint8), torch.device("cpu"))
+    return {
+        "whole": whole.tolist(),
+        "gradient": own.grad.tolist() if own.grad is not None else None,
+        "averages": [layer.weight.grad.tolist() for layer in layers],
+        "unused": unused.grad is None,
+        "bytes": [part.tolist() for part in said],
+        "told": broadcast_json({"a": [rank, count]}, torch.device("cpu")),
+    }
+
+
+def joined(function: Callable[[], Any]) -> Any:
+    torch.distributed.init_process_group("gloo")
+    return function()
+
+
+def test_rows_of_different_numbers_are_gathered_and_their_gradients_summed(tmp_path: Path) -> None:
+    results = Processes(tmp_path).run(joined, exchanged, count=3)
+    rows = [[0.0, 1.0], [0.0, 1.0], [2.0, 3.0]]
+    for rank, result in enumerate(results):
+        assert result["whole"] == rows
+        # each process weighs the sum of squares by its rank plus one: together 6
+        own = (rows[:0], rows[:1], rows[1:])[rank]
+        assert result["gradient"] == [[12 * value for value in row] for row in own]
+        assert result["averages"] == [[[1.0, 1.0]], [[pytest.approx(1 / 3)] * 2]] and result["unused"]
+        assert result["bytes"] == [[0], [1, 1], [2, 2, 2]]
+        assert result["told"] == {"a": [0, 3]}
