@@ -15,6 +15,11 @@ Search by embeddings and rerank 128 candidates a query, beside exhaustive scorin
 Is a model better than another? Paired bootstrap over the queries:
 
     python examples/evaluate_retrieval.py runs/new --data flickr8k --split validation --compare runs/old
+
+Within one modality: captions of the same photograph, images of the same label, sentence pairs with human grades:
+
+    python examples/evaluate_retrieval.py runs/cusa --protocol unimodal --data flickr8k --split validation \
+        --sentence-pairs stsb/validation.parquet --image-labels labels.csv
 """
 
 import argparse
@@ -29,7 +34,14 @@ import yaml
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.evaluation import PROTOCOLS, EvaluationReport, evaluate
+from modeling_tvrn.evaluation import (
+    PROTOCOLS,
+    EvaluationReport,
+    SentencePairs,
+    evaluate,
+    evaluate_unimodal,
+    read_image_labels,
+)
 from modeling_tvrn.metrics import paired_bootstrap
 from modeling_tvrn.teachers import RegionCache, region_fingerprint, with_regions
 
@@ -43,7 +55,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub id; several are averaged")
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", required=True, help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id"
+        "--data",
+        help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id (not needed for sentence pairs alone)",
     )
     group.add_argument("--split", help="train, validation, test, ... (may be left out where there is only one)")
     group.add_argument(
@@ -58,7 +71,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--num-workers", type=int, default=0, help="processes that decode pictures (default 0)")
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--protocol", default="validation", choices=PROTOCOLS, help="default: validation, any size")
+    group.add_argument(
+        "--protocol",
+        default="validation",
+        choices=[*PROTOCOLS, "unimodal"],
+        help="default: validation, any size; unimodal: texts against texts, images against images",
+    )
+    group.add_argument(
+        "--sentence-pairs",
+        type=Path,
+        metavar="FILE",
+        help="unimodal: parquet or CSV with sentence1, sentence2, score (STS benchmark): rank correlation",
+    )
+    group.add_argument(
+        "--image-labels",
+        type=Path,
+        metavar="FILE",
+        help="unimodal: CSV with image_id, label, or a JSON object: recall of images of the same label",
+    )
     group.add_argument("--shortlist-size", type=int, metavar="K", help="search K candidates a query and rerank them")
     group.add_argument("--exhaustive", action="store_true", help="beside a shortlist, also score every pair")
     group.add_argument("--no-embeddings", action="store_true", help="leave out the recalls of the embeddings alone")
@@ -78,6 +108,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.exhaustive and options.shortlist_size is None:
         parser.error("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
+    if options.data is None and (options.protocol != "unimodal" or options.sentence_pairs is None):
+        parser.error("--data is needed, except by --protocol unimodal with --sentence-pairs")
+    if options.protocol != "unimodal" and (options.sentence_pairs or options.image_labels):
+        parser.error("--sentence-pairs and --image-labels go with --protocol unimodal")
     count = len(options.models) + len(options.compare)
     if len(options.regions) not in (0, 1, count):
         parser.error(f"--regions names {len(options.regions)} caches for {count} models; give one, or one for each")
@@ -90,19 +124,45 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        run(options)
+        run_unimodal(options) if options.protocol == "unimodal" else run(options)
     except (ValueError, OSError) as error:
         print(f"evaluate_retrieval.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(options: argparse.Namespace) -> None:
-    """Everything but the command line."""
+def read_records(options: argparse.Namespace) -> Any:
+    """The data set that the command line names."""
     data_options = dict(
         yaml.safe_load(f"{{{option.replace('=', ': ', 1)}}}").popitem() for option in options.data_option
     )
-    records = load_pairs(options.data, options.split, **data_options)
+    return load_pairs(options.data, options.split, **data_options)
+
+
+def run_unimodal(options: argparse.Namespace) -> None:
+    """The protocol within one modality, of each model by itself."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    records = read_records(options) if options.data is not None else None
+    pairs = SentencePairs.read(options.sentence_pairs) if options.sentence_pairs is not None else None
+    labels = read_image_labels(options.image_labels) if options.image_labels is not None else None
+    names = [*options.models, *options.compare]
+    regions = options.regions if len(options.regions) > 1 else options.regions * len(names)
+    reports = []
+    for number, name in enumerate(names):
+        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
+        processor = TVRNProcessor.from_pretrained(name)
+        inputs = from_cache(records, regions[number], name, processor) if regions else records
+        report = evaluate_unimodal(model, processor, inputs, labels, pairs, options.batch_size)
+        reports.append(report.as_dict() | {"model": name})
+        print(f"\n{name}\n{report.table()}")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(reports, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything but the command line."""
+    records = read_records(options)
     regions = (
         options.regions if len(options.regions) > 1 else options.regions * len([*options.models, *options.compare])
     )

@@ -5,5 +5,18 @@ from .protocols import PROTOCOLS, Protocol
 from .provenance import commit, versions
 from .report import EvaluationReport
 from .run import evaluate
+from .unimodal import SentencePairs, UnimodalReport, evaluate_unimodal, read_image_labels
 
-__all__ = ["PROTOCOLS", "EvaluationReport", "Protocol", "commit", "encode_dataset", "evaluate", "versions"]
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationReport",
+    "Protocol",
+    "SentencePairs",
+    "UnimodalReport",
+    "commit",
+    "encode_dataset",
+    "evaluate",
+    "evaluate_unimodal",
+    "read_image_labels",
+    "versions",
+]

@@ -13,7 +13,7 @@ from .retrieval import (
     recall_table,
     retrieval_metrics,
 )
-from .unimodal import UnimodalMetrics, unimodal_metrics
+from .unimodal import UnimodalMetrics, spearman, unimodal_metrics
 
 EVALUATE_FOLDER = str(Path(__file__).with_name("retrieval_metric"))  # evaluate.load(EVALUATE_FOLDER)
 
@@ -32,5 +32,6 @@ __all__ = [
     "recall_table",
     "retrieval_metrics",
     "shortlist_ranks",
+    "spearman",
     "unimodal_metrics",
 ]

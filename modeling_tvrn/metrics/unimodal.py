@@ -1,4 +1,4 @@
-"""Uni-modal retrieval: image→image and text→text recall by a shared id or label, in percent."""
+"""Within one modality: image→image and text→text recall by a shared id or label; rank correlation with grades."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,3 +97,31 @@ def _neighbour_ranks(vectors: Tensor, codes: Tensor, block_size: int) -> tuple[n
         ranks.append(((scores >= best) & ~same).sum(dim=1)[asked].cpu().numpy() + 1)
         ties += int(((scores == best) & ~same)[asked].sum())
     return np.concatenate(ranks), ties
+
+
+def spearman(values: Sequence[float] | np.ndarray, grades: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation ×100: Pearson's of the ranks, equal values at their mean rank.
+
+    Args:
+        values, grades: (n,) what is compared, such as cosines with human grades of similarity.
+
+    Raises:
+        ValueError: On NaN, other lengths, fewer than two pairs, or a side without any difference.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (values, grades)]
+    if sides[0].ndim != 1 or sides[0].shape != sides[1].shape or len(sides[0]) < 2:
+        raise ValueError(
+            f"values and grades have shapes {[side.shape for side in sides]}; expected (n,) both, n >= 2."
+        )
+    if not all(np.isfinite(side).all() for side in sides):
+        raise ValueError("values or grades hold NaN or infinity; a rank needs a number.")
+    ranks = [_mean_ranks(side) for side in sides]
+    if any(np.ptp(side) == 0 for side in ranks):
+        raise ValueError("all values, or all grades, are equal: there is no order to correlate.")
+    return 100.0 * float(np.corrcoef(*ranks)[0, 1])
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[places]
