@@ -174,6 +174,10 @@ class EncodedTexts(EncodedItems):
         tensors = {k: v if k in flat else v[:, :width] for k, v in self.tensors().items()}
         return self._like(tensors)
 
+    def grouped(self, groups: int) -> "EncodedTexts":
+        """(T, …) as (groups, T / groups, …): for each image its own texts. Only the pair stage reads such."""
+        return self._map(lambda value: value.unflatten(0, (groups, -1)))
+
 
 def common_fingerprint(*sides: EncodedItems) -> str | None:
     """The fingerprint that all sides carry; None where one of them carries none.

@@ -558,6 +558,36 @@ class TVRNModel(TVRNPreTrainedModel):
             )
         return terms
 
+    def match_aligned(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        """Pair logits (I, n) of each image with n texts of its own, all at once: dense arithmetic for a shortlist.
+
+        Args:
+            images: I encoded images.
+            texts: I·n encoded texts, those of image 0 first; `pairs_at_once` says how many keep memory small.
+
+        Raises:
+            ValueError: If a side is empty or another model's, or the texts do not divide among the images.
+        """
+        if not len(images) or not len(texts) or len(texts) % len(images):
+            raise ValueError(
+                f"match_aligned got {len(images)} images and {len(texts)} texts; expected at least 1 of each, "
+                "and the same number of texts for each image."
+            )
+        check_sides(images, texts, self.config)
+        device = images.tokens.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            images, texts = images.to(dtype), texts.to(dtype)
+        own = texts.trim().grouped(len(images))
+        terms = list(self._score_block(images, own, with_evidence=True))
+        if self.config.use_embedding_similarity:
+            terms.append(self.pair.embedding_similarity(images.embeds, own.embeds))
+        return torch.stack(terms).sum(dim=0)
+
+    def pairs_at_once(self, texts: EncodedTexts) -> int:
+        """Pairs of such texts that are best scored together: `config.pair_chunk_size`, or what suits the device."""
+        return self.config.pair_chunk_size or _auto_chunk_size(texts, texts.words.shape[-1])
+
     def _match_chunks(
         self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None, with_evidence: bool
     ) -> dict[str, Tensor]:

@@ -98,9 +98,12 @@ class PairStage(nn.Module):
         attention: FragmentAttention,
         refinement: Gate | Recurrence | None,
     ) -> Tensor:
-        """Evidence (i, t) of every image of the block against every caption of the block: the published logit."""
+        """Evidence (i, t) of every image of the block against every caption of the block: the published logit.
+
+        Where the captions' tensors have one more dimension in front, (i, t, W, …), each image has its own t captions.
+        """
         nodes, weights = self.nodes(images, texts, attention, refinement)
-        return self.head(nodes, weights).view(len(images), len(texts))
+        return self.head(nodes, weights).view(len(images), texts.word_mask.shape[-2])
 
     def nodes(
         self,
@@ -122,10 +125,16 @@ class PairStage(nn.Module):
         return normalize(nodes), torch.cat([ones, saliency], dim=-1).flatten(0, 1)
 
     def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t), float32 or better."""
+        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t), float32 or better.
+
+        With its own texts, (i, t, P), an image is compared with these alone.
+        """
         dtype = wide(image_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):  # a cosine in bfloat16 moves ranks
-            cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
+            if text_embeds.ndim == 3:
+                cosine = (text_embeds.to(dtype) @ image_embeds.to(dtype).unsqueeze(-1)).squeeze(-1)
+            else:
+                cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
             return self.embedding_scale.to(dtype) * cosine + self.embedding_shift.to(dtype)
 
     def token_similarity(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
@@ -135,22 +144,27 @@ class PairStage(nn.Module):
         holds beyond it. Neither side sees the other before the product, so this costs a tenth of the evidence.
         """
         assert images.regions is not None
-        captions, words = texts.word_mask.shape
-        cosine = texts.words.flatten(0, 1) @ images.regions.flatten(0, 1).T
-        cosine = cosine.view(-1, *images.region_mask.shape).to(wide(cosine))
+        captions, words = texts.word_mask.shape[-2:]
+        if texts.words.ndim == 4:
+            cosine = (texts.words.flatten(1, 2) @ images.regions.transpose(1, 2)).transpose(0, 1)
+        else:
+            cosine = texts.words.flatten(0, 1) @ images.regions.flatten(0, 1).T
+        cosine = cosine.reshape(-1, *images.region_mask.shape).to(wide(cosine))
         scale = self.config.attention_scale
         masked = (scale * cosine).masked_fill(~images.region_mask, torch.finfo(cosine.dtype).min)
         counts = images.region_mask.sum(dim=1).to(cosine.dtype)
         best = (masked.logsumexp(dim=-1) - counts.log()) / scale
         with torch.autocast(best.device.type, enabled=False):
-            weighted = best.view(captions, words, -1) * texts.word_weights.to(best.dtype).unsqueeze(-1)
+            weights = texts.word_weights.to(best.dtype)
+            weights = weights.movedim(0, -1) if weights.ndim == 3 else weights.unsqueeze(-1)
+            weighted = best.view(captions, words, -1) * weights
         return self.token_logit_scale.exp().to(best.dtype) * weighted.sum(dim=1).T
 
     def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
         """Mask and global weights of the refined tokens: words, or words and their expansions."""
         doubled = texts.recurrent_words is not None
         mask, weights = texts.word_mask, texts.word_weights
-        return (torch.cat([mask, mask], dim=1), torch.cat([weights, weights], dim=1)) if doubled else (mask, weights)
+        return (torch.cat([mask, mask], dim=-1), torch.cat([weights, weights], dim=-1)) if doubled else (mask, weights)
 
     def expand(self, images: EncodedImages, texts: EncodedTexts, attention: FragmentAttention) -> Tensor:
         """What the expansion e = att(c^t, c^v) carries to each word: (i, t·W, V), from `context_values`.
@@ -159,9 +173,12 @@ class PairStage(nn.Module):
         """
         assert texts.context_queries is not None and images.context_keys is not None
         assert images.context_values is not None and images.context_gram is not None
-        captions, words = texts.context_queries.shape[:2]
+        captions, words = texts.context_queries.shape[-3:-1]
         regions = images.context_keys.shape[1]
-        scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
+        if texts.context_queries.ndim == 4:
+            scores = images.context_keys @ texts.context_queries.flatten(1, 2).transpose(1, 2)
+        else:
+            scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
         scores = scores.view(len(images), regions, captions, words).transpose(1, 2)
         alpha = attention.weights(scores, texts.word_mask, images.region_mask.unsqueeze(1))
         alpha = alpha.transpose(1, 2).flatten(2).transpose(1, 2)
@@ -176,7 +193,7 @@ class PairStage(nn.Module):
         refinement: Gate | Recurrence | None,
     ) -> tuple[Tensor, Tensor]:
         """Refined words T̃ (i, t, W or 2W, D) before normalisation, and 1/‖T̃‖ (i, t, W or 2W, 1)."""
-        shape = (len(images), *texts.words.shape)
+        shape = (len(images), *texts.words.shape[-3:])
         if isinstance(refinement, Gate):
             assert texts.gates is not None
             gate, carried = self.expand(images, texts, attention).view(*shape[:-1], -1).chunk(2, dim=-1)
@@ -195,21 +212,17 @@ class PairStage(nn.Module):
     @staticmethod
     def global_text(refined: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
         """g^t = n(Σ_j w_j T_j): (i, t, D)."""
-        weights = (weights.unsqueeze(0) * scale.squeeze(-1)).to(refined.dtype)
+        weights = (weights * scale.squeeze(-1)).to(refined.dtype)
         return normalize((weights.unsqueeze(-2) @ refined).squeeze(-2))
 
-    def align(
-        self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def align(self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Semantic alignment enhancement: contexts ctx (i, t, M, D), the words' weights ω = n_tokens·a^t (i, t, M)."""
         beta, saliency = self.attend(images, refined, scale, mask)
         beta = beta.flatten(1, 2)
         beta = beta * inverse_norm(beta, images.token_gram)
         return (beta.to(refined.dtype) @ images.tokens).view(refined.shape), saliency
 
-    def attend(
-        self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, images: EncodedImages, refined: Tensor, scale: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Where each word looks: weights of the regions (i, t, M, N), summing to 1; and the words' weights ω."""
         block = refined.shape[:3]
         flat = refined.flatten(1, 2)

@@ -10,6 +10,7 @@ from modeling_tvrn import scoring
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.scoring import EmbeddingScore, average, rank, score_matrix, search_then_rerank
 from modeling_tvrn.scoring import blocks as blocks_module
+from modeling_tvrn.scoring.plan import BlockPlan
 
 
 @dataclass
@@ -54,8 +55,11 @@ def galleries(seed: int, images: int = 23) -> tuple[Items, Items, np.ndarray]:
 @pytest.fixture(params=[(1, 1), (3, 7), (5, 1000), (1000, 4), (256, 512)], ids=str)
 def block_shape(request, monkeypatch) -> tuple[int, int]:
     """Every test that takes it runs at several block sizes."""
-    monkeypatch.setattr(blocks_module, "BLOCK_IMAGES", request.param[0])
-    monkeypatch.setattr(blocks_module, "BLOCK_CAPTIONS", request.param[1])
+
+    def plan(images, texts, order, memory_budget, device) -> BlockPlan:
+        return BlockPlan(len(images), order, *request.param)
+
+    monkeypatch.setattr(blocks_module, "plan_blocks", plan)
     return request.param
 
 
@@ -79,15 +83,14 @@ def test_score_matrix_is_the_matrix(block_shape) -> None:
     assert torch.equal(found, images.vectors @ texts.vectors.T)
 
 
-def test_rank_with_several_images_a_caption(block_shape, monkeypatch) -> None:
+def test_rank_with_several_images_a_caption(block_shape) -> None:
     """Positives all over the matrix: blocks that the memory cannot keep are scored again, to the same result."""
     images, texts, rows = galleries(2)
     generator = np.random.default_rng(0)
     more = np.stack([generator.integers(0, len(images), 60), generator.integers(0, len(texts), 60)], axis=1)
     positives = np.concatenate([np.stack([rows, np.arange(len(rows))], axis=1), more])
     expected = retrieval_metrics(images.vectors @ texts.vectors.T, positives=positives)
-    monkeypatch.setattr(blocks_module, "KEPT_SCORES", 100)
-    found = rank(CountingModel(), images, texts, positives=positives, progress=False)
+    found = rank(CountingModel(), images, texts, positives=positives, memory_budget=2e-7, progress=False)
     assert found == expected and found.text_to_image_ranks.tolist() == expected.text_to_image_ranks.tolist()
 
 
@@ -210,6 +213,8 @@ def test_bad_galleries_are_refused() -> None:
     with pytest.raises(ValueError, match="one image row per caption"):
         rank(CountingModel(), images, texts, rows[:-1])
     images.vectors[4, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"image 4 and caption 0 is nan"):
+        score_matrix(CountingModel(), images, texts)
     for score in (rank, search_then_rerank):
         with pytest.raises(ValueError, match=r"image 4 and caption \d+ is nan"):
             score(

@@ -1,12 +1,14 @@
 """Exact ranks of the first positive, counted block by block without the score matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Reduction = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -119,6 +121,7 @@ class RankCounter:
         self._image_above = torch.zeros(image_count, dtype=torch.int64)
         self._caption_above = torch.zeros(caption_count, dtype=torch.int64)
         self._ties = 0
+        self._any_dtype = False
 
     def add_positives(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
         """Read the positives' scores of one block.
@@ -157,6 +160,27 @@ class RankCounter:
             self._ties += int(((scores == best) & negative & (best > -torch.inf)).sum())
         self._pairs_counted += scores.numel()
 
+    def share_positives(self, largest: Reduction, total: Reduction) -> None:
+        """Between the last `add_positives` and the first `add`, where several processes count parts of one matrix.
+
+        Args:
+            largest: A tensor of this process -> its maximum over all processes, element by element.
+            total: The same for the sum.
+        """
+        for name, count in (("_image_best", self.image_count), ("_caption_best", self.caption_count)):
+            own = getattr(self, name)
+            # float64 holds every other float exactly, and a process without positives knows no dtype of scores yet.
+            wide = torch.full((count,), -torch.inf, dtype=torch.float64) if own is None else own.double()
+            setattr(self, name, largest(wide).to(wide if own is None else own))
+            self._any_dtype = own is None
+        self._positives_seen = int(total(torch.tensor([self._positives_seen]))[0])
+
+    def share_counts(self, total: Reduction) -> None:
+        """After the last `add`: every process then has the ranks of the whole matrix. Argument as above."""
+        self._image_above, self._caption_above = total(self._image_above), total(self._caption_above)
+        sums = total(torch.tensor([self._ties, self._pairs_counted]))
+        self._ties, self._pairs_counted = int(sums[0]), int(sums[1])
+
     def ranks(self) -> Ranks:
         """The ranks, once every pair has been counted.
 
@@ -182,6 +206,9 @@ class RankCounter:
         if self._image_best is None or self._caption_best is None:
             self._image_best = scores.new_full((self.image_count,), -torch.inf)
             self._caption_best = scores.new_full((self.caption_count,), -torch.inf)
+        if self._any_dtype:
+            self._image_best, self._caption_best = self._image_best.to(scores), self._caption_best.to(scores)
+            self._any_dtype = False
         if scores.dtype != self._image_best.dtype:
             raise ValueError(f"A block has dtype {scores.dtype}; expected the first one's, {self._image_best.dtype}.")
         return self._image_best, self._caption_best

@@ -2,6 +2,7 @@
 
 from .blocks import rank, score_matrix
 from .models import AveragedGallery, AveragedModel, EmbeddingScore, Gallery, PairModel, average
+from .ragged import RaggedTexts
 from .rerank import SearchCosts, SearchMetrics, mean_search, search_then_rerank
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "EmbeddingScore",
     "Gallery",
     "PairModel",
+    "RaggedTexts",
     "SearchCosts",
     "SearchMetrics",
     "average",

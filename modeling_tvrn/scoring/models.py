@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -71,13 +71,14 @@ class AveragedModel:
 
         In float64, where the device knows it: in float32 a confident model's sigmoid is 1, and such pairs would tie.
         """
-        total: Tensor | None = None
-        for model, left, right in zip(self.models, images.parts, texts.parts, strict=True):
-            logits = match(model, left, right, chunk_size)
-            scores = (logits if logits.device.type == "mps" else logits.double()).sigmoid()
-            total = scores if total is None else total + scores.to(total.device)
-        assert total is not None
-        return total / len(self.models)
+        parts = zip(self.models, images.parts, texts.parts, strict=True)
+        return self.mean(match(model, left, right, chunk_size) for model, left, right in parts)
+
+    @staticmethod
+    def mean(logits: Iterable[Tensor]) -> Tensor:
+        """The mean of the models' matching scores from their logits, in float64 where the device knows it."""
+        scores = [(each if each.device.type == "mps" else each.double()).sigmoid() for each in logits]
+        return torch.stack([each.to(scores[0].device) for each in scores]).sum(dim=0) / len(scores)
 
 
 def average(
@@ -100,8 +101,75 @@ def average(
 
 
 def match(model: PairModel, images: Any, texts: Any, chunk_size: int | None) -> Tensor:
-    """`model.match`; the chunk size is the model's own affair where none is given."""
+    """`model.match` where the model is; the chunk size is the model's own affair where none is given."""
+    images, texts = at_hand(model, images), at_hand(model, texts)
     return model.match(images, texts) if chunk_size is None else model.match(images, texts, chunk_size=chunk_size)
+
+
+def at_hand(model: PairModel, gallery: Any, dtype: torch.dtype | None = None) -> Any:
+    """A part of a gallery on the model's device: a gallery larger than a GPU stays in main memory.
+
+    In bfloat16, where that is asked for, it is converted once and not at every use.
+    """
+    if isinstance(gallery, AveragedGallery):
+        return gallery  # its parts may belong on different devices
+    device = model_device(model)
+    if device is not None and gallery.embeds.device != device:
+        gallery = gallery.to(device)
+    return gallery.to(dtype) if dtype == torch.bfloat16 and hasattr(gallery, "to") else gallery
+
+
+def model_device(model: Any) -> torch.device | None:
+    """Where a model's weights are, the first one's of several; None for what has none."""
+    if isinstance(model, AveragedModel):
+        return model_device(model.models[0])
+    first = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    return None if first is None else first.device
+
+
+@contextlib.contextmanager
+def precision(model: Any, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Scores in a dtype: None is the model's own, bfloat16 is autocast.
+
+    Raises:
+        ValueError: On another dtype, or float32 of a model whose weights have less.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16, or None for the model's own.")
+    models = model.models if isinstance(model, AveragedModel) else [model]
+    weights = {str(value.dtype) for each in models if isinstance(each, torch.nn.Module) for value in each.parameters()}
+    half = weights & {"torch.bfloat16", "torch.float16"}
+    if dtype == torch.float32 and half:
+        raise ValueError(
+            f"Scores in float32 were asked of a model with weights in {', '.join(sorted(half))}; load it with"
+            " from_pretrained(..., dtype=torch.float32), or leave dtype at None."
+        )
+    if dtype is None:
+        yield
+    else:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            yield
+
+
+def check_models(model: Any, images: Any, texts: Any) -> None:
+    """Refuse galleries of another model than the one that scores them, as far as the galleries know whose they are.
+
+    Raises:
+        ValueError: Naming the fingerprints that differ.
+    """
+    if isinstance(model, AveragedModel):
+        for each, left, right in zip(model.models, images.parts, texts.parts, strict=True):
+            check_models(each, left, right)
+        return
+    own = model.fingerprint() if hasattr(model, "fingerprint") else None
+    found = {"images": getattr(images, "model_fingerprint", None), "texts": getattr(texts, "model_fingerprint", None)}
+    known = {name: mark for name, mark in (found | {"model": own}).items() if mark is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} {mark[:12]}" for name, mark in known.items())
+        raise ValueError(
+            f"The galleries and the model that scores them are not of one checkpoint (fingerprints: {listed}); encode"
+            " both galleries with this model, and again after any training."
+        )
 
 
 @contextlib.contextmanager

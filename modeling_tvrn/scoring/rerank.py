@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,15 @@ import torch
 from torch import Tensor
 
 from ..metrics import RetrievalMetrics, mean_metrics, positive_pairs, shortlist_ranks
-from ..metrics.ranking import Ranks, check_scores
+from ..metrics.ranking import Ranks
 from .blocks import check_galleries, pair_bar
-from .models import Gallery, PairModel, evaluating, match, wide
+from .gathered import ChosenPairs, score_pairs
+from .models import Gallery, PairModel, evaluating, model_device, precision, wide
+from .plan import DEFAULT_MEMORY_BUDGET
+from .processes import Processes
 
-SHORTLIST_QUERIES = 1024  # queries whose cosines with the whole gallery are held at once
+SHORTLIST_QUERIES = 1024  # queries whose cosines with the whole gallery are held at once, if the memory budget allows
+COSINE_BYTES = 24  # a cosine in float32, and what finding the largest of them takes
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,16 @@ def search_then_rerank(
     shortlist_size: int = 128,
     chunk_size: int | None = None,
     progress: bool = True,
+    *,
+    memory_budget: float = DEFAULT_MEMORY_BUDGET,
+    dtype: torch.dtype | None = None,
+    share: bool = True,
 ) -> SearchMetrics:
     """Each query's `shortlist_size` nearest candidates by cosine of the embeddings, ranked by the pair score.
 
     Both directions: captions among images and images among captions; a pair in both shortlists is scored once. Each
     query is ranked within its own shortlist, as a search would; one whose shortlist holds nothing right comes after
-    every wrong candidate of the gallery.
+    every wrong candidate of the gallery. Where torch.distributed is initialised its processes share both stages out.
 
     Args:
         model: With `match`; see `average` for several.
@@ -87,6 +94,9 @@ def search_then_rerank(
         shortlist_size: Candidates a query; where one side is smaller than that, all of it.
         chunk_size: Pairs scored at a time (default: the model's own).
         progress: Show a progress bar with the time left, if it takes longer than a moment.
+        memory_budget: Gigabytes for the cosines held at once.
+        dtype: Of the pair scores: `torch.float32`, `torch.bfloat16` (autocast), or None for the model's own.
+        share: False where one of several processes searches alone.
 
     Returns:
         `SearchMetrics`: `RetrievalMetrics` with `costs`.
@@ -94,21 +104,26 @@ def search_then_rerank(
     Raises:
         ValueError: If `shortlist_size` is below 1 or beyond both galleries, or as `rank`.
     """
-    check_galleries(images, texts, chunk_size)
+    check_galleries(model, images, texts, chunk_size)
     pairs = positive_pairs(len(images), len(texts), caption_image_rows)
     if not 1 <= shortlist_size <= max(len(images), len(texts)):
         raise ValueError(
             f"shortlist_size is {shortlist_size}; expected at least 1 and at most the larger gallery"
             f" ({len(images)} images, {len(texts)} captions)."
         )
+    processes = Processes(share)
+    processes.check_same("galleries or settings", f"{len(images)} × {len(texts)}, shortlist of {shortlist_size}")
+    device = model_device(model) or images.embeds.device
     started = time.perf_counter()
-    with evaluating(model):
+    with evaluating(model), precision(model, dtype, device):
         left, right = images.embeds, texts.embeds
-        captions_of = _nearest(left, right, shortlist_size)
-        images_of = _nearest(right, left, shortlist_size)
+        captions_of = _nearest(left, right, shortlist_size, memory_budget, processes)
+        images_of = _nearest(right, left, shortlist_size, memory_budget, processes)
         searched = time.perf_counter()
         lists = _Shortlists(captions_of, images_of)
-        scores = lists.score(model, images, texts, chunk_size, progress)
+        chosen = ChosenPairs(lists.codes // len(texts), lists.codes % len(texts))
+        with pair_bar(len(chosen) // processes.count, progress and processes.rank == 0) as bar:
+            scores = score_pairs(model, images, texts, chosen, chunk_size, dtype, processes, bar)
     finished = time.perf_counter()
     ranks, found = lists.ranks(scores, pairs)
     costs = SearchCosts(
@@ -123,15 +138,19 @@ def search_then_rerank(
     return SearchMetrics.from_ranks(ranks, costs=costs)
 
 
-def _nearest(queries: Tensor, candidates: Tensor, size: int) -> np.ndarray:
+def _nearest(queries: Tensor, candidates: Tensor, size: int, memory_budget: float, processes: Processes) -> np.ndarray:
     """(Q, K) numbers of each query's nearest candidates, nearest first."""
-    found = []
-    for block in queries.split(SHORTLIST_QUERIES):
-        cosines = wide(block) @ wide(candidates).T
-        if not cosines.isfinite().all():
-            raise ValueError("An embedding is NaN or infinite; look for a NaN in the model's inputs.")
-        found.append(cosines.topk(min(size, len(candidates)), dim=1).indices.cpu())
-    return torch.cat(found).numpy()
+    size = min(size, len(candidates))
+    step = int(max(1, min(SHORTLIST_QUERIES, memory_budget * 1e9 // (COSINE_BYTES * len(candidates)))))
+    nearest = torch.zeros(len(queries), size, dtype=torch.int64)
+    right = wide(candidates).T
+    with processes.together(), torch.autocast(queries.device.type, enabled=False):
+        for start in processes.mine(range(0, len(queries), step)):
+            cosines = wide(queries[start : start + step]) @ right.to(queries.device)
+            if not cosines.isfinite().all():
+                raise ValueError("An embedding is NaN or infinite; look for a NaN in the model's inputs.")
+            nearest[start : start + step] = cosines.topk(size, dim=1).indices.cpu()
+    return processes.sum(nearest).numpy()
 
 
 class _Shortlists:
@@ -145,22 +164,6 @@ class _Shortlists:
         self.codes, places = np.unique(np.concatenate([left.ravel(), right.ravel()]), return_inverse=True)
         self.image_places = places[: left.size].reshape(left.shape)
         self.caption_places = places[left.size :].reshape(right.shape)
-
-    def score(
-        self, model: PairModel, images: Gallery, texts: Gallery, chunk_size: int | None, progress: bool
-    ) -> Tensor:
-        """(n,) scores of the different pairs, image by image: one image with all of its captions is a dense block."""
-        bounds = np.searchsorted(self.codes, np.arange(self.image_count + 1) * self.caption_count)
-        parts = []
-        with pair_bar(len(self.codes), progress) as bar:
-            for row, (start, end) in enumerate(itertools.pairwise(bounds)):
-                captions = self.codes[start:end] % self.caption_count
-                image = images.select(torch.tensor([row]))
-                scores = match(model, image, texts.select(torch.from_numpy(captions)), chunk_size)
-                check_scores(scores, np.array([row]), captions)
-                parts.append(scores[0])
-                bar.update(end - start)
-        return torch.cat(parts)
 
     def ranks(self, scores: Tensor, pairs: np.ndarray) -> tuple[Ranks, tuple[float, float]]:
         """Ranks both ways, and the shortlists' own recall in percent."""
