@@ -1,6 +1,7 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
 from .extraction import RegionExtraction, resize_only
+from .false_negatives import false_negatives, near_duplicates
 from .fingerprint import StaleStoreError
 from .pooling import pool_boxes
 from .region_records import with_regions
@@ -19,6 +20,8 @@ __all__ = [
     "StoreWriter",
     "Teacher",
     "TeacherCache",
+    "false_negatives",
+    "near_duplicates",
     "pool_boxes",
     "region_fingerprint",
     "resize_only",
