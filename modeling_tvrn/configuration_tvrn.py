@@ -20,6 +20,7 @@ POSITIVE = (
     "projection_size",
     "similarity_size",
     "attention_scale",
+    "evidence_scale",
     "matching_temperature",
 )
 
@@ -59,8 +60,11 @@ class TVRNConfig(PreTrainedConfig):
             cosines with the regions. The published form leaves it out.
         token_logit_scale_init_value (`float`, defaults to 3.0):
             Log of its scale's start; the scale is learned, and is the scale of its contrastive loss as well.
+        evidence_scale (`float`, defaults to 1.0):
+            What the evidence, the published logit, is multiplied by in the pair logit; not learned.
         train_evidence_alone (`bool`, defaults to `False`):
-            Let the losses of the pair score see it without those two terms, which are added in the score alone.
+            Let the losses of the pair score see the evidence, before its scale and without those two terms, which are
+            added in the score alone.
             Trained on the sum, the evidence learns only what they leave of the training set, and that generalises
             worse.
         use_refined_features (`bool`, defaults to `True`):
@@ -124,6 +128,7 @@ class TVRNConfig(PreTrainedConfig):
     embedding_scale_init_value: float | int = 10.0
     use_token_similarity: bool = True
     token_logit_scale_init_value: float | int = 3.0
+    evidence_scale: float | int = 1.0
     train_evidence_alone: bool = False
     use_refined_features: bool = True
     use_pooled_features: bool = True

@@ -612,7 +612,10 @@ class TVRNModel(TVRNPreTrainedModel):
 
     def _score_block(self, images: EncodedImages, texts: EncodedTexts, with_evidence: bool) -> Tensor:
         """Evidence and token similarity of a block, those that are wanted: (1 or 2, i, t)."""
-        terms = [self.pair(images, texts, self.attention, self.textual_refinement)] if with_evidence else []
+        terms = []
+        if with_evidence:
+            evidence = self.pair(images, texts, self.attention, self.textual_refinement)
+            terms.append(self.config.evidence_scale * evidence)
         if self.config.use_token_similarity:
             terms.append(self.pair.token_similarity(images, texts))
         return torch.stack(terms)
@@ -693,8 +696,10 @@ class TVRNModel(TVRNPreTrainedModel):
     def _pair_losses(self, terms: dict[str, Tensor], *ids: Tensor) -> dict[str, Tensor]:
         """The losses of the pair score, or of the evidence alone."""
         config, parts = self.config, {}
-        alone = config.train_evidence_alone
-        logits = terms["evidence"] if alone else torch.stack(list(terms.values())).sum(dim=0)
+        if config.train_evidence_alone:
+            logits = terms["evidence"] / config.evidence_scale
+        else:
+            logits = torch.stack(list(terms.values())).sum(dim=0)
         if config.matching_loss_weight:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature

@@ -16,6 +16,7 @@ SIZES = {
     "vocab_size": 31,
     "pooled_hidden_size": 17,
     "word_hidden_size": 11,
+    "evidence_scale": 0.7,
 }
 FEATURES = 29
 HEADS = [{"refinement": r, "similarity_head": h} for r, h in product(("gate", "gru"), ("saf", "sgr"))]

@@ -258,7 +258,7 @@ class Reference:
         refined_regions = self.align(image, tokens)
         local = [self.similarity("local", c, t) for c, t in zip(refined_regions, tokens, strict=True)]
         nodes = np.array([self.similarity("global", image.overall, overall), *local])
-        logit = self.reason(nodes, np.array([1.0, *self.word_weights(image, tokens)]))
+        logit = config.evidence_scale * self.reason(nodes, np.array([1.0, *self.word_weights(image, tokens)]))
         if config.use_embedding_similarity:
             scale, shift = self.weights["pair.embedding_scale"], self.weights["pair.embedding_shift"]
             logit += (scale * (image.embedding @ text.embedding) + shift).item()

@@ -250,10 +250,11 @@ class TestOutput:
     def test_the_evidence_learns_alone(self):
         """Trained on the sum, the evidence would learn what the other terms leave of the training set."""
         losses = {"matching_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "token_contrastive_loss_weight": 0.0}
-        model = tiny_model(train_evidence_alone=True, pair_contrastive_loss_weight=1.0, **losses)
+        model = tiny_model(train_evidence_alone=True, evidence_scale=0.5, pair_contrastive_loss_weight=1.0, **losses)
         images, texts, rows = regions(4), words(4), torch.arange(4)
         output = model(**images, **texts, return_loss=True)
-        assert_same(output.loss, positives_cross_entropy(terms(model, images, texts)["evidence"], rows, rows), 1e-5)
+        evidence = terms(model, images, texts)["evidence"] / 0.5
+        assert_same(output.loss, positives_cross_entropy(evidence, rows, rows), 1e-5)
 
     def test_without_evidence_and_without_coarse_terms_nothing_is_left(self):
         model = tiny_model(use_embedding_similarity=False, use_token_similarity=False)

@@ -217,7 +217,8 @@ class _Pair:
         self.mixing = self.evidence = None
         nodes, weights = stage.nodes(images, texts, model.attention, model.textual_refinement)
         if hasattr(stage.head, "parts"):
-            self.mixing, self.evidence = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
+            mixing, evidence = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
+            self.mixing, self.evidence = mixing, evidence * stage.config.evidence_scale
         self.tokens = self._token_parts() if "tokens" in self.terms else None
         self.positions = texts.word_positions[0].tolist()
 
@@ -252,7 +253,7 @@ class _Pair:
         if self.mixing is None or self.evidence is None:
             return {"graph": self.terms["evidence"]}
         shares = self.mixing / self.mixing.sum() * self.evidence
-        bias = self.stage.head.logit.bias.item()
+        bias = self.stage.head.logit.bias.item() * self.stage.config.evidence_scale
         return {"words": float(shares[1:].sum()), "global": float(shares[0]), "head bias": bias}
 
     def word(self, word: CaptionWord, without: float | None) -> WordEvidence:
