@@ -91,6 +91,8 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
         _size_words(fields, processor)
     if config.vision is None:
         fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
+    if config.cusa and config.cusa_beta:
+        fields.setdefault("use_unimodal_heads", True)
     model = TVRNModel.from_backbones(config.vision, config.text, **fields)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()

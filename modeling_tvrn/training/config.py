@@ -9,7 +9,7 @@ from typing import Any
 
 from .settings import build, read_overrides, read_yaml, validate
 
-__all__ = ["TrainingConfig"]
+__all__ = ["TrainingConfig", "check_cusa", "like"]
 
 
 def _key(default: Any, section: str, help: str, **limits: Any) -> Any:
@@ -18,6 +18,12 @@ def _key(default: Any, section: str, help: str, **limits: Any) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def like(name: str) -> Any:
+    """A field with the default, help and limits of TrainingConfig's field of that name, for other settings."""
+    of = TrainingConfig.__dataclass_fields__[name]
+    return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)
 
 
 @dataclass
@@ -135,6 +141,29 @@ class TrainingConfig:
         below=1.0,
     )
 
+    cusa: bool = _key(False, "cusa", "add soft labels of frozen teachers (CUSA) to the losses; needs both caches")
+    cusa_image_teacher: str | None = _key(
+        None, "cusa", "folder of the image teacher's cache (examples/cache_teachers.py); {split} becomes train_split"
+    )
+    cusa_text_teacher: str | None = _key(None, "cusa", "folder of the text teacher's cache, by caption")
+    cusa_alpha: float = _key(1.0, "cusa", "weight of the cross-modal soft labels (0: off)", minimum=0.0)
+    cusa_beta: float = _key(
+        0.75, "cusa", "weight of the uni-modal soft labels (0: off); gives the model uni-modal heads", minimum=0.0
+    )
+    cusa_teacher_temperature: float = _key(
+        1.0, "cusa", "of the teachers' cosines; smaller makes their rows more peaked", above=0.0
+    )
+    cusa_student_temperature: float = _key(0.45, "cusa", "where the learned temperatures start", above=0.0, below=1.0)
+    cusa_lowest_temperature: float = _key(
+        0.10, "cusa", "bound below which the learned temperatures do not fall", above=0.0, below=0.99
+    )
+    cusa_teachers: str = _key(
+        "own",
+        "cusa",
+        "whose cosines label the cross-modal part: each side's own teacher, or both by their mean",
+        choices=("own", "mean", "geometric_mean"),
+    )
+
     evaluation_steps: int | None = _key(
         None, "evaluation", "optimizer steps between two evaluations (null: at the end of each epoch)", minimum=1
     )
@@ -188,6 +217,7 @@ class TrainingConfig:
                 "keep_head_start = True needs head_start_epochs of at least 1, got 0: the embeddings would stay as "
                 "they were drawn"
             )
+        check_cusa(self)
         if self.cache_text_features and not self.model.get("freeze_text", False):
             raise ValueError(
                 "cache_text_features = True needs model.freeze_text = True, got False; "
@@ -232,3 +262,24 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """All keys and values, ready for YAML or JSON."""
         return asdict(self)
+
+
+def check_cusa(settings: Any) -> None:
+    """Refuse keys of CUSA that contradict one another; of any settings that have them."""
+    given = {name: getattr(settings, name) for name in ("cusa_image_teacher", "cusa_text_teacher")}
+    if not settings.cusa:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{' and '.join(named)} given, but cusa = False; set cusa=true, or drop the caches")
+        return
+    if missing := [name for name, value in given.items() if value is None]:
+        raise ValueError(
+            f"cusa = True needs {' and '.join(missing)}; build them with examples/cache_teachers.py and give "
+            "their folders"
+        )
+    if not settings.cusa_alpha + settings.cusa_beta > 0:
+        raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")
+    if not settings.cusa_lowest_temperature <= settings.cusa_student_temperature <= 0.99:
+        raise ValueError(
+            f"cusa_student_temperature = {settings.cusa_student_temperature} is outside its bounds, "
+            f"{settings.cusa_lowest_temperature} (cusa_lowest_temperature) to 0.99"
+        )

@@ -28,6 +28,7 @@ from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, p
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
+from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
 from .exchange import average_gradients, broadcast_json
 from .interrupt import Interrupt
 from .objective import Objective
@@ -140,8 +141,13 @@ class Training:
 
     def _prepare(self) -> None:
         config = self.config
-        objective = Objective(self.model, config.word_dropout, config.region_dropout)
-        self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config))
+        self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
+        self.collator: Any = PairCollator(self.input_processor)
+        if self.cusa is not None:
+            self.cusa.to(self.accelerator.device)
+            self.collator = TeacherCollator(self.collator, *open_teachers(config, self.train_records))
+        objective = Objective(self.model, config.word_dropout, config.region_dropout, self.cusa)
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config, self.cusa))
         # The cached mode goes backwards several times a step and averages the gradients itself.
         whole = config.tower_batch_size is None
         self.objective: Any = self.accelerator.prepare(objective) if whole else objective
@@ -153,7 +159,7 @@ class Training:
         return DataLoader(
             ShareItems(self.captions),
             batch_sampler=Shares(batches, accelerator.process_index, accelerator.num_processes),
-            collate_fn=ShareCollator(PairCollator(self.input_processor)),
+            collate_fn=ShareCollator(self.collator),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=accelerator.device.type == "cuda",
@@ -250,7 +256,7 @@ class Training:
             with self.accelerator.autocast():
                 output: dict[str, Any] = self.objective.cached_backward(batch, size, backward, with_pairs)
             if complete:
-                average_gradients([weight for weight in self.model.parameters() if weight.requires_grad])
+                average_gradients([weight for weight in self.objective.parameters() if weight.requires_grad])
             return output
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.objective):
             output = self.objective(batch, with_pairs=with_pairs)
@@ -264,6 +270,8 @@ class Training:
             norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.cusa is not None:
+            self.cusa.clamp_temperatures()
         return norm
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..encoded_tvrn import EncodedItems
 from ..losses import contrastive_loss, matching_loss_floor
+from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
 from .exchange import gather_items, gather_rows
 
 __all__ = ["Objective", "drop_valid"]
@@ -41,6 +42,7 @@ class Sides:
         images, texts: the model's inputs, the item first in each.
         image_ids, text_image_ids: (I,) and (T,) what decides positives.
         stand_in: whether this process has no share of the global batch, and the items are there to keep it in step.
+        teachers: vectors of CUSA's teachers, one row a caption; empty without CUSA.
     """
 
     images: dict[str, Tensor]
@@ -48,15 +50,16 @@ class Sides:
     image_ids: Tensor
     text_image_ids: Tensor
     stand_in: bool = False
+    teachers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Sides:
         """From what the collator makes."""
         rest = {name: value for name, value in batch.items() if name != "return_loss"}
         ids = rest.pop("image_ids"), rest.pop("text_image_ids")
-        stand_in = bool(rest.pop("stand_in", False))
+        stand_in, teachers = bool(rest.pop("stand_in", False)), take_teachers(rest)
         images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or "region" in name}
-        return cls(images, rest, *ids, stand_in)
+        return cls(images, rest, *ids, stand_in, teachers)
 
 
 class Objective(nn.Module):
@@ -68,10 +71,14 @@ class Objective(nn.Module):
     Args:
         model: a TVRNModel.
         word_dropout, region_dropout: probability that a word or region is left out of a step.
+        cusa: soft labels of teachers beside the model's own loss; the batches then carry the teachers' vectors.
     """
 
-    def __init__(self, model: Any, word_dropout: float = 0.0, region_dropout: float = 0.0) -> None:
+    def __init__(
+        self, model: Any, word_dropout: float = 0.0, region_dropout: float = 0.0, cusa: CUSATerms | None = None
+    ) -> None:
         super().__init__()
+        self.cusa = cusa
         self.model = model
         self.word_dropout = word_dropout
         self.region_dropout = region_dropout
@@ -119,6 +126,7 @@ class Objective(nn.Module):
         ids = gather_rows(sides.image_ids[own]), gather_rows(sides.text_image_ids[own])
         embeds = gather_rows(images.embeds[own]), gather_rows(texts.embeds[own])
         model, logits = self.model, None
+        terms: dict[str, Tensor] = {}
         if self._needs_fragments(with_pairs):
             terms = model.match_terms(images, gather_items(texts.select(own)), with_evidence=with_pairs)
             terms = {name: gather_rows(term[own]) for name, term in terms.items()}
@@ -129,6 +137,11 @@ class Objective(nn.Module):
             parts = {"contrastive": loss.detach()}
         if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
             parts["matching"] = parts["matching"] - matching_loss_floor(*ids)
+        if self.cusa is not None:
+            teachers = {name: gather_rows(value[own]) for name, value in sides.teachers.items()}
+            unimodal, labelled = unimodal_embeds(model, *embeds), labelled_similarities(model, terms)
+            extra, extra_parts = self.cusa(teachers, *embeds, *ids, unimodal, labelled)
+            loss, parts = loss + extra, parts | extra_parts
         return {"loss": loss, "parts": parts, "logits": logits, "image_ids": ids[0], "text_image_ids": ids[1]}
 
     # -- bounded memory -------------------------------------------------------------------------------------------

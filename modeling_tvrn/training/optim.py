@@ -38,11 +38,23 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; one fused kernel where the device has it."""
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, temperatures: nn.Module | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; one fused kernel where the device has it.
+
+    Args:
+        temperatures: a module beside the model whose parameters are learned at its rate, without decay.
+    """
     device = next(model.parameters()).device.type
+    groups = parameter_groups(model, config)
+    if temperatures is not None:
+        learned = [parameter for parameter in temperatures.parameters() if parameter.requires_grad]
+        groups.append(
+            {"name": "temperatures", "params": learned, "lr": config.learning_rate, "weight_decay": 0.0}
+        )
     return torch.optim.AdamW(
-        parameter_groups(model, config),
+        groups,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=device in ("cpu", "cuda"),

@@ -119,7 +119,7 @@ def validate(settings: Any) -> None:
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
                 _check_limits(field, item)
-    _check_model_fields(settings.model)
+    _check_model_fields(getattr(settings, "model", {}))
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -192,8 +192,9 @@ def describe(cls: type) -> str:
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
         lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
-    lines.append("\nmodel (fields of TVRNConfig):")
-    lines += [f"  model.{name}={_plain(default)}" for name, default in model_fields().items()]
+    if any(field.name == "model" for field in fields(cls)):
+        lines.append("\nmodel (fields of TVRNConfig):")
+        lines += [f"  model.{name}={_plain(default)}" for name, default in model_fields().items()]
     return "\n".join(lines).lstrip("\n")
 
 

@@ -40,6 +40,8 @@ def capture(run: Training) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         "optimizer": moments,
         "random": {f"process-{number:05d}": state for number, state in enumerate(states)},
     }
+    if run.cusa is not None:
+        tensors["cusa"] = whole_state(run.cusa)
     if run.average is not None:
         tensors["average"] = run.average.means()
     settings = compared(run.config)
@@ -138,6 +140,8 @@ def _restore(run: Training, snapshot: Snapshot) -> None:
         logger.warning("the batches are others than the checkpoint's: epoch %d starts again", run.epoch + 1)
         run.epoch_step = 0
     load_whole_state(run.model, tensors["model"], str(snapshot.path))
+    if run.cusa is not None and "cusa" in tensors:
+        load_whole_state(run.cusa, tensors["cusa"], str(snapshot.path))
     # The groups are this run's: rates and decays come from the configuration, and were compared with it.
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict(nested_optimizer_state(tensors["optimizer"], groups))
