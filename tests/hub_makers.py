@@ -1,4 +1,4 @@
-"""Tiny models with their processors, as somebody would save or push them, for the tests of sharing and of the CLI."""
+"""Tiny models with their processors and results, as somebody would save or push them: tests of sharing and the CLI."""
 
 from pathlib import Path
 from typing import Any
@@ -49,3 +49,24 @@ def save(folder: Path, model: TVRNModel, processor: TVRNProcessor) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    """results.json of a run that read its data from folders of some machine."""
+    recalls = {f"{way}_R@{k}": 10.0 * k for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    split = {"images": 6, "captions": 30, "skipped": {}, "truncated_captions": 0}
+    config = {
+        "data": "flickr8k", "vision": None, "text": "/home/somebody/towers/minilm", "validation_split": "validation",
+        "train_split": "train", "regions": "/home/somebody/regions/{split}", "query": None, "batch_size": 32,
+        "max_text_length": 40, "model": {"hidden_size": 12}, "output_dir": "/home/somebody/runs/one",
+    }  # fmt: skip
+    return {
+        "metrics": recalls | {"rsum": 320.0, "image_to_text_median_rank": 4.0},
+        "embedding_metrics": recalls | {"rsum": 320.0}, "chance": recalls | {"rsum": 320.0},
+        "best_step": 7, "steps": 9, "commit": "abc123", "device": "cpu", "seed": 3,
+        "command": "examples/train.py --config c.yaml 'regions=/home/somebody/regions/{split}'",
+        "versions": {"torch": "2.13.0"}, "seconds": {"training": 66.0}, "parameters": {"total": 99, "trained": 88},
+        "data": {"train": split, "validation": split}, "config": config, "recipe": ["data", "text", "regions"],
+        "evaluation": {"protocol": "validation", "gallery_fingerprint": "f00d", "models": [{"sha256": "beef"}]},
+        "model_config": {"hidden_size": 12, "region_feature_size": FEATURES, "freeze_text": True},
+    } | changes  # fmt: skip

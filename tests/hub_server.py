@@ -369,11 +369,12 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{namespace}/{asked['name']}"
         if not self.may_write(namespace):
             return None
+        is_private = bool(asked.get("private")) or asked.get("visibility") == "private"
         url = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         with self.hub.lock:
             if (kind, repo_id) in self.hub.repos:
                 return self.answer(409, {**url, "error": "You already created this model repo"})
-            self.hub.add_repo(repo_id, None, kind.removesuffix("s"), bool(asked.get("private")))
+            self.hub.add_repo(repo_id, None, kind.removesuffix("s"), is_private)
         return self.answer(200, url)
 
     def preupload(self, asked: dict[str, Any], files: Mapping[str, Content]) -> None:

@@ -2,7 +2,17 @@
 
 from .card import CardMetadata, write_model_card
 from .examination import doctor
+from .publishing import Pushed, push_to_hub
 from .report import Check, DoctorReport
 from .run_card import write_run_card
 
-__all__ = ["CardMetadata", "Check", "DoctorReport", "doctor", "write_model_card", "write_run_card"]
+__all__ = [
+    "CardMetadata",
+    "Check",
+    "DoctorReport",
+    "Pushed",
+    "doctor",
+    "push_to_hub",
+    "write_model_card",
+    "write_run_card",
+]

@@ -147,7 +147,7 @@ def examine_folder(
         report.checks.append(Check("config", "failed", f"model_type is {kind!r}; expected 'tvrn'", advice))
         return report
     report.checks += check_weights(folder)
-    if memory is not None and report["keys"].status == "ok":
+    if memory is not None and report["weights"].status == "ok":
         report.checks.append(check_same_weights(folder, memory[0]))
     report.checks += _check_running(folder, trust_remote_code, timeout, memory)
     report.checks.append(check_card(folder, published))
@@ -166,7 +166,13 @@ def _check_running(
         outcomes = load_apart(folder, workplace, trust_remote_code, timeout)
         expected = _logits_in_memory(*memory, workplace) if memory is not None else None
     loading = [_check_loading(name, outcomes.get(name), folder) for name in ("with", "without")]
-    return [processor_check, *loading, _check_state(outcomes), _check_logits(outcomes, expected)]
+    return [
+        processor_check,
+        *loading,
+        _check_keys(outcomes["with"]),
+        _check_state(outcomes),
+        _check_logits(outcomes, expected),
+    ]
 
 
 def _check_processor(folder: Path) -> tuple[Any, Check]:
@@ -221,6 +227,17 @@ def _check_loading(which: str, outcome: Outcome | None, folder: Path) -> Check:
         return Check(name, "failed", f"code of {' and '.join(modules)} ran; expected {expected}*", RESAVE)
     whose = "the installed code" if which == "with" else "the checkpoint's own code"
     return Check(name, "ok", f"in a clean process, {whose}, {outcome.facts['model']['dtype']}")
+
+
+def _check_keys(outcome: Outcome) -> Check:
+    """Every weight that the config asks for, and no other: what the package's `from_pretrained` insists on."""
+    error = outcome.facts.get("model", {}).get("error", outcome.error)
+    if any(kind in error for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        advice = "a config changed after training does not fit its weights any more; use the one they were saved with"
+        return Check("keys", "failed", _one_line(error), advice)
+    if error or "model" not in outcome.facts:
+        return Check("keys", "not run", "needs a model that loads")
+    return Check("keys", "ok", "every weight that the config asks for, and no other")
 
 
 def _check_state(outcomes: Mapping[str, Outcome]) -> Check:

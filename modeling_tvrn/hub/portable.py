@@ -1,4 +1,7 @@
-"""Paths of one machine mean nothing elsewhere and tell where the author works: only their last part is published."""
+"""Paths of one machine mean nothing elsewhere and tell where the author works: only their last part is published.
+
+It is published as `./name`, so that nobody takes it for a name of the Hub.
+"""
 
 from __future__ import annotations
 
@@ -41,5 +44,5 @@ def portable_command(command: str) -> str:
 
 def _last_part(text: str) -> str:
     if WINDOWS.match(text):
-        return PureWindowsPath(text).name
-    return PurePosixPath(text).name if text.startswith(("/", "~", "../")) and "\n" not in text else text
+        return f"./{PureWindowsPath(text).name}"
+    return f"./{PurePosixPath(text).name}" if text.startswith(("/", "~", "../")) and "\n" not in text else text

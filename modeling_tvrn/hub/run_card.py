@@ -20,7 +20,7 @@ __all__ = ["read_results", "write_run_card"]
 
 USAGE = """\
 import torch
-from transformers import AutoModel, AutoProcessor
+{imports}from transformers import AutoModel, AutoProcessor
 
 name = "{name}"  # a folder or a Hub id
 model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
@@ -34,11 +34,14 @@ with torch.inference_mode():
     scores = model.match(images, texts).sigmoid()  # (images, captions)
 print(scores)
 """
+# What is imported, what makes the images' side, and the processor's keywords for it.
 PIXELS = (
-    'from PIL import Image\n\nimages = [Image.open(path) for path in ("first.jpg", "second.jpg")]',
+    "from PIL import Image\n",
+    'images = [Image.open(path) for path in ("first.jpg", "second.jpg")]',
     "images=images",
 )
 REGIONS = (
+    "",
     "features = torch.rand(2, 36, {size})  # of your detector: (images, regions, features)\n"
     "boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 36, 4)  # xyxy in [0, 1]",
     "region_features=features, region_boxes=boxes",
@@ -116,7 +119,7 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any], name: str, 
         name=name,
         base_models=[tower for tower in (config["vision"], config["text"]) if tower is not None and is_hub_id(tower)],
         datasets=_hub_datasets(config["data"]),
-        dataset_name=portable(config["data"]),
+        dataset_name=portable(config["data"]).removeprefix("./"),
         split=config["validation_split"],
         metrics={key: value for key, value in results["metrics"].items() if "R@" in key or key == "rsum"},
         license=chosen,
@@ -129,8 +132,6 @@ def _sections(
 ) -> dict[str, Any]:
     """The template's variables."""
     model_config, data = results["model_config"], results["data"]
-    images, keywords = PIXELS if model_config.get("vision_config") is not None else REGIONS
-    size = _model_value(model_config, "region_feature_size")
     shown = {file: pictures is not None and (pictures / file).is_file() for file in ("curve.png", "query.png")}
     evaluation = results.get("evaluation", {})
     return {
@@ -146,7 +147,7 @@ def _sections(
         "curve": "curve.png" if shown["curve.png"] else None,
         "query": config.get("query") if shown["query.png"] else None,
         "query_picture": "query.png",
-        "usage": USAGE.format(name=metadata.name, images=images.format(size=size), keywords=keywords).strip(),
+        "usage": usage_of(metadata.name, model_config),
         "training_data": f"{metadata.dataset_name}, split {config['train_split']}, {data['train']['images']} images "
         f"and {data['train']['captions']} captions",
         "training_summary": _training_summary(config, results),
@@ -196,20 +197,49 @@ def _limits(config: Mapping[str, Any]) -> str:
 
 def _facts(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     model_config, parameters = results["model_config"], results["parameters"]
+    facts = config_facts(model_config, config["vision"], config["text"])
+    for side, tower in (("Image side", config["vision"]), ("Text side", config["text"])):
+        if tower is None and facts[side] != "region features":
+            facts[side] += " from scratch"
+    return {
+        **facts,
+        "Parameters": f"{parameters['total']:,}, of which {parameters['trained']:,} were trained",
+        "Seed, commit": f"{results['seed']}, {results['commit'] or 'unknown'}",
+    }
+
+
+def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
+    """Python that loads the model and scores with it.
+
+    Args:
+        name: folder or Hub id.
+        model_config: the config's fields that differ from the defaults.
+    """
+    imports, images, keywords = PIXELS if model_config.get("vision_config") is not None else REGIONS
+    images = images.format(size=_model_value(model_config, "region_feature_size"))
+    return USAGE.format(name=name, imports=imports, images=images, keywords=keywords).strip()
+
+
+def config_facts(
+    model_config: Mapping[str, Any], vision: str | None = None, text: str | None = None
+) -> dict[str, Any]:
+    """What the model is made of, for the card's first table.
+
+    Args:
+        model_config: the config's fields that differ from the defaults.
+        vision, text: where pretrained towers came from; None where that is not known, or there are none.
+    """
 
     def value(name: str) -> Any:
         return _model_value(model_config, name)
 
-    scratch = (model_config.get("vision_config") or {}).get("model_type")
-    image_side = f"{scratch} from scratch" if scratch else "region features"
+    kinds = [(model_config.get(key) or {}).get("model_type") for key in ("vision_config", "text_config")]
     sizes = ("hidden_size", "projection_size", "similarity_size")
     return {
-        "Image side": _tower(config["vision"], value("freeze_vision")) or image_side,
-        "Text side": _tower(config["text"], value("freeze_text")) or "word embeddings and BiGRU from scratch",
+        "Image side": _tower(vision, value("freeze_vision")) or kinds[0] or "region features",
+        "Text side": _tower(text, value("freeze_text")) or kinds[1] or "word embeddings and BiGRU",
         "Refinement, head": f"{value('refinement')}, {value('similarity_head')}",
         "Sizes": ", ".join(f"{name.removesuffix('_size')} {value(name)}" for name in sizes),
-        "Parameters": f"{parameters['total']:,}, of which {parameters['trained']:,} were trained",
-        "Seed, commit": f"{results['seed']}, {results['commit'] or 'unknown'}",
     }
 
 
