@@ -118,7 +118,7 @@ def spearman(values: Sequence[float] | np.ndarray, grades: Sequence[float] | np.
     ranks = [_mean_ranks(side) for side in sides]
     if any(np.ptp(side) == 0 for side in ranks):
         raise ValueError("all values, or all grades, are equal: there is no order to correlate.")
-    return 100.0 * float(np.corrcoef(*ranks)[0, 1])
+    return 100.0 * float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

@@ -195,9 +195,9 @@ class Teacher:
 
     def __call__(self, items: Sequence[Any], batch_size: int = 64) -> Tensor:
         """Vectors (n, D) float32 of photographs (PIL) or texts; texts of nearly equal length share a batch."""
-        order = range(len(items))
+        order = list(range(len(items)))
         if self.modality == "text":
-            order = sorted(order, key=lambda row: len(items[row]))
+            order.sort(key=lambda row: len(items[row]))
         parts = [
             self.embed(self.prepare([items[row] for row in order[start : start + batch_size]]))
             for start in range(0, len(items), batch_size)
@@ -205,7 +205,7 @@ class Teacher:
         if not parts:
             raise ValueError(f"no {self.modality} to embed: got an empty list")
         vectors = torch.cat(parts)
-        return torch.empty_like(vectors).index_copy_(0, torch.tensor(list(order), device=vectors.device), vectors)
+        return torch.empty_like(vectors).index_copy_(0, torch.tensor(order, device=vectors.device), vectors)
 
     def fingerprint(self) -> dict[str, Any]:
         """What its vectors depend on, apart from the items: weights, preprocessing, pooling, precision."""

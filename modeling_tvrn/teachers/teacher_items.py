@@ -114,7 +114,8 @@ def fill(
     if ids is not None:
         check_resumable(done, ids, writer)
     noun = "image" if teacher.modality == "image" else "caption"
-    bar = tqdm(total=ids and len(ids), initial=len(done), unit=noun, desc="teacher", disable=not progress)
+    total = None if ids is None else len(ids)
+    bar = tqdm(total=total, initial=len(done), unit=noun, desc="teacher", disable=not progress)
     cut = 0
     with bar:
         for block, vectors, long in _blocks(teacher, dataset, done, ids is None, batch_size, num_workers, writer):
