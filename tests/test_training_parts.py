@@ -10,7 +10,7 @@ from torch import nn
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.training import TrainingConfig
-from modeling_tvrn.training.batches import CaptionBatches
+from modeling_tvrn.training.batches import CaptionBatches, Stage, phases
 from modeling_tvrn.training.objective import Objective, drop_valid
 from modeling_tvrn.training.optim import WeightAverage, make_optimizer, parameter_groups, rate_factor
 from modeling_tvrn.training.text_cache import CachedTextProcessor
@@ -110,7 +110,7 @@ def test_the_objective_drops_while_training_only() -> None:
 
 def test_the_head_start_trains_the_embeddings_and_leaves_the_pair_stage_alone() -> None:
     model = tiny_model(dropout=0.0)
-    output = Objective(model)(tiny_batch(), with_pairs=False)
+    output = Objective(model)(tiny_batch(), stage=Stage.EMBEDDINGS)
     output["loss"].backward()
     assert output["logits"] is None and list(output["parts"]) == ["contrastive"]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -118,6 +118,29 @@ def test_the_head_start_trains_the_embeddings_and_leaves_the_pair_stage_alone() 
     assert gradients["image_embedding.weight"].abs().sum() > 0 and gradients["logit_scale"].abs().sum() > 0
     everything = Objective(model)(tiny_batch())
     assert {"matching", "contrastive"} <= set(everything["parts"])
+
+
+def test_the_tokens_are_trained_without_the_evidence() -> None:
+    model = tiny_model(dropout=0.0)
+    output = Objective(model)(tiny_batch(), stage=Stage.TOKENS)
+    output["loss"].backward()
+    assert set(output["parts"]) == {"contrastive", "token_contrastive"}
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"region_projection.weight", "pair.token_logit_scale", "logit_scale"} <= reached
+    assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
+
+
+def test_each_phase_has_its_own_batches_and_rate() -> None:
+    keys = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1, "head_start_epochs": 2, "head_start_batch_size": 8}
+    found = phases(TrainingConfig(**keys, token_epochs=3, token_learning_rate=2e-3), [0, 0, 1, 1, 2, 2, 3, 3, 4])
+    assert [phase.stage for phase in found] == ["embeddings", "tokens", "evidence"]
+    assert [phase.epochs for phase in found] == [2, 3, 1]
+    assert [phase.batches.batch_size for phase in found] == [8, 4, 4]
+    assert [phase.rate for phase in found] == [1.0, 2.0, 1.0]
+    together = phases(TrainingConfig(**keys), [0, 0, 1, 1])
+    assert [phase.stage for phase in together] == ["tokens", "evidence"]  # no epochs of their own
+    without = phases(TrainingConfig(**keys, model={"use_token_similarity": False}), [0, 0, 1, 1])
+    assert [phase.stage for phase in without] == ["embeddings", "evidence"]
 
 
 def test_the_reported_matching_loss_stands_above_its_floor() -> None:

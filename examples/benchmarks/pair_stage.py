@@ -5,6 +5,7 @@
 Three ways to score the same random images and captions with the same weights:
 
 - `pairs`: `TVRNModel.match`, whole blocks of images × captions at once, in float32 and bfloat16;
+- `pairs, a core a share`: the same as `score_matrix` and `rank` call it, each core with captions of its own;
 - `loop`: for each caption in Python, a block of 100 images at once, float32, one-sided projections hoisted out, so
   that only the batching differs;
 - `loop+projections`: the same loop with the key and query projections of the attention inside, as the authors'
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from torch.nn import functional as F
 
 from modeling_tvrn import TVRNConfig, TVRNModel
 from modeling_tvrn.layers_tvrn import grid_boxes, masked_softmax, normalize
+from modeling_tvrn.scoring.threads import match_on_cores
 
 IMAGE_BLOCK = 100
 
@@ -66,6 +69,7 @@ def build(arguments: argparse.Namespace) -> TVRNModel:
             region_feature_size=256,
             vocab_size=1000,
             use_embedding_similarity=False,
+            use_token_similarity=False,
         )
     ).eval()
 
@@ -170,8 +174,9 @@ def measure(arguments: argparse.Namespace) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sides = images.to(dtype), texts.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            seconds, scores = median_seconds(lambda sides=sides: model.match(*sides), arguments.repeats)
-        runs[f"pairs {str(dtype).removeprefix('torch.')}"] = (seconds / scores.numel(), scores, dtype)
+            for name, function in (("pairs", model.match), ("pairs, a core a share", partial(match_on_cores, model))):
+                seconds, scores = median_seconds(partial(function, *sides), arguments.repeats)
+                runs[f"{name} {str(dtype).removeprefix('torch.')}"] = (seconds / scores.numel(), scores, dtype)
     _report(runs, rates, flops)
     _report_memory(arguments)
 
@@ -185,12 +190,12 @@ def _contexts(model: TVRNModel, images, texts) -> tuple[Tensor, Tensor]:
 
 def _report(runs: dict, rates: dict, flops: float) -> None:
     slowest, reference = runs["loop+projections float32"][0], runs["loop float32"][1]
-    print(f"{'':26}{'ms/pair':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'× loop+proj.':>14}{'max |Δ|':>10}")
+    print(f"{'':33}{'ms/pair':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'× loop+proj.':>14}{'max |Δ|':>10}")
     for name, (seconds, scores, dtype) in runs.items():
         difference = (scores[:, : reference.shape[1]] - reference).abs().max().item()
         rate = flops / seconds / 1e9
         speed = f"{seconds * 1e3:9.4f}{rate:9.0f}{rate / rates[dtype]:9.0%}"
-        print(f"{name:26}{speed}{slowest / seconds:14.1f}{difference:10.1e}")
+        print(f"{name:33}{speed}{slowest / seconds:14.1f}{difference:10.1e}")
 
 
 def _report_memory(arguments: argparse.Namespace) -> None:

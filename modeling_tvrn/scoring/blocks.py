@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from ..metrics import RankCounter, RetrievalMetrics, positive_pairs
 from ..metrics.ranking import check_scores
 from .finished import FinishedBlocks, run_fingerprint
-from .models import Gallery, PairModel, at_hand, check_models, evaluating, match, model_device, precision
+from .models import Gallery, PairModel, at_hand, check_models, evaluating, model_device, precision
 from .plan import DEFAULT_MEMORY_BUDGET, BlockPlan, plan_blocks
 from .processes import Processes
+from .threads import match_on_cores
 
 Folder = str | os.PathLike[str]
 
@@ -212,7 +213,7 @@ class ScoredBlocks:
         if self._row[0] != block[0]:
             self._row = (block[0], at_hand(self.model, take(self.images, rows), self.options.dtype))
         texts = at_hand(self.model, take(self.texts, columns), self.options.dtype)
-        return match(self.model, self._row[1], texts, self.options.chunk_size)
+        return match_on_cores(self.model, self._row[1], texts, self.options.chunk_size)
 
 
 @contextlib.contextmanager
