@@ -105,6 +105,8 @@ def test_a_photograph_is_shown_as_the_model_saw_it(mobilenet: Path) -> None:
     """A centre crop moves every box: drawn on the whole photograph they would lie beside what they name."""
     processor = TVRNProcessor.from_backbones(vision=mobilenet)
     processor.tokenizer = TVRNProcessor.from_captions(CAPTIONS).tokenizer
+    pixels = processor.image_processor
+    pixels.size, pixels.crop_size, pixels.do_center_crop = {"shortest_edge": 256}, {"height": 224, "width": 224}, True
     model = TVRNModel.from_backbones(vision=mobilenet, vision_grid_size=3, freeze_vision=True, **SIZES).eval()
     photograph = np.zeros((300, 600, 3), dtype=np.uint8)
     photograph[:, :150, 0] = 255  # red, left of the crop

@@ -1,0 +1,313 @@
+"""Building an index: every item encoded once, in segments that survive a kill; the new version appears all at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..data.images import ImageError
+from ..data.skipped import SkipReport
+from ..data.training_pairs import image_inputs
+from ..encoded_tvrn import EncodedItems
+from ..scoring.models import evaluating
+from ..teachers.fingerprint import digest
+from ..teachers.shards import Shard, write_shard
+from .fingerprint import index_fingerprint
+from .segments import SIDES, Segments, embeddings_alone
+from .sources import Item, Loaded, Source
+from .table import ItemTable
+from .vectors import VectorSearch
+from .versions import building, current, drop_old_versions, next_version, switch_to
+
+logger = logging.getLogger(__name__)
+
+SEGMENTS, ITEMS, VECTORS, MANIFEST = "segments", "items.parquet", "vectors.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How an index is built; `ImageTextIndex.build` explains each."""
+
+    precision: str = "float32"
+    engine: str = "auto"
+    features: bool = True
+    batch_size: int = 32
+    segment_size: int = 256
+    num_workers: int = 4
+    progress: bool = True
+
+    def check(self) -> None:
+        """Refuse sizes below 1 at once, not after an hour."""
+        for name in ("batch_size", "segment_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        items: In the index now.
+        encoded: Encoded in this run.
+        reused: Taken over unchanged from earlier builds, also interrupted ones.
+        added, changed, deleted: Against the version before.
+        skipped: What cannot be used: reason -> count, with examples.
+        engine: "exact" or "hnsw".
+        precision: "float32", "int8" or "binary".
+        recall_at_10: Share of the true ten nearest that the search finds, percent.
+        vector_bytes: What the search holds in memory.
+        feature_bytes: What reranking reads from disk.
+        seconds: Of the whole build; `encode_seconds`, `search_seconds`: of the encoding, of making the search.
+    """
+
+    items: int = 0
+    encoded: int = 0
+    reused: int = 0
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+    skipped: SkipReport = field(default_factory=SkipReport)
+    engine: str = "exact"
+    precision: str = "float32"
+    recall_at_10: float = 100.0
+    vector_bytes: int = 0
+    feature_bytes: int = 0
+    seconds: float = 0.0
+    encode_seconds: float = 0.0
+    search_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All attributes by name, as JSON values."""
+        return {**vars(self), "skipped": dict(self.skipped)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.items} items ({self.encoded} encoded, {self.reused} as before; {self.added} new, {self.changed}"
+            f" changed, {self.deleted} gone; skipped: {self.skipped}) in {self.seconds:.1f} s; {self.precision}"
+            f" {self.engine} search, recall@10 {self.recall_at_10:.1f} %;"
+            f" {self.vector_bytes / max(self.items, 1):.0f} bytes an item in memory,"
+            f" {self.feature_bytes / max(self.items, 1):.0f} on disk for reranking"
+        )
+
+
+def build_version(model: Any, processor: Any, source: Source, directory: Path, settings: BuildSettings) -> BuildReport:
+    """Bring the index in `directory` up to date with the source.
+
+    Raises:
+        IndexBusyError: If another process is at it.
+        ValueError: If there is nothing to index.
+    """
+    settings.check()
+    started = time.perf_counter()
+    with building(directory):
+        fingerprint = index_fingerprint(model, processor)
+        build = digest({"model": fingerprint, "side": source.side, "features": settings.features})
+        segments = Segments(directory / SEGMENTS, build, source.side)
+        segments.scan()
+        before = _version_before(directory)
+        report = BuildReport(precision=settings.precision)
+        known = before.known() if before is not None else {}
+        items, keys = _Encoder(model, processor, segments, settings, report).run(source, known)
+        report.encode_seconds = time.perf_counter() - started
+        _compare(report, {item.id: key for item, key in zip(items, keys, strict=True)}, known)
+        if not items:
+            raise ValueError(f"{source.name} holds nothing to index (skipped: {report.skipped})")
+        version = next_version(directory)
+        _write_search(version, segments.embeds(keys), settings, report)
+        ItemTable.of(items, keys).save(version / ITEMS)
+        names = sorted({segments.place[key][0] for key in keys})
+        report.feature_bytes = sum((segments.directory / name).stat().st_size for name in names)
+        report.seconds = time.perf_counter() - started
+        manifest = {
+            "side": source.side,
+            "source": source.name,
+            "fingerprint": fingerprint,
+            "build": build,
+            "precision": settings.precision,
+            "engine": report.engine,
+            "features": settings.features,
+            "model_fingerprint": model.fingerprint() if hasattr(model, "fingerprint") else None,
+            "segments": names,
+            "report": report.as_dict(),
+        }
+        (version / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+        switch_to(directory, version)
+        _clean(directory, segments)
+    report.skipped.warn(source.name)
+    logger.info("%s: %s", directory, report)
+    return report
+
+
+class _Encoder:
+    """Items in, keys out; what is not in a segment yet is encoded and written in segments as it comes."""
+
+    def __init__(self, model: Any, processor: Any, segments: Segments, settings: BuildSettings, report: BuildReport):
+        self.model, self.processor, self.segments = model, processor, segments
+        self.settings, self.report = settings, report
+        self.earlier = frozenset(segments.place)
+        self.batch: dict[str, Any] = {}  # key -> content, waiting to be encoded
+        self.encoded: list[EncodedItems] = []
+        self.encoded_keys: list[str] = []
+
+    def run(self, source: Source, known: dict[str, tuple[int, int, str]]) -> tuple[list[Item], list[str]]:
+        """All items that can be used, with their keys."""
+        items, keys = [], []
+        with (
+            tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=not self.settings.progress) as bar,
+            evaluating(self.model),
+        ):
+            for item, loaded in self._loaded(source, known):
+                bar.update()
+                if isinstance(loaded, ImageError):
+                    self.report.skipped.add(loaded.reason, str(loaded))
+                    continue
+                self._add(loaded)
+                items.append(item)
+                keys.append(loaded.key)
+            self._encode()
+            self._write(everything=True)
+        return items, keys
+
+    def _loaded(
+        self, source: Iterable[Item], known: dict[str, tuple[int, int, str]]
+    ) -> Iterator[tuple[Item, Loaded | ImageError]]:
+        """Items with their content, in their order; files are read and decoded by threads, a few batches ahead."""
+        ahead: deque[tuple[Item, Future]] = deque()
+        with ThreadPoolExecutor(self.settings.num_workers) as pool:
+            for item in source:
+                ahead.append((item, pool.submit(self._load, item, known.get(item.id))))
+                if len(ahead) > 2 * self.settings.batch_size:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            while ahead:
+                first, future = ahead.popleft()
+                yield first, future.result()
+
+    def _load(self, item: Item, known: tuple[int, int, str] | None) -> Loaded | ImageError:
+        """A file of the same size and time as before is not read again."""
+        unchanged = known is not None and item.size > 0 and known[:2] == (item.size, item.mtime_ns)
+        if known is not None and unchanged and known[2] in self.segments.place:
+            return Loaded(known[2], None)
+        try:
+            return item.load()
+        except ImageError as error:
+            return error
+
+    def _add(self, loaded: Loaded) -> None:
+        if loaded.key in self.earlier:
+            self.report.reused += 1
+        elif not any(loaded.key in done for done in (self.segments.place, self.batch, self.encoded_keys)):
+            self.batch[loaded.key] = loaded.content
+            if len(self.batch) >= self.settings.batch_size:
+                self._encode()
+
+    def _encode(self) -> None:
+        if not self.batch:
+            return
+        encoded = encode(self.model, self.processor, list(self.batch.values()), self.segments.side)
+        if not torch.isfinite(encoded.tensors()["embeds"]).all():
+            raise ValueError(
+                f"an embedding of {next(iter(self.batch))} … is NaN or infinite; check the model's weights"
+            )
+        if not self.settings.features:
+            encoded = _embeds_only(encoded)
+        self.encoded.append(encoded.to("cpu").to(torch.float16) if self.settings.features else encoded)
+        self.encoded_keys += self.batch
+        self.report.encoded += len(self.batch)
+        self.batch = {}
+        self._write()
+
+    def _write(self, everything: bool = False) -> None:
+        while self.encoded_keys and (everything or len(self.encoded_keys) >= self.settings.segment_size):
+            count = min(self.settings.segment_size, len(self.encoded_keys))
+            whole = _joined(self.encoded)
+            self.segments.write(self.encoded_keys[:count], whole.select(slice(0, count)))
+            self.encoded_keys = self.encoded_keys[count:]
+            self.encoded = [whole.select(slice(count, None))] if self.encoded_keys else []
+
+
+class EmbeddedItems(EncodedItems):
+    """Embeddings alone, for an index without reranking."""
+
+    def __init__(self, embeds: torch.Tensor) -> None:
+        super().__init__()
+        self.embeds = embeds
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The embeddings."""
+        return {"embeds": self.embeds}
+
+    def select(self, indices: Any) -> EmbeddedItems:
+        """As of `EncodedItems`."""
+        return EmbeddedItems(self.embeds[indices])
+
+
+def _embeds_only(encoded: EncodedItems) -> EmbeddedItems:
+    return EmbeddedItems(embeddings_alone(encoded)["embeds"].detach().float().cpu())
+
+
+def _joined(parts: list[EncodedItems]) -> EncodedItems:
+    if isinstance(parts[0], EmbeddedItems):
+        return EmbeddedItems(torch.cat([part.tensors()["embeds"] for part in parts]))
+    return type(parts[0]).cat(parts)
+
+
+def encode(model: Any, processor: Any, contents: list[Any], side: str) -> EncodedItems:
+    """Encode a batch of records, captions or (unchanged) encoded features."""
+    if isinstance(contents[0], EncodedItems):
+        return SIDES[side].cat(contents)
+    device = next(model.parameters()).device
+    if side == "texts":
+        inputs = processor(text=contents, return_tensors="pt")
+        return model.encode_texts(**{name: value.to(device) for name, value in inputs.items()})
+    inputs = processor(**image_inputs(contents), return_tensors="pt")
+    return model.encode_images(**{name: value.to(device) for name, value in inputs.items()})
+
+
+def _write_search(version: Path, embeds: np.ndarray, settings: BuildSettings, report: BuildReport) -> None:
+    """Vectors and search of a version; its recall against an exact scan goes into the report."""
+    started = time.perf_counter()
+    write_shard(version / VECTORS, list(range(len(embeds))), "vectors", {"embeds": embeds.astype(np.float32)})
+    search = VectorSearch(read_vectors(version), settings.precision, settings.engine)
+    search.train()
+    search.save(version)
+    report.search_seconds = time.perf_counter() - started
+    if (settings.precision, search.engine) != ("float32", "exact"):
+        report.recall_at_10 = search.recall()
+    report.items, report.vector_bytes, report.engine = len(embeds), search.bytes, search.engine
+
+
+def read_vectors(version: Path) -> np.ndarray:
+    """(n, P) float32, mapped."""
+    return Shard.open(version / VECTORS).arrays()["embeds"]
+
+
+def _version_before(directory: Path) -> ItemTable | None:
+    version = current(directory)
+    return None if version is None else ItemTable.load(version / ITEMS)
+
+
+def _compare(report: BuildReport, now: dict[str, str], known: dict[str, tuple[int, int, str]]) -> None:
+    report.added = len(now.keys() - known.keys())
+    report.deleted = len(known.keys() - now.keys())
+    report.changed = sum(1 for name, key in now.items() if name in known and known[name][2] != key)
+
+
+def _clean(directory: Path, segments: Segments) -> None:
+    """Remove what neither this version nor the one before refers to."""
+    used: set[str] = set()
+    for version in drop_old_versions(directory):
+        used |= set(json.loads((version / MANIFEST).read_text("utf-8"))["segments"])
+    segments.drop_unused(used)

@@ -1,0 +1,346 @@
+"""`ImageTextIndex`: build it, search it in both directions, save and load it; embedded, or on a Qdrant server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..encoded_tvrn import EncodedItems
+from ..explain.scene import read_scene
+from ..scoring.models import evaluating
+from .build import ITEMS, MANIFEST, SEGMENTS, BuildReport, BuildSettings, build_version, read_vectors
+from .fingerprint import check_model
+from .segments import Segments
+from .sources import RESERVED, open_source
+from .table import ItemTable, Where
+from .vectors import VectorSearch
+from .versions import current, next_version, switch_to
+
+OPEN_TRIES = 5  # of a version that a builder replaces while it is opened
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One thing found.
+
+    Attributes:
+        rank: From 1.
+        id: Its name in the index.
+        score: What it is ranked by: the matching score in (0, 1) where the pair score reranked, else the cosine.
+        logit: The pair logit; None without reranking.
+        cosine: Of the embeddings.
+        path: Its file, where it has one.
+        text: Its caption, where it is one.
+        metadata: As given at the build.
+    """
+
+    rank: int
+    id: str
+    score: float
+    logit: float | None
+    cosine: float
+    path: str | None
+    text: str | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Hits(list[Hit]):
+    """What a search found, best first; `seconds` names what it cost: "encode", "shortlist", "rerank"."""
+
+    def __init__(self, hits: Sequence[Hit], seconds: Mapping[str, float]) -> None:
+        super().__init__(hits)
+        self.seconds = dict(seconds)
+
+
+class Backend(Protocol):
+    """Where the vectors and features lie."""
+
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int: ...
+    def nearest(self, query: np.ndarray, count: int, where: Any) -> list[tuple[Any, float]]: ...
+    def item(self, place: Any) -> dict[str, Any]: ...
+    def features(self, places: Sequence[Any]) -> EncodedItems: ...
+
+
+class FolderBackend:
+    """One version of an index in a folder, opened whole: a later build does not change what it answers."""
+
+    def __init__(self, directory: Path) -> None:
+        version = current(directory)
+        if version is None:
+            raise FileNotFoundError(f"there is no finished index in {str(directory)!r}: build it there first")
+        self.directory, self.version = directory, version
+        self.manifest: dict[str, Any] = json.loads((version / MANIFEST).read_text("utf-8"))
+        self.table = ItemTable.load(version / ITEMS)
+        self.keys = self.table.keys
+        self.search = VectorSearch(read_vectors(version), self.manifest["precision"], self.manifest["engine"])
+        self.search.load(version)
+        self.segments = Segments(directory / SEGMENTS, self.manifest["build"], self.manifest["side"])
+        self.segments.open(self.manifest["segments"])
+
+    @classmethod
+    def open(cls, directory: Path) -> FolderBackend:
+        """The current version; a builder may replace it while it is opened, then the newer one is opened."""
+        for _ in range(OPEN_TRIES):
+            before = current(directory)
+            try:
+                return cls(directory)
+            except (OSError, ValueError):
+                if current(directory) == before:
+                    raise
+        return cls(directory)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def nearest(self, query: np.ndarray, count: int, where: Where | None) -> list[tuple[int, float]]:
+        """(row, cosine), nearest first."""
+        rows, cosines = self.search.search(query, count, self.table.rows_where(where))
+        return list(zip(rows.tolist(), cosines.tolist(), strict=True))
+
+    def item(self, place: int) -> dict[str, Any]:
+        """One item's columns."""
+        return self.table.row(place)
+
+    def features(self, places: Sequence[int]) -> EncodedItems:
+        """What reranking needs of the given rows."""
+        return self.segments.read([self.keys[place] for place in places], self.manifest["model_fingerprint"])
+
+
+class ImageTextIndex:
+    """Search over photographs (or captions): a shortlist by embeddings, reranked by the pair score.
+
+    Made by `build` or `load`.
+
+    Attributes:
+        side: "images" or "texts": what is found.
+        report: Of the build that made this object; None for a loaded one.
+    """
+
+    def __init__(self, backend: Backend, model: Any = None, processor: Any = None, report: BuildReport | None = None):
+        self.backend, self.model, self.processor, self.report = backend, model, processor, report
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def side(self) -> str:
+        """ "images" or "texts": what is found."""
+        return str(self.backend.manifest["side"])
+
+    @property
+    def directory(self) -> Path | None:
+        """The index's folder, where it lies in one."""
+        return getattr(self.backend, "directory", None)
+
+    def __len__(self) -> int:
+        return len(self.backend)
+
+    def __repr__(self) -> str:
+        manifest = self.backend.manifest
+        return f"ImageTextIndex({len(self)} {self.side}, {manifest['precision']} {manifest['engine']})"
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        processor: Any,
+        source: Any,
+        directory: str | os.PathLike | None = None,
+        *,
+        side: str | None = None,
+        ids: Sequence[Any] | None = None,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+        precision: str = "float32",
+        engine: str = "auto",
+        features: bool = True,
+        batch_size: int = 32,
+        segment_size: int = 256,
+        num_workers: int = 4,
+        progress: bool = True,
+        url: str | None = None,
+        collection: str = "tvrn",
+        **server: Any,
+    ) -> ImageTextIndex:
+        """Encode a collection, or bring an index of it up to date.
+
+        Building again into the same folder encodes only what is new or has changed (told by size and time of a file,
+        then by its content) and leaves out what is gone. A build that was killed goes on after its last whole segment.
+        Whoever has the index open goes on with the version before.
+
+        Args:
+            model: A `TVRNModel`; `processor`: its processor.
+            source: A folder of photographs, records of `load_pairs` (or a list of such), a list of captions, or
+                `EncodedImages` / `EncodedTexts`.
+            directory: The index's folder; None keeps it in a temporary one until `save`.
+            side: Of records, "images" (default) or "texts".
+            ids: Of encoded features: their names; default: row numbers.
+            metadata: Id -> columns that searches can filter by.
+            precision: Of the vectors searched: "float32", "int8" or "binary"; the last two are reordered by float32.
+            engine: "exact", "hnsw" (needs faiss), or "auto": exact up to 50,000 items.
+            features: Keep what reranking needs (half precision); False keeps embeddings alone.
+            batch_size: Items encoded at a time.
+            segment_size: Items a file of features, and so the most that a kill loses.
+            num_workers: Threads that read and decode photographs.
+            progress: Show a progress bar with the time left, if it takes longer than a moment.
+            url: Of a Qdrant server, to which the finished index is also sent (see `qdrant.publish` for `server`).
+            collection: Its name there.
+
+        Raises:
+            ValueError: If there is nothing to index, or a setting is out of range.
+            IndexBusyError: If another process is building in the same folder.
+        """
+        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress)
+        temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
+        folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
+        report = build_version(model, processor, open_source(source, side, ids, metadata), folder, settings)
+        index = cls(FolderBackend.open(folder), model, processor, report)
+        index._temporary = temporary
+        if url is not None:
+            from .qdrant import QdrantBackend, publish
+
+            index.backend = QdrantBackend(publish(index.backend, url, collection, **server), collection)
+        return index
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike | None = None,
+        model: Any = None,
+        processor: Any = None,
+        *,
+        url: str | None = None,
+        collection: str = "tvrn",
+        **server: Any,
+    ) -> ImageTextIndex:
+        """Open an index: of a folder, or of a Qdrant server with `url`.
+
+        Args:
+            directory: The index's folder.
+            model: The model it was built with, and its `processor`; without them only `search_vector` works.
+            url: Of a Qdrant server; `server`: what `qdrant_client.QdrantClient` takes besides.
+            collection: Its name there.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            OtherModelError: If it was built with another model; every difference is named with both values.
+        """
+        backend: Backend
+        if (directory is None) == (url is None):
+            raise ValueError("load takes either a directory or url=, exactly one of them")
+        if url is not None:
+            from .qdrant import QdrantBackend, connect
+
+            backend = QdrantBackend(connect(url, **server), collection)
+        else:
+            backend = FolderBackend.open(Path(os.fspath(directory or "")))
+        if model is not None:
+            check_model(backend.manifest["fingerprint"], model, processor, repr(os.fspath(directory or url or "")))
+        return cls(backend, model, processor)
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Copy the index into another folder, which then holds this version alone.
+
+        Raises:
+            ValueError: If it lies on a server.
+        """
+        if not isinstance(self.backend, FolderBackend):
+            raise ValueError("this index lies on a server; load it from there with ImageTextIndex.load(url=…)")
+        target = Path(directory)
+        if target.resolve() == self.backend.directory.resolve():
+            return target
+        (target / SEGMENTS).mkdir(parents=True, exist_ok=True)
+        for name in self.backend.manifest["segments"]:
+            shutil.copyfile(self.backend.segments.directory / name, target / SEGMENTS / name)
+        version = next_version(target)
+        shutil.copytree(self.backend.version, version, dirs_exist_ok=True)
+        switch_to(target, version)
+        return target
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        limit: int = 10,
+        *,
+        where: Where | None = None,
+        shortlist_size: int = 64,
+        rerank: bool = True,
+    ) -> Hits:
+        """Find what fits a text or an image.
+
+        Reranking needs one side of each kind: text against images, or an image against texts. A search of images by an
+        image, or of texts by a text, is by embeddings alone.
+
+        Args:
+            text: The query; or
+            image: a PIL image, path, encoded bytes, uint8 array, or a record with region features.
+            limit: Hits wanted, at most.
+            where: Filter by metadata: {"folder": "summer", "year": [2023, 2024]}; in a folder's index also a
+                `pyarrow.compute` expression or a function of an item's columns.
+            shortlist_size: Candidates by embeddings that the pair score sees (at least `limit`).
+            rerank: False ranks by the embeddings alone.
+
+        Raises:
+            ValueError: If not exactly one of text and image is given, `limit` is below 1, or there is no model.
+        """
+        if (text is None) == (image is None) or limit < 1 or shortlist_size < 1:
+            raise ValueError(
+                f"search takes either text or image, and a limit and shortlist_size of at least 1; got "
+                f"text={text!r:.80}, an image: {image is not None}, limit={limit}, shortlist_size={shortlist_size}"
+            )
+        if self.model is None or self.processor is None:
+            raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
+        started = time.perf_counter()
+        with evaluating(self.model):
+            query = self._encode(text, image)
+            across = rerank and (text is not None) == (self.side == "images") and self.backend.manifest["features"]
+            encoded = time.perf_counter()
+            vector = query.tensors()["embeds"][0].float().cpu().numpy()
+            found = self.backend.nearest(vector, max(limit, shortlist_size) if across else limit, where)
+            listed = time.perf_counter()
+            logits = self._rerank(query, [place for place, _ in found]) if across and found else None
+        hits = self._hits(found, logits, limit)
+        seconds = {"encode": encoded - started, "shortlist": listed - encoded, "rerank": time.perf_counter() - listed}
+        return Hits(hits, seconds)
+
+    def search_vector(self, vector: Any, limit: int = 10, *, where: Where | None = None) -> Hits:
+        """The nearest items of an embedding (P,), by cosine alone; needs no model."""
+        started = time.perf_counter()
+        plain = np.asarray(vector, np.float32)
+        found = self.backend.nearest(plain / max(float(np.linalg.norm(plain)), 1e-12), limit, where)
+        return Hits(self._hits(found, None, limit), {"shortlist": time.perf_counter() - started})
+
+    def _encode(self, text: str | None, image: Any) -> EncodedItems:
+        if text is not None:
+            inputs = self.processor(text=[text], return_tensors="pt")
+            device = next(self.model.parameters()).device
+            return self.model.encode_texts(**{name: value.to(device) for name, value in inputs.items()})
+        return self.model.encode_images(**read_scene(self.model, self.processor, image).inputs)
+
+    def _rerank(self, query: EncodedItems, places: Sequence[Any]) -> list[float]:
+        """Pair logits of the query with the shortlist."""
+        candidates = self.backend.features(places).to(next(self.model.parameters()).device)
+        images, texts = (candidates, query) if self.side == "images" else (query, candidates)
+        return [float(value) for value in self.model.match(images, texts).flatten()]
+
+    def _hits(self, found: list[tuple[Any, float]], logits: list[float] | None, limit: int) -> list[Hit]:
+        scored = [(place, cosine, None if logits is None else logits[k]) for k, (place, cosine) in enumerate(found)]
+        if logits is not None:
+            scored.sort(key=lambda each: -float(each[2] or 0.0))
+        hits = []
+        for rank, (place, cosine, logit) in enumerate(scored[:limit], start=1):
+            item = self.backend.item(place)
+            score = cosine if logit is None else float(torch.tensor(logit, dtype=torch.float64).sigmoid())
+            metadata = {name: value for name, value in item.items() if name not in RESERVED}
+            hits.append(Hit(rank, item["id"], score, logit, cosine, item.get("path"), item.get("text"), metadata))
+        return hits

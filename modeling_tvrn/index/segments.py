@@ -1,0 +1,107 @@
+"""Encoded items on disk in immutable segments, found again by what was encoded: the unit of resuming and of reuse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+
+from ..encoded_tvrn import EncodedImages, EncodedItems, EncodedTexts
+from ..teachers.shards import BrokenShardError, Shard, write_shard
+
+logger = logging.getLogger(__name__)
+
+SIDES: dict[str, type[EncodedItems]] = {"images": EncodedImages, "texts": EncodedTexts}
+
+
+class Segments:
+    """The segments of one index and one model.
+
+    Args:
+        directory: Where they lie.
+        build: Digest of the model and the settings; segments of another build are not seen.
+        side: "images" or "texts".
+    """
+
+    def __init__(self, directory: Path, build: str, side: str) -> None:
+        self.directory, self.build, self.side = directory, build, side
+        self.shards: dict[str, Shard] = {}
+        self.place: dict[str, tuple[str, int]] = {}  # key -> segment, row
+        self._mapped: dict[str, dict[str, np.ndarray]] = {}
+
+    def scan(self) -> None:
+        """Find every whole segment in the folder: what earlier builds, also killed ones, have finished."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                shard = Shard.open(path)
+            except BrokenShardError as error:
+                logger.warning("%s: its items are encoded again", error)
+                continue
+            if shard.build == self.build:
+                self._take(shard)
+
+    def open(self, names: Iterable[str]) -> None:
+        """Open and map the given segments, so that they stay readable when a later build removes their files."""
+        for name in names:
+            self._take(Shard.open(self.directory / name))
+            self._arrays(name)
+
+    def _take(self, shard: Shard) -> None:
+        self.shards[shard.path.name] = shard
+        for row, key in enumerate(shard.ids):
+            self.place.setdefault(str(key), (shard.path.name, row))
+
+    def write(self, keys: Sequence[str], encoded: EncodedItems) -> None:
+        """A new segment; it has its name only once it is whole on the disk."""
+        arrays = {name: value.detach().cpu().numpy() for name, value in encoded.tensors().items()}
+        self._take(write_shard(self.directory / f"{uuid4().hex}.safetensors", keys, self.build, arrays))
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        if name not in self._mapped:
+            self._mapped[name] = self.shards[name].arrays()
+        return self._mapped[name]
+
+    def embeds(self, keys: Sequence[str]) -> np.ndarray:
+        """(n, P) float32 embeddings."""
+        return np.stack([self._arrays(self.place[key][0])["embeds"][self.place[key][1]] for key in keys])
+
+    def read(self, keys: Sequence[str], model_fingerprint: str | None) -> EncodedItems:
+        """Everything the pair score needs of the given items, in float32; padding is brought to one length."""
+        parts = []
+        for key in keys:
+            name, row = self.place[key]
+            tensors = {field: _tensor(array[row : row + 1]) for field, array in self._arrays(name).items()}
+            parts.append(SIDES[self.side](**tensors, model_fingerprint=model_fingerprint))
+        return SIDES[self.side].cat(parts)
+
+    @property
+    def has_fragments(self) -> bool:
+        """Whether more than embeddings is kept."""
+        return any(set(shard.layout) != {"embeds"} for shard in self.shards.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of all segments in use."""
+        return sum(shard.path.stat().st_size for shard in self.shards.values() if shard.path.exists())
+
+    def drop_unused(self, used: set[str]) -> None:
+        """Remove the files of segments that no kept version refers to."""
+        for path in self.directory.glob("*.safetensors*"):
+            if path.name not in used:
+                path.unlink(missing_ok=True)
+
+
+def embeddings_alone(encoded: EncodedItems) -> Mapping[str, Any]:
+    """The one tensor that a search without reranking needs."""
+    return {"embeds": encoded.tensors()["embeds"]}
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.float() if tensor.dtype == torch.float16 else tensor

@@ -1,0 +1,439 @@
+"""`ImageTextIndex`: finds what exhaustive scoring finds, survives kills, bad files and changing folders."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from data_makers import encoded, noise
+from model_makers import FEATURES, regions, tiny_model, words
+
+from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.index import Hits, ImageTextIndex, IndexBusyError, OtherModelError
+from modeling_tvrn.index import build as building_module
+from modeling_tvrn.index.vectors import VectorSearch
+from modeling_tvrn.index.versions import building
+
+CAPTIONS = ["two dogs run in snow", "a red kite over the sea", "a man on a skateboard", "children play football"]
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def processor() -> TVRNProcessor:
+    return TVRNProcessor.from_captions(CAPTIONS)
+
+
+def records(count: int = COUNT, seed: int = 3) -> list[dict[str, Any]]:
+    """Images as region features, of different region counts."""
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        regions_of = 4 + number % 3
+        corners = random.random((regions_of, 2)) * 0.5
+        boxes = np.concatenate([corners, corners + 0.2 + 0.3 * random.random((regions_of, 2))], axis=1)
+        made.append(
+            {
+                "region_features": random.normal(size=(regions_of, FEATURES)).astype(np.float32),
+                "region_boxes": boxes.astype(np.float32),
+                "captions": [CAPTIONS[number % 4]],
+                "image_id": f"image-{number}",
+                "caption_ids": [f"caption-{number}"],
+                "split": "train" if number % 2 else "test",
+                "filename": f"{number}.jpg",
+            }
+        )
+    return made
+
+
+def exhaustive(model: Any, processor: Any, items: list[dict[str, Any]], text: str) -> np.ndarray:
+    """Logits of every record with a text, straight from the model."""
+    inputs = processor(
+        region_features=[item["region_features"] for item in items],
+        region_boxes=[item["region_boxes"] for item in items],
+        text=text,
+    )
+    with torch.no_grad():
+        return model(**inputs).logits_per_image[:, 0].numpy()
+
+
+def build(model: Any, processor: Any, source: Any, directory: Any = None, **options: Any) -> ImageTextIndex:
+    return ImageTextIndex.build(
+        model, processor, source, directory, **{"progress": False, "segment_size": 7} | options
+    )
+
+
+# -- what is found ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refinement", ["gate", "gru"])
+def test_with_a_whole_shortlist_the_ranking_is_the_exhaustive_one(
+    processor: TVRNProcessor, tmp_path: Path, refinement: str
+) -> None:
+    model, items = tiny_model(refinement=refinement), records()
+    index = build(model, processor, items, tmp_path / "index")
+    logits = exhaustive(model, processor, items, CAPTIONS[0])
+    hits = index.search(text=CAPTIONS[0], limit=COUNT, shortlist_size=COUNT)
+    found = np.array([int(hit.id.split("-")[1]) for hit in hits])
+    assert sorted(found) == list(range(COUNT)), "each once"
+    np.testing.assert_allclose([hit.logit for hit in hits], logits[found], atol=2e-2)  # kept in half precision
+    assert [hit.rank for hit in hits] == list(range(1, COUNT + 1))
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert hits[0].path == f"{found[0]}.jpg" and hits[0].metadata["captions"] == [CAPTIONS[found[0] % 4]]
+    assert set(hits.seconds) == {"encode", "shortlist", "rerank"}
+
+
+def test_both_directions_and_both_sides(processor: TVRNProcessor) -> None:
+    model, items = tiny_model(), records()
+    images, texts = build(model, processor, items), build(model, processor, items, side="texts")
+    assert (images.side, texts.side, len(texts)) == ("images", "texts", COUNT)
+    hits = texts.search(image=items[5], limit=3, shortlist_size=COUNT)
+    best = max(exhaustive(model, processor, items[5:6], caption)[0] for caption in CAPTIONS)
+    assert hits[0].logit == pytest.approx(best, abs=2e-2) and hits[0].text in CAPTIONS
+    same = images.search(image=items[5], limit=2)
+    assert same[0].id == "image-5" and same[0].score == pytest.approx(1, abs=1e-5) and same[0].logit is None
+    assert texts.search(text=CAPTIONS[2], limit=1)[0].text == CAPTIONS[2]
+
+
+def test_captions_alone_are_a_collection_too(processor: TVRNProcessor) -> None:
+    index = build(tiny_model(), processor, CAPTIONS)
+    assert [hit.id for hit in index.search(text=CAPTIONS[1], limit=1)] == ["1"]
+
+
+def test_a_filter_is_exact_however_few_it_leaves(processor: TVRNProcessor) -> None:
+    index = build(tiny_model(), processor, records())
+    for where in ({"split": "test"}, pc.field("split") == "test", lambda row: row["split"] == "test"):
+        hits = index.search(text=CAPTIONS[0], limit=COUNT, where=where)
+        assert len(hits) == 12 and {hit.metadata["split"] for hit in hits} == {"test"}
+    one = index.search(text=CAPTIONS[0], where={"id": ["image-3", "image-4"], "split": "train"})
+    assert [hit.id for hit in one] == ["image-3"]
+    assert index.search(text=CAPTIONS[0], where={"split": "nowhere"}) == []
+    with pytest.raises(ValueError, match=r"columns \['splt'\]; the index has"):
+        index.search(text=CAPTIONS[0], where={"splt": "test"})
+
+
+def test_without_features_it_ranks_by_embeddings(processor: TVRNProcessor) -> None:
+    model = tiny_model()
+    whole, slim = build(model, processor, records()), build(model, processor, records(), features=False)
+    hits = slim.search(text=CAPTIONS[0])
+    assert [hit.logit for hit in hits] == [None] * 10 and [hit.score for hit in hits] == [hit.cosine for hit in hits]
+    assert [hit.id for hit in hits] == [hit.id for hit in whole.search(text=CAPTIONS[0], rerank=False)]
+    assert slim.report.feature_bytes < whole.report.feature_bytes / 4
+
+
+def test_encoded_features_need_no_second_encoding(processor: TVRNProcessor) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        images = model.encode_images(**regions(5))
+        texts = model.encode_texts(**words(4))
+    index = build(model, processor, images, ids=list("abcde"), metadata={"c": {"year": 2024}})
+    assert index.report.encoded == 5
+    assert index.search_vector(images.embeds[2], limit=1)[0].id == "c"
+    assert [hit.id for hit in index.search_vector(images.embeds[0], where={"year": 2024})] == ["c"]
+    assert build(model, processor, texts).search_vector(texts.embeds[3], limit=1)[0].id == "3"
+    with pytest.raises(ValueError, match="2 ids for 5 encoded"):
+        build(model, processor, images, ids=["a", "b"])
+
+
+def test_wrong_questions_are_refused(processor: TVRNProcessor, tmp_path: Path) -> None:
+    model = tiny_model()
+    index = build(model, processor, records(), tmp_path / "index")
+    for wrong in ({}, {"text": "a", "image": records()[0]}, {"text": "a", "limit": 0}):
+        with pytest.raises(ValueError, match="either text or image"):
+            index.search(**wrong)
+    with pytest.raises(ValueError, match="without a model"):
+        ImageTextIndex.load(tmp_path / "index").search(text="a")
+    with pytest.raises(ValueError, match="either a directory or url="):
+        ImageTextIndex.load()
+    with pytest.raises(ValueError, match="no folder"):
+        build(model, processor, tmp_path / "nothing")
+    with pytest.raises(ValueError, match="precision is 'int4'"):
+        build(model, processor, records(), precision="int4")
+    with pytest.raises(ValueError, match="the id 'image-0' comes twice"):
+        build(model, processor, [*records(3), records(1)[0]])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        build(model, processor, records(), batch_size=0)
+
+
+# -- vectors ----------------------------------------------------------------------------------------------------------
+
+
+def unit(count: int, size: int = 72, seed: int = 0) -> np.ndarray:
+    """Vectors in clusters, as embeddings are."""
+    random = np.random.default_rng(seed)
+    centres = random.normal(size=(40, size))
+    vectors = centres[random.integers(0, 40, count)] + 0.6 * random.normal(size=(count, size))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("engine", ["exact", "hnsw"])
+def test_nearest_neighbours_against_a_sort_of_all_cosines(precision: str, engine: str, tmp_path: Path) -> None:
+    if engine == "hnsw":
+        pytest.importorskip("faiss", reason='a graph comes with pip install ".[index]"')
+    vectors = unit(1500)
+    search = VectorSearch(vectors, precision, engine)
+    search.train()
+    query = unit(1, seed=0)[0]
+    rows, cosines = search.search(query, 10)
+    truth = np.argsort(-(vectors @ query), kind="stable")[:10]
+    np.testing.assert_allclose(cosines, (vectors @ query)[rows], atol=1e-6)
+    assert list(cosines) == sorted(cosines, reverse=True)
+    expected = 10 if (precision, engine) == ("float32", "exact") else 8
+    assert len(np.intersect1d(rows, truth)) >= expected
+    recall = search.recall()
+    assert recall == 100 if (precision, engine) == ("float32", "exact") else recall > 80
+    search.save(tmp_path)
+    again = VectorSearch(vectors, precision, engine)
+    again.load(tmp_path)
+    np.testing.assert_array_equal(again.search(query, 10)[0], rows)
+    few = np.array([5, 17, 1499])
+    assert set(search.search(query, 10, few)[0]) == set(few), "a filter's rows are scanned exactly"
+
+
+def test_codes_take_the_memory_they_promise() -> None:
+    vectors = unit(500, size=128)
+    sizes = {
+        precision: VectorSearch(vectors, precision, "exact").bytes / 500 for precision in ("float32", "int8", "binary")
+    }
+    assert sizes == {"float32": 512, "int8": 128, "binary": 16}
+
+
+def test_without_faiss_a_large_collection_is_scanned_and_a_graph_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr("modeling_tvrn.index.vectors.EXACT_UP_TO", 10)
+    with caplog.at_level(logging.WARNING):
+        assert VectorSearch(unit(20)).engine == "exact"
+    assert "pip install" in caplog.text
+    with pytest.raises(ImportError, match=r"pip install \"modeling-tvrn\[index\]\""):
+        VectorSearch(unit(20), engine="hnsw")
+
+
+# -- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def ids(hits: Hits) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+@pytest.mark.parametrize("precision", ["float32", "binary"])
+def test_saved_and_loaded_it_answers_the_same(processor: TVRNProcessor, tmp_path: Path, precision: str) -> None:
+    model = tiny_model()
+    index = build(model, processor, records(), precision=precision)
+    index.save(tmp_path / "copy")
+    loaded = ImageTextIndex.load(tmp_path / "copy", model, processor)
+    first, second = (each.search(text=CAPTIONS[0], shortlist_size=COUNT) for each in (index, loaded))
+    assert list(first) == list(second) and repr(loaded) == repr(index)
+    suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".parquet", ".json"}, "nothing that runs code when it is read"
+
+
+def test_another_model_is_refused_with_both_values(processor: TVRNProcessor, tmp_path: Path) -> None:
+    model = tiny_model()
+    build(model, processor, records(), tmp_path / "index")
+    other = tiny_model(attention_scale=5.0)
+    with pytest.raises(OtherModelError, match=r"config.attention_scale: stored 9.0, expected 5.0"):
+        ImageTextIndex.load(tmp_path / "index", other, processor)
+    with torch.no_grad():
+        model.pair.head.logit.bias.add_(1e-3)
+    with pytest.raises(OtherModelError, match="weights_sha256: stored '"):
+        ImageTextIndex.load(tmp_path / "index", model, processor)
+    with pytest.raises(FileNotFoundError, match="no finished index"):
+        ImageTextIndex.load(tmp_path / "elsewhere", model, processor)
+
+
+# -- a folder of photographs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing() -> tuple[TVRNModel, TVRNProcessor]:
+    """A tiny model with a tower that sees photographs, and its processor."""
+    from transformers import MobileNetV2Config, MobileNetV2Model
+    from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
+
+    size = {"height": 48, "width": 48}
+    config = MobileNetV2Config(depth_multiplier=0.1, image_size=48)
+    tower = MobileNetV2Model(config, add_pooling_layer=False)
+    image_processor = MobileNetV2ImageProcessorPil(size=size, do_center_crop=False)
+    processor = TVRNProcessor.from_captions(CAPTIONS, image_processor=image_processor)
+    channels = tower(torch.zeros(1, 3, 48, 48)).last_hidden_state.shape[1]
+    model = tiny_model(vision_config=config, region_feature_size=channels, vision_grid_size=2)
+    return model, processor
+
+
+def photographs(folder: Path, count: int = 9) -> Path:
+    (folder / "summer").mkdir(parents=True)
+    for number in range(count):
+        path = folder / ("summer" if number % 2 else ".") / f"{number}.png"
+        path.write_bytes(encoded(number))
+    return folder
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred bytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    data = zlib.compress(bytes(10_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_a_folder_with_bad_files_is_indexed_without_them_and_says_so(seeing: Any, tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "photos")
+    (folder / "cut.jpg").write_bytes(noise("JPEG")[:900])
+    (folder / "text.png").write_text("no picture")
+    (folder / "bomb.png").write_bytes(bomb())
+    (folder / "notes.txt").write_text("not looked at")
+    (folder / ".hidden.png").write_bytes(encoded(3))
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(encoded(4))
+    (folder / "link.png").symlink_to(outside)
+    index = build(*seeing, folder, tmp_path / "index")
+    assert len(index) == 9 and dict(index.report.skipped) == {"corrupt image": 2, "image over the pixel limit": 1}
+    assert "bomb.png" in str(index.report) and index.report.as_dict()["items"] == 9
+    hits = {hit.id: hit for hit in index.search(image=folder / "summer" / "3.png")}
+    itself = hits["summer/3.png"]
+    assert itself.cosine == pytest.approx(1, abs=1e-5) and Path(itself.path).samefile(folder / "summer" / "3.png")
+    assert {hit.metadata["folder"] for hit in index.search(text="a dog", where={"folder": "summer"})} == {"summer"}
+
+
+def test_only_what_is_new_or_changed_is_encoded_again(seeing: Any, tmp_path: Path) -> None:
+    folder, home = photographs(tmp_path / "photos"), tmp_path / "index"
+    build(*seeing, folder, home)
+    untouched = build(*seeing, folder, home).report
+    assert (untouched.encoded, untouched.reused, untouched.added, untouched.deleted) == (0, 9, 0, 0)
+    (folder / "new.png").write_bytes(encoded(11))
+    (folder / "0.png").write_bytes(noise("PNG"))
+    (folder / "2.png").unlink()
+    os.rename(folder / "4.png", folder / "moved.png")
+    os.utime(folder / "6.png", ns=(1, 1))  # touched, not changed
+    index = build(*seeing, folder, home)
+    report = index.report
+    assert (report.encoded, report.reused) == (2, 7), "a renamed and a touched file are known by their content"
+    assert (report.added, report.changed, report.deleted) == (2, 1, 2)
+    fresh = build(*seeing, folder)
+    assert list(index.search(text="two dogs", limit=20)) == list(fresh.search(text="two dogs", limit=20))
+
+
+def test_a_reader_keeps_the_index_it_opened(seeing: Any, tmp_path: Path) -> None:
+    """Two rebuilds remove the files of what a reader opened; its answers must not change."""
+    folder, home = photographs(tmp_path / "photos"), tmp_path / "index"
+    reader = build(*seeing, folder, home)
+    before = list(reader.search(text="two dogs", limit=20))
+    for number in range(3):
+        for path in folder.rglob("*.png"):
+            path.write_bytes(encoded(int(path.stem) + number + 1, "PNG", compress_level=number))
+        build(*seeing, folder, home)
+    assert list(reader.search(text="two dogs", limit=20)) == before
+    assert len(list((home / "versions").iterdir())) == 2, "old versions do not pile up"
+    assert list(ImageTextIndex.load(home, *seeing).search(text="two dogs", limit=20)) != before
+
+
+def test_a_build_that_fails_leaves_the_old_index_and_what_it_encoded(
+    seeing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, home = photographs(tmp_path / "photos"), tmp_path / "index"
+    old = build(*seeing, folder, home)
+    for number in range(20, 30):
+        (folder / f"{number}.png").write_bytes(encoded(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(building_module, "switch_to", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(*seeing, folder, home)
+    assert len(ImageTextIndex.load(home, *seeing)) == len(old) == 9
+    assert (report := build(*seeing, folder, home).report).encoded == 0 and report.items == 19
+
+
+def test_two_builders_at_once_and_a_folder_that_changes_meanwhile(seeing: Any, tmp_path: Path) -> None:
+    folder, home = photographs(tmp_path / "photos"), tmp_path / "index"
+    with building(home), pytest.raises(IndexBusyError, match=f"process {os.getpid()}"):
+        build(*seeing, folder, home)
+
+    class Vanishing:
+        """A folder source whose files go, and change, between the scan and the reading."""
+
+        def __init__(self) -> None:
+            from modeling_tvrn.index.sources import FolderSource
+
+            self.source = FolderSource(folder)
+            self.name, self.side = self.source.name, "images"
+
+        def __len__(self) -> int:
+            return len(self.source)
+
+        def __iter__(self) -> Any:
+            for item in self.source:
+                if item.id == "0.png":
+                    (folder / "0.png").unlink()
+                if item.id == "2.png":
+                    (folder / "2.png").write_bytes(encoded(7, "PNG", compress_level=1))
+                yield item
+
+    settings = building_module.BuildSettings(progress=False)
+    report = building_module.build_version(*seeing, Vanishing(), home, settings)
+    assert report.items == 8 and dict(report.skipped) == {"missing image": 1}
+    row = next(row for row in ImageTextIndex.load(home).backend.table.table.to_pylist() if row["id"] == "2.png")
+    assert row["size"] == (folder / "2.png").stat().st_size
+    assert build(*seeing, folder, home).report.encoded == 0
+
+
+def _build_slowly(folder: Path, home: Path, seeing: Any) -> None:
+    from modeling_tvrn.index import build as module
+
+    encode = module.encode
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return encode(*arguments)
+
+    module.encode = slowly
+    torch.set_num_threads(1)
+    build(*seeing, folder, home, segment_size=2, batch_size=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts its builder by forking")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_kill_9_loses_nothing_that_was_finished(seeing: Any, tmp_path: Path) -> None:
+    folder, home = photographs(tmp_path / "photos", 20), tmp_path / "index"
+    process = multiprocessing.get_context("fork").Process(target=_build_slowly, args=(folder, home, seeing))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list((home / "segments").glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was killed in the middle"
+    with pytest.raises(FileNotFoundError, match="no finished index"):
+        ImageTextIndex.load(home)
+    kept = len(list((home / "segments").glob("*.safetensors")))
+    report = build(*seeing, folder, home).report
+    assert report.items == 20 and report.reused == 2 * kept and report.encoded == 20 - 2 * kept
+
+
+def test_a_half_written_segment_is_encoded_again(processor: TVRNProcessor, tmp_path: Path) -> None:
+    model = tiny_model()
+    build(model, processor, records(), tmp_path)
+    broken = next((tmp_path / "segments").glob("*.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:-5])
+    report = build(model, processor, records(), tmp_path).report
+    assert report.encoded in (7, COUNT % 7) and report.reused == COUNT - report.encoded
+
+
+def test_it_is_imported_without_its_extras(run_python: Any) -> None:
+    code = (
+        "import sys, modeling_tvrn.index; print([n for n in ('faiss', 'qdrant_client', 'gradio') if n in sys.modules])"
+    )
+    assert run_python(code).strip() == "[]"
