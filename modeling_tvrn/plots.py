@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["new_figure", "plot_search_results", "plot_training_curve", "save_figure"]
+__all__ = ["new_figure", "plot_search_results", "plot_shortlist", "plot_training_curve", "save_figure"]
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 POSITIVE, OTHER = "#1a7f37", "#c3cad2"
@@ -145,6 +145,54 @@ def _draw_rsum(axes: Axes, steps: list[float], values: list[float], chance: floa
             fontsize=8, color=MUTED,
         )  # fmt: skip
     axes.set_ylim(0, max(values[best], chance or 0.0) * 1.12 + 1)
+
+
+def plot_shortlist(
+    points: Sequence[Mapping[str, float]],
+    path: str | Path,
+    *,
+    exhaustive: Mapping[str, float],
+    title: str = "Search and rerank",
+) -> Path:
+    """Draw recall and time of a two-stage search against its shortlist, beside exhaustive scoring.
+
+    Args:
+        points: one mapping a search, with `shortlist_size`, `rsum` (percent) and `seconds`.
+        path: the PNG to write; missing folders are made.
+        exhaustive: `rsum` and `seconds` of scoring every pair, drawn as dotted lines.
+        title: written above.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        ValueError: for no points, or one without those values.
+    """
+    for number, point in enumerate([*points, exhaustive]):
+        if missing := {"rsum", "seconds", *(["shortlist_size"] if number < len(points) else [])} - set(point):
+            raise ValueError(f"point {number} has no {sorted(missing)} (keys: {sorted(point)}); add them")
+    if not points:
+        raise ValueError("no points to draw; give the metrics of at least one shortlist_size")
+    points = sorted(points, key=lambda point: point["shortlist_size"])
+    sizes = [point["shortlist_size"] for point in points]
+    figure = new_figure(10.0, 3.6, title)
+    panels = (("rsum", "rSum (six recalls, of 600)", "rSum, percent"), ("seconds", "Time", "seconds"))
+    for axes, color, (key, heading, label) in zip(figure.subplots(1, 2), LINES, panels, strict=False):
+        _style(axes, heading, label)
+        axes.set_xlabel("shortlist size, candidates a query", color=MUTED, fontsize=9)
+        axes.plot(sizes, [point[key] for point in points], color=color, linewidth=2.0, marker="o", markersize=3.5)
+        axes.axhline(exhaustive[key], color=MUTED, linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f"every pair {exhaustive[key]:.1f}", (sizes[0], exhaustive[key]), textcoords="offset points",
+            xytext=(0, 4), ha="left", fontsize=8, color=MUTED,
+        )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(colors=MUTED, labelsize=8, which="both")
+    return save_figure(figure, path)
 
 
 def plot_search_results(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_tvrn.plots import plot_search_results, plot_training_curve
+from modeling_tvrn.plots import plot_search_results, plot_shortlist, plot_training_curve
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 10, "loss": 3.0, "matching_loss": 2.0, "learning_rate": 1e-3},
@@ -112,3 +112,17 @@ def test_matplotlib_loads_late_and_pyplot_never(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_shortlist_curves_show_every_search_and_what_exhaustive_scoring_takes(tmp_path: Path) -> None:
+    """Any order of the points draws the same picture; another value of exhaustive scoring moves its line."""
+    points = [{"shortlist_size": 2**n, "rsum": 100.0 + 20 * n, "seconds": 0.5 * 2**n} for n in range(5)]
+    exact = {"rsum": 181.0, "seconds": 40.0}
+    first = pixels(plot_shortlist(points, tmp_path / "new" / "a.png", exhaustive=exact))
+    again = pixels(plot_shortlist(points[::-1], tmp_path / "b.png", exhaustive=exact))
+    other = pixels(plot_shortlist(points, tmp_path / "c.png", exhaustive=exact | {"seconds": 400.0}))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    with pytest.raises(ValueError, match=r"point 1 has no \['seconds'\]"):
+        plot_shortlist([points[0], {"shortlist_size": 2, "rsum": 3.0}], tmp_path / "d.png", exhaustive=exact)
+    with pytest.raises(ValueError, match="no points to draw"):
+        plot_shortlist([], tmp_path / "d.png", exhaustive=exact)
