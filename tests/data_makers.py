@@ -75,3 +75,17 @@ def write_images(folder: Path, names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(encoded(number))
+
+
+def write_row_groups(path: Path, numbers: Sequence[int], group: int) -> None:
+    """A parquet file of images and captions, so many rows in a group; caption count differs from image to image."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {
+        "image": [{"bytes": encoded(number), "path": None} for number in numbers],
+        "caption": [captions(number, 1 + number % 3) for number in numbers],
+        "img_id": list(numbers),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=group)

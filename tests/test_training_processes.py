@@ -113,6 +113,51 @@ def test_dropout_leaves_out_the_same_in_both_passes_of_the_towers(data: Path, tm
     compared(found[1], found[0], 1e-9, 1e-9)
 
 
+def sharded(config: TrainingConfig, name: str) -> dict[str, Any]:
+    """Three steps of the objective with its weights sharded over the processes by FSDP; gradients and weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_default_dtype(torch.float64)
+    run = Training(config)  # with tower_batch_size it wraps nothing
+    objective, losses, tensors = run.objective, [], {}
+    if processes() > 1:
+        fully_shard(objective.model.pair)
+        fully_shard(objective)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    for _, batch in zip(range(3), run.loaders[0], strict=False):
+        optimizer.zero_grad()
+        output = objective(batch)
+        output["loss"].backward()
+        losses.append(output["loss"].item())
+        if not tensors:
+            named = objective.model.named_parameters()
+            tensors = {f"gradient/{key}": whole(value.grad) for key, value in named if value.grad is not None}
+        optimizer.step()
+    tensors |= {f"weight/{key}": whole(value.detach()) for key, value in objective.model.named_parameters()}
+    if run.accelerator.is_main_process:
+        save_file(tensors, f"{name}.safetensors")
+    kinds = {type(value).__name__ for value in objective.parameters()}
+    return {"losses": losses, "world": processes(), "kinds": sorted(kinds)}
+
+
+def whole(value: Any) -> Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+def test_weights_sharded_by_fsdp_learn_the_same(data: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "batch_size": 13, "tower_batch_size": 100, "model": {"dropout": 0.0, "similarity_head": "sgr"}}
+    keys["model"] |= {"image_dropout": 0.0, "text_dropout": 0.0}
+    runner, found = Processes(tmp_path), {}
+    for count in (1, 2, 3):
+        name = str(tmp_path / str(count))
+        results = runner.run(sharded, tiny_config(data, tmp_path / "run", **keys), name, count=count)
+        assert [result["world"] for result in results] == [count] * count
+        assert results[0]["kinds"] == (["Parameter"] if count == 1 else ["DTensor"])
+        found[count] = results[0], load_file(f"{name}.safetensors")
+    for count in (2, 3):
+        compared(found[count], found[1], 1e-9, 1e-9)
+
+
 # -- the parts -------------------------------------------------------------------------------------------
 
 

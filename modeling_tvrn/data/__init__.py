@@ -5,6 +5,7 @@ from .images import MAX_IMAGE_PIXELS, ImageError
 from .loading import PRESETS, load_pairs
 from .records import PairDataset, PairStream
 from .sampler import EpochShuffledSampler
+from .shuffled import RawItem, ShuffledStream, StreamItems
 from .skipped import SkipReport
 from .training_pairs import CaptionDataset, CaptionStream, PairCollator
 
@@ -18,7 +19,10 @@ __all__ = [
     "PairCollator",
     "PairDataset",
     "PairStream",
+    "RawItem",
+    "ShuffledStream",
     "SkipReport",
+    "StreamItems",
     "data_fingerprint",
     "load_pairs",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import SourceRow
-from .sources import Content, PairSource, joined
+from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits
 from .tables import TableOptions, TableSource, left_encoded
 
@@ -27,6 +27,18 @@ class HubSource(TableSource):
 
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         for row in self._numbered(self.dataset):
+            yield row, partial(self._content, row.values)
+
+    def shards(self) -> list[Shard]:
+        count = int(getattr(self.dataset, "num_shards", 1))
+        if count < 2:
+            return super().shards()
+        names = [f"{self.name}, {self.split or 'all'}, shard {number} of {count}" for number in range(count)]
+        return [Shard(name, partial(self._shard_stream, number, count)) for number, name in enumerate(names)]
+
+    def _shard_stream(self, number: int, count: int) -> Rows:
+        part = self.dataset.shard(num_shards=count, index=number)
+        for row in self._numbered(part, shard=f"{number:05d}-"):
             yield row, partial(self._content, row.values)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import SourceRow
-from .sources import Content, PairSource, joined
+from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
 from .tables import TableOptions, TableSource, left_encoded
 
@@ -43,14 +43,35 @@ class ParquetSource(TableSource):
         for row in self._numbered(self._file_rows()):
             yield row, partial(self._content, row.values)
 
+    def shards(self) -> list[Shard]:
+        """Row groups: a file is often written as several, of some hundred rows each."""
+        import pyarrow.parquet
+
+        found, start = [], 0
+        for path in self.files:
+            metadata = pyarrow.parquet.read_metadata(path)
+            for group in range(metadata.num_row_groups):
+                found.append(Shard(f"{path}, row group {group}", partial(self._group_stream, path, group, start)))
+                start += metadata.row_group(group).num_rows
+        return found
+
+    def _group_stream(self, path: Path, group: int, start: int) -> Rows:
+        for row in self._numbered(self._rows_of(path, [group]), start):
+            yield row, partial(self._content, row.values)
+
     def _file_rows(self) -> Iterator[Mapping[str, Any]]:
+        for path in self.files:
+            yield from self._rows_of(path, None)
+
+    def _rows_of(self, path: Path, groups: list[int] | None) -> Iterator[Mapping[str, Any]]:
+        """Rows of some row groups of a file, or of all of them."""
         import pyarrow.parquet
 
         columns = list(dict.fromkeys([*self._text_columns, *self._content_columns]))
-        for path in self.files:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
-                    yield from batch.to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=_BATCH, row_groups=groups, columns=columns, use_threads=False)
+            for batch in batches:
+                yield from batch.to_pylist()
 
 
 def open_parquet(

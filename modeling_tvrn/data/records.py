@@ -14,9 +14,9 @@ import torch.utils.data
 from tqdm.auto import tqdm
 
 from .images import MAX_IMAGE_PIXELS, Check, ImageError
-from .schema import ItemId, Pair, read_pair
+from .schema import ItemId, Pair, SourceRow, read_pair
 from .skipped import SkipReport
-from .sources import PairSource, check_content, decode_content
+from .sources import Content, PairSource, Shard, check_content, decode_content
 from .splits import SplitChoice
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,23 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         self._source = source
         self._choice = choice
         self._max_pixels = max_pixels
+
+    def shards(self) -> list[Shard]:
+        """The parts of the source that can be read alone."""
+        return self._source.shards()
+
+    def pair(self, row: SourceRow) -> Pair | None:
+        """A row's captions and names; None where it has none that are wanted, which is counted in `skipped`."""
+        pair = read_pair(self._source.layout, row, self.skipped)
+        return pair if pair is not None and _is_wanted(pair, self._choice, set()) else None
+
+    def decode(self, content: Content, pair: Pair) -> Record:
+        """A record of a row's content and pair.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+        """
+        return _record(decode_content(content, self._max_pixels), pair)
 
     def __iter__(self) -> Iterator[Record]:
         self.skipped.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,22 @@ from .skipped import BAD_REGIONS
 
 # {"image": encoded image} or {"region_features": ..., "region_boxes": ...}, and columns kept at the user's wish
 Content = dict[str, Any]
+
+
+Rows = Iterator[tuple[SourceRow, Callable[[], Content]]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source that can be read alone.
+
+    Attributes:
+        name: what to call it in messages.
+        open: its rows from front to back, as `PairSource.stream` gives those of all shards.
+    """
+
+    name: str
+    open: Callable[[], Rows]
 
 
 class PairSource(ABC):
@@ -44,6 +61,10 @@ class PairSource(ABC):
         for number, row in enumerate(self.rows()):
             yield row, partial(self.content, number)
 
+    def shards(self) -> list[Shard]:
+        """The parts that can be streamed apart from one another; together they hold every row once."""
+        return [Shard(self.name, self.stream)]
+
     def __len__(self) -> int:
         return sum(1 for _ in self.rows())
 
@@ -70,6 +91,9 @@ class JoinedSource(PairSource):
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         for part in self.parts:
             yield from part.stream()
+
+    def shards(self) -> list[Shard]:
+        return [shard for part in self.parts for shard in part.shards()]
 
 
 def joined(name: str, parts: Sequence[PairSource]) -> PairSource:

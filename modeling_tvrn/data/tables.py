@@ -106,12 +106,12 @@ class TableSource(PairSource):
             names.append(self.layout.image)
         return list(dict.fromkeys(names))
 
-    def _numbered(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[SourceRow]:
-        for number, values in enumerate(rows):
+    def _numbered(self, rows: Iterable[Mapping[str, Any]], start: int = 0, shard: str = "") -> Iterator[SourceRow]:
+        for number, values in enumerate(rows, start):
             if self.split_of is not None:
                 found = self.split_of.get(str(values[self.layout.filename or ""]), _UNLISTED)
                 values = {**values, _SPLIT_OF_FILE: found}
-            yield SourceRow(values, self.split, f"{self.split or EVERY_SPLIT}/{number:06d}")
+            yield SourceRow(values, self.split, f"{self.split or EVERY_SPLIT}/{shard}{number:06d}")
 
     def _content(self, values: Mapping[str, Any]) -> Content:
         content: Content = {name: values[name] for name in self.extra_columns}

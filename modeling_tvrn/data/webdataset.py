@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import IMAGE_COLUMNS, SourceRow, detect_layout
-from .sources import Content, PairSource, joined
+from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -30,12 +30,12 @@ class TarSource(PairSource):
     ) -> None:
         self.name = name
         self.split = split
-        self.shards = list(shards)
-        first = list(itertools.islice(self._samples(self.shards[0]), _SEEN_SAMPLES))
+        self._tars = list(shards)
+        first = list(itertools.islice(self._samples(self._tars[0]), _SEEN_SAMPLES))
         if not first:
-            raise ValueError(f"{self.shards[0]} holds no samples; expected members such as 0001.jpg and 0001.txt")
+            raise ValueError(f"{self._tars[0]} holds no samples; expected members such as 0001.jpg and 0001.txt")
         seen = dict.fromkeys(name for _, values in first for name in values if name != "json")
-        self.layout = detect_layout(seen, columns, str(self.shards[0]))
+        self.layout = detect_layout(seen, columns, str(self._tars[0]))
         self._image_names = tuple(dict.fromkeys((self.layout.image or "jpg", *IMAGE_COLUMNS)))
 
     def __len__(self) -> int:
@@ -49,22 +49,28 @@ class TarSource(PairSource):
         if place is None:
             return {"image": None}
         shard, start, size = place
-        with open(self.shards[shard], "rb") as file:  # opened anew: safe in forked workers and threads
+        with open(self._tars[shard], "rb") as file:  # opened anew: safe in forked workers and threads
             file.seek(start)
             return {"image": file.read(size)}
 
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
-        for shard in self.shards:
-            for key, values in self._samples(shard):
-                yield self._row(shard, key, values), partial(dict, image=self._image_of(values))
+        for shard in self._tars:
+            yield from self._shard_stream(shard)
+
+    def shards(self) -> list[Shard]:
+        return [Shard(str(shard), partial(self._shard_stream, shard)) for shard in self._tars]
+
+    def _shard_stream(self, shard: Path) -> Rows:
+        for key, values in self._samples(shard):
+            yield self._row(shard, key, values), partial(dict, image=self._image_of(values))
 
     @cached_property
     def _index(self) -> list[tuple[SourceRow, tuple[int, int, int] | None]]:
         """Every row's texts, and its image's place: number of the shard, first byte, size."""
-        return [entry for number in range(len(self.shards)) for entry in self._indexed(number)]
+        return [entry for number in range(len(self._tars)) for entry in self._indexed(number)]
 
     def _indexed(self, number: int) -> list[tuple[SourceRow, tuple[int, int, int] | None]]:
-        shard = self.shards[number]
+        shard = self._tars[number]
         if shard.suffix != ".tar":
             raise ValueError(
                 f"{shard} is compressed, so its rows cannot be read by number; unpack it, or streaming=True"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.utils.data import Dataset, Sampler
 if TYPE_CHECKING:
     from ..data import CaptionDataset, PairCollator
     from .config import TrainingConfig
+    from .streams import StreamBatches
 
-__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "phases"]
+__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "Stage", "phases"]
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -137,19 +139,27 @@ class ShareCollator:
         return {**batch, "stand_in": True} if items[0].get("stand_in") else batch
 
 
+class Stage(StrEnum):
+    """How much of the pair score a step computes and trains: each stage holds the ones before it."""
+
+    EMBEDDINGS = "embeddings"
+    TOKENS = "tokens"
+    EVIDENCE = "evidence"
+
+
 @dataclass
 class Phase:
     """A stretch of training with its own warm-up and decay of the rates.
 
     Attributes:
-        with_pairs: whether pairs are scored, or the embeddings trained alone.
+        stage: what its steps train.
         rate: what the configured learning rate is multiplied by.
         accumulation: batches an optimizer step.
     """
 
-    batches: CaptionBatches
+    batches: CaptionBatches | StreamBatches
     epochs: int
-    with_pairs: bool
+    stage: Stage
     rate: float = 1.0
     accumulation: int = 1
 
@@ -160,14 +170,18 @@ class Phase:
 
 
 def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
-    """The head start, where the configuration has one, and the epochs in which pairs are scored."""
+    """The head start and the tokens' epochs, where the configuration has them, and those in which pairs are scored."""
 
-    def phase(epochs: int, batch_size: int, with_pairs: bool, rate: float = 1.0) -> Phase:
-        batches = CaptionBatches(image_rows, batch_size, config.batch_captions_per_image, config.seed)
-        return Phase(batches, epochs, with_pairs, rate, config.gradient_accumulation_steps)
+    def phase(stage: Stage, epochs: int, batch_size: int | None, learning_rate: float | None) -> Phase:
+        size, rate = batch_size or config.batch_size, (learning_rate or config.learning_rate) / config.learning_rate
+        batches = CaptionBatches(image_rows, size, config.batch_captions_per_image, config.seed)
+        return Phase(batches, epochs, stage, rate, config.gradient_accumulation_steps)
 
-    main = phase(config.epochs, config.batch_size, True)
-    if not config.head_start_epochs:
-        return [main]
-    rate = (config.head_start_learning_rate or config.learning_rate) / config.learning_rate
-    return [phase(config.head_start_epochs, config.head_start_batch_size or config.batch_size, False, rate), main]
+    # Without epochs of their own the tokens learn in the head start.
+    first = Stage.EMBEDDINGS if config.token_epochs or not config.use_token_similarity else Stage.TOKENS
+    all_phases = [
+        phase(first, config.head_start_epochs, config.head_start_batch_size, config.head_start_learning_rate),
+        phase(Stage.TOKENS, config.token_epochs, config.token_batch_size, config.token_learning_rate),
+        phase(Stage.EVIDENCE, config.epochs, None, None),
+    ]
+    return [each for each in all_phases if each.epochs]

@@ -13,6 +13,7 @@ from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
 from ..teachers import RegionCache, region_fingerprint, with_regions
 from ..towers_tvrn import build_tower, region_feature_size
+from .lora import add_adapters
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -23,7 +24,10 @@ __all__ = ["build_model", "build_processor", "load_records", "with_cached_region
 
 
 def load_records(config: TrainingConfig, split: str) -> Any:
-    """The map-style records of one split, with their pictures or region features."""
+    """The records of one split, with pictures or region features; the training split may be a stream."""
+    if config.streaming and split == config.train_split:
+        logger.info("%s, split %s: read as a stream", config.data, split)
+        return load_pairs(config.data, split=split, streaming=True, **config.data_options)
     records = load_pairs(config.data, split=split, **config.data_options)
     if split == config.train_split and config.max_train_images is not None:
         records = records.select(range(min(config.max_train_images, len(records))))
@@ -94,6 +98,8 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
     model = TVRNModel.from_backbones(config.vision, config.text, **fields)
+    if config.vision_lora_rank is not None or config.text_lora_rank is not None:
+        logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -110,7 +116,7 @@ def _region_feature_size(fields: dict[str, Any], train_records: Any) -> int:
     if vision_config is not None:
         tower_class = CONFIG_MAPPING[vision_config["model_type"]]
         return region_feature_size(build_tower(tower_class.from_dict(dict(vision_config))))
-    record = train_records[0]
+    record = next(iter(train_records))
     if "region_features" not in record:
         raise ValueError(
             "the data holds pictures but there is no vision tower; name one with vision=… (Hub id or path) or "

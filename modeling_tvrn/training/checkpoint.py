@@ -10,6 +10,7 @@ from typing import Any
 
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
+from .lora import merged_state
 from .snapshots import WRITING_FAILED, flush_folder
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
     aside = target / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=merged_state(model))
     processor.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
         with path.open("rb+") as file:
@@ -39,14 +40,19 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
 class BestModel:
     """Keeps in a folder the model with the highest validation rSum.
 
+    Args:
+        folder: the model's.
+        writes: whether this is the process that saves; the others only keep the books.
+
     Attributes:
         step: the optimizer step of the model that is kept, 0 before there is one.
         rsum: its validation rSum; None before there is one.
         report: its evaluation; None before there is one, and where an earlier process made it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], writes: bool = True) -> None:
         self.folder = Path(folder)
+        self.writes = writes
         self.step = 0
         self.rsum: float | None = None
         self.report: EvaluationReport | None = None
@@ -61,7 +67,8 @@ class BestModel:
         if self.rsum is not None and report.metrics.rsum <= self.rsum:
             return False
         try:
-            save_model(self.folder, model, processor)
+            if self.writes:
+                save_model(self.folder, model, processor)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             logger.error(

@@ -43,6 +43,16 @@ class TrainingConfig:
     train_split: str = _key("train", "data", "name of the split that is trained on")
     validation_split: str = _key("validation", "data", "name of the split that chooses the best checkpoint")
     max_train_images: int | None = _key(None, "data", "train on the first N images only (null: all)", minimum=1)
+    streaming: bool = _key(
+        False,
+        "data",
+        "read the training split as it comes, shard by shard, in an order that resumes exactly; needs max_steps, "
+        "which then is one epoch, and a pretrained text tower",
+    )
+    stream_shards_at_once: int = _key(4, "data", "streaming: shards (files, row groups) read side by side", minimum=1)
+    stream_rows_at_once: int = _key(
+        1024, "data", "streaming: images whose captions are shuffled together, encoded in memory", minimum=1
+    )
     regions: str | None = _key(
         None, "data", "folder of a region cache read instead of the pictures; {split} in it becomes the split's name"
     )
@@ -61,6 +71,22 @@ class TrainingConfig:
         False, "towers", "run a frozen text tower once a caption and keep its token outputs in memory, half precision"
     )
     gradient_checkpointing: bool = _key(False, "towers", "recompute the towers' activations backwards to save memory")
+    vision_lora_rank: int | None = _key(
+        None,
+        "towers",
+        "low-rank adapters in the vision tower, by peft, in place of fine-tuning it (null: none)",
+        minimum=1,
+    )
+    text_lora_rank: int | None = _key(
+        None,
+        "towers",
+        "low-rank adapters in the text tower, by peft, in place of fine-tuning it (null: none)",
+        minimum=1,
+    )
+    lora_alpha: int | None = _key(
+        None, "towers", "scale of the adapters, over the rank (null: twice the rank)", minimum=1
+    )
+    lora_targets: list[str] = _key([], "towers", "last names of the layers that get adapters (none: all linear ones)")
     tower_batch_size: int | None = _key(
         None,
         "towers",
@@ -91,8 +117,23 @@ class TrainingConfig:
         "highest rate of the head start, which has its own warm-up and decay (null: learning_rate)",
         above=0.0,
     )
+    token_epochs: int = _key(
+        0,
+        "schedule",
+        "epochs after the head start that train the token similarity, without the evidence, whose pairs are dear",
+        minimum=0,
+    )
+    token_batch_size: int | None = _key(
+        None, "schedule", "captions a batch of the tokens' epochs (null: batch_size)", minimum=2
+    )
+    token_learning_rate: float | None = _key(
+        None,
+        "schedule",
+        "highest rate of the tokens' epochs, which have their own warm-up and decay (null: learning_rate)",
+        above=0.0,
+    )
     keep_head_start: bool = _key(
-        False, "schedule", "after the head start leave the embeddings as they are and train the pair score alone"
+        False, "schedule", "after its own epochs leave the embeddings as they are, and the tokens after theirs"
     )
 
     learning_rate: float = _key(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
@@ -210,8 +251,22 @@ class TrainingConfig:
                 f"batch_captions_per_image = {self.batch_captions_per_image} leaves a batch of batch_size = "
                 f"{self.batch_size} with one image and no negatives; use at most {self.batch_size // 2}"
             )
+        if self.streaming:
+            self._check_streaming()
+        for side in ("vision", "text"):
+            rank = getattr(self, f"{side}_lora_rank")
+            if rank is not None and self.model.get(f"freeze_{side}", False):
+                raise ValueError(
+                    f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
+                    f"model.freeze_{side}=false (the tower's own weights stay as they are)"
+                )
         if self.scheduler == "step" and not self.decay_epochs:
             raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
+        if self.token_epochs and not self.use_token_similarity:
+            raise ValueError(
+                f"token_epochs = {self.token_epochs} but model.use_token_similarity = False: nothing would be trained "
+                "in them; set token_epochs=0"
+            )
         if self.keep_head_start and not self.head_start_epochs:
             raise ValueError(
                 "keep_head_start = True needs head_start_epochs of at least 1, got 0: the embeddings would stay as "
@@ -239,6 +294,33 @@ class TrainingConfig:
                 "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
                 "name one with text=…, or drop cache_text_features"
             )
+
+    def _check_streaming(self) -> None:
+        """Refuse what needs to know the whole training split beforehand."""
+        if self.max_steps is None:
+            raise ValueError("streaming = True needs max_steps, got None: the length of a stream is not known")
+        wholes = {
+            "head_start_epochs": 0, "token_epochs": 0, "max_train_images": None, "regions": None,
+            "cache_text_features": False, "batch_captions_per_image": 1, "cusa": False,
+        }  # fmt: skip
+        for name, needed in wholes.items():
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"streaming = True and {name} = {getattr(self, name)!r}, which needs the whole training split; "
+                    f"set {name}={_shown(needed)}, or streaming=false"
+                )
+        if self.text is None and self.model.get("text_config") is None:
+            raise ValueError(
+                "streaming = True needs a text tower, got text = None: a vocabulary from scratch needs all captions; "
+                "name one with text=…"
+            )
+        if self.scheduler == "step":
+            raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
+
+    @property
+    def use_token_similarity(self) -> bool:
+        """Whether the model that this trains has one."""
+        return bool(self.model.get("use_token_similarity", True))
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> TrainingConfig:
@@ -283,3 +365,8 @@ def check_cusa(settings: Any) -> None:
             f"cusa_student_temperature = {settings.cusa_student_temperature} is outside its bounds, "
             f"{settings.cusa_lowest_temperature} (cusa_lowest_temperature) to 0.99"
         )
+
+
+def _shown(value: Any) -> str:
+    """As YAML writes it."""
+    return "null" if value is None else str(value).lower()

@@ -23,8 +23,8 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import CaptionDataset, PairCollator
-from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
+from ..data import CaptionDataset, PairCollator, StreamItems
+from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, Stage, phases
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
@@ -37,6 +37,7 @@ from .output import write_results
 from .progress import Progress
 from .snapshots import Snapshots
 from .state import capture, data_hash, resume
+from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
 from .text_cache import CachedTextProcessor
 from .validation import Validation, flat_recalls, summary
 from .watch import TrainingStopped, Watch
@@ -64,10 +65,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     """
     run = Training(config)
     run.fit()
-    result = write_results(run) if run.accelerator.is_main_process else None
-    result = dict(broadcast_json(result, run.accelerator.device)) if run.accelerator.num_processes > 1 else result
+    result = write_results(run)
+    if run.accelerator.num_processes > 1:
+        result = broadcast_json(result, run.accelerator.device)
     run.accelerator.end_training()
-    return dict(result or {})
+    return result
 
 
 class Training:
@@ -93,8 +95,7 @@ class Training:
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
         self._read_caches()
-        self.captions = CaptionDataset(self.train_records)
-        self.phases = phases(config, self.captions.image_rows.tolist())
+        self._open_captions()
         self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
         self.step, self.epoch, self.epoch_step = 0, 0, 0
         self.phase_number, self.phase_epoch, self.phase_step = 0, 0, 0
@@ -102,8 +103,8 @@ class Training:
         self._prepare()
         self.gradient_norm: Tensor | None = None
         self.validation = Validation(config, self.validation_records, self.input_processor)
-        self.best = BestModel(config.output_dir)
-        self.watch = Watch(self.train_records.image_ids)
+        self.best = BestModel(config.output_dir, self.accelerator.is_main_process)
+        self.watch = Watch(self.image_names)
         self.progress = Progress(self.accelerator, self.total_steps, config.logging_steps)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
         self.interrupt = Interrupt(self.accelerator.device)
@@ -139,6 +140,18 @@ class Training:
                     self.model.eval(), self.processor, (caption for captions in everything for caption in captions)
                 )
 
+    def _open_captions(self) -> None:
+        """What a batch is made of: items of a caption data set, or of a stream."""
+        self.captions: Any
+        self.image_names: Any = ImageNames()
+        if self.config.streaming:
+            self.captions = StreamItems(self.train_records)
+            self.phases = stream_phases(self.config, self.train_records, self.accelerator)
+            return
+        self.captions = CaptionDataset(self.train_records)
+        self.phases = phases(self.config, self.captions.image_rows.tolist())
+        self.image_names = self.train_records.image_ids
+
     def _prepare(self) -> None:
         config = self.config
         self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
@@ -154,12 +167,20 @@ class Training:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.loaders = [self._loader(phase.batches) for phase in self.phases]
 
-    def _loader(self, batches: CaptionBatches) -> DataLoader[Any]:
+    def _loader(self, batches: CaptionBatches | StreamBatches) -> DataLoader[Any]:
         workers, accelerator = self.config.num_workers, self.accelerator
+        items: Any
+        own: Any
+        collator: Any
+        if isinstance(batches, StreamBatches):
+            items, own, collator = self.captions, batches, StreamCollator(self.collator)
+        else:
+            items, collator = ShareItems(self.captions), ShareCollator(self.collator)
+            own = Shares(batches, accelerator.process_index, accelerator.num_processes)
         return DataLoader(
-            ShareItems(self.captions),
-            batch_sampler=Shares(batches, accelerator.process_index, accelerator.num_processes),
-            collate_fn=ShareCollator(self.collator),
+            items,
+            batch_sampler=own,
+            collate_fn=collator,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=accelerator.device.type == "cuda",
@@ -201,8 +222,8 @@ class Training:
     def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
         self._set_rates(phase)
-        if phase.with_pairs and self.config.keep_head_start:
-            self.model.freeze_coarse()
+        if self.config.keep_head_start and phase is not self.phases[0]:
+            self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE)
         last = phase is self.phases[-1]
         while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
             self._run_epoch(phase, loader)
@@ -219,7 +240,7 @@ class Training:
         for number, batch in enumerate(self._timed(loader), start):
             size = min(group, last + 1 - number // group * group)
             complete = (number + 1) % group == 0 or number == last
-            self._run_batch(batch, phase.with_pairs, size, complete)
+            self._run_batch(batch, phase.stage, size, complete)
             if complete:
                 self._finish_step(phase)
                 if self.step == self.total_steps:
@@ -228,16 +249,39 @@ class Training:
     def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches on the device, counting the time that the loop waits for them."""
         asked = time.perf_counter()
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            with self._named_shards():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if "image_names" in batch:
+                self.image_names.add(batch["image_ids"], batch.pop("image_names"))
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
 
-    def _run_batch(self, batch: dict[str, Any], with_pairs: bool, group: int = 1, complete: bool = True) -> None:
+    @contextlib.contextmanager
+    def _named_shards(self) -> Iterator[None]:
+        """Say the step and the shards where a process that loads data dies."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            batches = self.phases[self.phase_number].batches
+            shards = batches.shards_in_work() if isinstance(batches, StreamBatches) else []
+            raise TrainingStopped(
+                f"{error} While loading the batches after step {self.step}"
+                f"{', of ' if shards else ''}{'; '.join(shards)}. Often its memory ran out: lower num_workers, or "
+                "read with num_workers=0 to see the error itself"
+            ) from error
+
+    def _run_batch(self, batch: dict[str, Any], stage: Stage, group: int = 1, complete: bool = True) -> None:
         """Forward, backward and, where the step's group of batches is complete, the optimizer's step."""
         with self._named_batch(batch):
-            output = self._forward_backward(batch, with_pairs, group, complete)
+            output = self._forward_backward(batch, stage, group, complete)
         self.gradient_norm = self._update() if complete else None
         loss, parts, images = output["loss"].detach(), output["parts"], output["image_ids"]
         # fp16's scaler skips steps with infinite gradients by itself
@@ -245,7 +289,7 @@ class Training:
         self.watch.see(self.step + 1, images, loss, parts, seen_norm, output["logits"])
         self.progress.batch(loss, parts, len(images), len(output["text_image_ids"]))
 
-    def _forward_backward(self, batch: dict[str, Any], with_pairs: bool, group: int, complete: bool) -> dict[str, Any]:
+    def _forward_backward(self, batch: dict[str, Any], stage: Stage, group: int, complete: bool) -> dict[str, Any]:
         """Add the gradients of one batch of a step's group; after the last one they are those of all processes."""
 
         def backward(loss: Tensor) -> None:
@@ -254,12 +298,12 @@ class Training:
         size = self.config.tower_batch_size
         if size is not None:
             with self.accelerator.autocast():
-                output: dict[str, Any] = self.objective.cached_backward(batch, size, backward, with_pairs)
+                output: dict[str, Any] = self.objective.cached_backward(batch, size, backward, stage)
             if complete:
                 average_gradients([weight for weight in self.objective.parameters() if weight.requires_grad])
             return output
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.objective):
-            output = self.objective(batch, with_pairs=with_pairs)
+            output = self.objective(batch, stage=stage)
             backward(output["loss"])
         return output
 
@@ -295,10 +339,10 @@ class Training:
             values["gradient_norm"] = self.gradient_norm
         self.progress.step(self.step, self.epoch + self.epoch_step / phase.steps_per_epoch, **values)
         self._set_rates(phase)
-        ended = self.epoch_step == phase.steps_per_epoch
+        ended, evaluated = self.epoch_step == phase.steps_per_epoch, phase.stage is Stage.EVIDENCE
         if ended:
             self.epoch, self.epoch_step, self.phase_epoch = self.epoch + 1, 0, self.phase_epoch + 1
-        if self._is_due(ended and phase.with_pairs, self.config.evaluation_steps if phase.with_pairs else None):
+        if self._is_due(ended and evaluated, self.config.evaluation_steps if evaluated else None):
             self._evaluate()
         saved = self._is_due(ended, self.config.save_steps) and self._save()
         if self.interrupt.agreed() and self.step < self.total_steps:
@@ -346,10 +390,8 @@ class Training:
             group["lr"] = rate * factor
 
     def _evaluate(self) -> None:
-        """Validate, and keep the model if it is the best so far; the main process does it for all."""
+        """Validate, all processes together, and keep the model if it is the best so far."""
         self.watch.check()
-        if not self.accelerator.is_main_process:
-            return
         started = time.perf_counter()
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             # the random state comes back: how often a run is evaluated does not change what it learns

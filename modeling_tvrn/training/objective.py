@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..encoded_tvrn import EncodedItems
 from ..losses import contrastive_loss, matching_loss_floor
+from .batches import Stage
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
 from .exchange import gather_items, gather_rows
 
@@ -83,25 +84,20 @@ class Objective(nn.Module):
         self.word_dropout = word_dropout
         self.region_dropout = region_dropout
 
-    def forward(self, batch: dict[str, Any], with_pairs: bool = True) -> dict[str, Any]:
+    def forward(self, batch: dict[str, Any], stage: Stage = Stage.EVIDENCE) -> dict[str, Any]:
         """Loss, its parts and, where pairs are scored, the logits.
 
         Args:
             batch: the model's inputs with `image_ids` and `text_image_ids`, as the collator makes them.
-            with_pairs: False trains the coarse terms alone, embeddings and tokens, by their contrastive losses.
+            stage: how much of the pair score is computed, and so trained.
 
         Returns:
             `loss` scalar; `parts` name -> detached scalar, the matching loss above its floor; `logits` (I, T) or
             None; `image_ids (I,)` and `text_image_ids (T,)`; all of the global batch.
         """
         sides = Sides.of(batch)
-        whole = self._needs_fragments(with_pairs)
-        return self.score(
-            self.encode_images(sides.images, whole), self.encode_texts(sides.texts, whole), sides, with_pairs
-        )
-
-    def _needs_fragments(self, with_pairs: bool) -> bool:
-        return with_pairs or bool(self.model.config.use_token_similarity)
+        whole = stage is not Stage.EMBEDDINGS
+        return self.score(self.encode_images(sides.images, whole), self.encode_texts(sides.texts, whole), sides, stage)
 
     def encode_images(self, inputs: dict[str, Tensor], whole: bool = True) -> EncodedItems:
         """The image side without the regions that this step leaves out; of the embeddings alone unless `whole`."""
@@ -120,15 +116,15 @@ class Objective(nn.Module):
             inputs["word_mask"] = drop_valid(inputs["word_mask"], self.word_dropout)
         return self.model.encode_texts(**inputs) if whole else Summaries(self.model.embed_texts(**inputs))
 
-    def score(self, images: Any, texts: Any, sides: Sides, with_pairs: bool) -> dict[str, Any]:
+    def score(self, images: Any, texts: Any, sides: Sides, stage: Stage) -> dict[str, Any]:
         """The loss of the global batch from this process's encoded share; returns what `forward` does."""
         own = slice(0, 0) if sides.stand_in else slice(None)
         ids = gather_rows(sides.image_ids[own]), gather_rows(sides.text_image_ids[own])
         embeds = gather_rows(images.embeds[own]), gather_rows(texts.embeds[own])
         model, logits = self.model, None
         terms: dict[str, Tensor] = {}
-        if self._needs_fragments(with_pairs):
-            terms = model.match_terms(images, gather_items(texts.select(own)), with_evidence=with_pairs)
+        if stage is not Stage.EMBEDDINGS:
+            terms = model.match_terms(images, gather_items(texts.select(own)), with_evidence=stage is Stage.EVIDENCE)
             terms = {name: gather_rows(term[own]) for name, term in terms.items()}
             logits = torch.stack([term.detach() for term in terms.values()]).sum(dim=0)
             loss, parts = model._loss(terms, *embeds, *ids)
@@ -147,7 +143,7 @@ class Objective(nn.Module):
     # -- bounded memory -------------------------------------------------------------------------------------------
 
     def cached_backward(
-        self, batch: dict[str, Any], size: int, backward: Callable[[Tensor], None], with_pairs: bool = True
+        self, batch: dict[str, Any], size: int, backward: Callable[[Tensor], None], stage: Stage = Stage.EVIDENCE
     ) -> dict[str, Any]:
         """Forward and backward with the towers running over `size` items at a time, twice.
 
@@ -157,17 +153,17 @@ class Objective(nn.Module):
         batch. The gradients are those of `forward`, on each process its own part: they have to be averaged afterwards.
 
         Args:
-            batch, with_pairs: as in `forward`.
+            batch, stage: as in `forward`.
             size: items a pass of the towers, images and captions alike.
             backward: called with the loss, such as `accelerator.backward`.
 
         Returns:
             As `forward`.
         """
-        sides, whole = Sides.of(batch), self._needs_fragments(with_pairs)
+        sides, whole = Sides.of(batch), stage is not Stage.EMBEDDINGS
         images = _Cached(lambda inputs: self.encode_images(inputs, whole), sides.images, size)
         texts = _Cached(lambda inputs: self.encode_texts(inputs, whole), sides.texts, size)
-        output = self.score(images.items, texts.items, sides, with_pairs)
+        output = self.score(images.items, texts.items, sides, stage)
         backward(output["loss"])
         images.backward()
         texts.backward()

@@ -50,9 +50,7 @@ def make_optimizer(
     groups = parameter_groups(model, config)
     if temperatures is not None:
         learned = [parameter for parameter in temperatures.parameters() if parameter.requires_grad]
-        groups.append(
-            {"name": "temperatures", "params": learned, "lr": config.learning_rate, "weight_decay": 0.0}
-        )
+        groups.append({"name": "temperatures", "params": learned, "lr": config.learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),

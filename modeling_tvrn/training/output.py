@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data import PairStream
 from ..evaluation import EvaluationReport
 from ..evaluation.encoding import encode_images
 from ..hub import write_run_card
@@ -32,12 +33,17 @@ TOKENIZED_AT_ONCE = 4096
 def write_results(run: Training) -> dict[str, Any]:
     """Measure the model that was kept and write everything that goes beside it.
 
+    Every process calls it: they share the scoring, and the main one writes.
+
     Returns:
-        The content of results.json, and `table`, the recalls as Markdown.
+        The content of results.json, and `table`, the recalls as Markdown; empty in the other processes.
     """
     config, folder = run.config, Path(run.config.output_dir)
+    run.accelerator.wait_for_everyone()
     model = run.best.load().to(run.accelerator.device)
     report = final_report(run, model)
+    if not run.accelerator.is_main_process:
+        return {}
     results = collect_results(run, model, report)
     table = recall_table(report.systems(), f"{config.validation_split}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -86,6 +92,8 @@ def collect_results(run: Training, model: Any, report: EvaluationReport) -> dict
 
 def describe_records(records: Any, processor: Any) -> dict[str, Any]:
     """Sizes of one split, what was left out of it, and how many captions are longer than the limit."""
+    if isinstance(records, PairStream):  # whose sizes nobody knows; what was skipped, the workers have said
+        return {"streamed": True, "skipped": dict(records.skipped)}
     captions = [caption for captions in records.captions for caption in captions]
     limit, cut = processor.max_text_length, 0
     for start in range(0, len(captions), TOKENIZED_AT_ONCE):

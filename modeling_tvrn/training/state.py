@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data import PairStream
 from ..evaluation.provenance import versions
 from .exchange import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
 from .snapshots import Snapshot, read_snapshot
+from .streams import StreamBatches, gather_positions
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -60,6 +62,9 @@ def capture(run: Training) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         "progress": run.progress.state(),
         "waited": run.waited,
     }
+    batches = run.phases[run.phase_number].batches
+    if isinstance(batches, StreamBatches):
+        state["stream"] = gather_positions(batches, run.step * run.phases[0].accumulation, run.accelerator.device)
     return state, tensors
 
 
@@ -139,6 +144,7 @@ def _restore(run: Training, snapshot: Snapshot) -> None:
     if state["batches"] != [len(phase.batches) for phase in run.phases]:
         logger.warning("the batches are others than the checkpoint's: epoch %d starts again", run.epoch + 1)
         run.epoch_step = 0
+    _restore_stream(run, state.get("stream"))
     load_whole_state(run.model, tensors["model"], str(snapshot.path))
     if run.cusa is not None and "cusa" in tensors:
         load_whole_state(run.cusa, tensors["cusa"], str(snapshot.path))
@@ -156,6 +162,21 @@ def _restore(run: Training, snapshot: Snapshot) -> None:
     own = tensors["random"].get(f"process-{run.accelerator.process_index:05d}")
     if own is not None:
         set_random_state(own, run.accelerator.device)
+
+
+def _restore_stream(run: Training, positions: list[list[int]] | None) -> None:
+    """Where each process's stream goes on; among another number of processes the epoch begins again."""
+    phase = run.phases[run.phase_number]
+    if not isinstance(phase.batches, StreamBatches):
+        return
+    if positions is None:
+        raise ValueError("the checkpoint was made with streaming = False; set streaming=false, or start anew")
+    run.epoch, run.phase_epoch, run.epoch_step = 0, 0, run.step
+    if len(positions) == run.accelerator.num_processes:
+        position = positions[run.accelerator.process_index]
+    else:
+        position = [max(epoch for epoch, *_ in positions), 0, 0]
+    phase.batches.restore(run.step * phase.accumulation, position)
 
 
 # -- settings and data ----------------------------------------------------------------------------------------
@@ -187,6 +208,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def data_hash(records: Any) -> str:
     """Of the ids and captions of map-style records, which decide what a row number means."""
     seen = hashlib.sha256()
+    if isinstance(records, PairStream):
+        return digest([shard.name for shard in records.shards()])
     for image_id, captions in zip(records.image_ids, records.captions, strict=True):
         seen.update(json.dumps([image_id, list(captions)]).encode())
     return seen.hexdigest()

@@ -1,0 +1,128 @@
+"""Training from a stream of pictures: killed anywhere, it ends with the bits of a run that was not."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_makers import captions, write_row_groups
+from training_makers import Processes, tiny_config
+
+from modeling_tvrn.training import TrainingConfig, TrainingStopped
+from modeling_tvrn.training.loop import Training
+from modeling_tvrn.training.snapshots import read_snapshot
+
+BERT = {
+    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 19,
+    "max_position_embeddings": 24,
+}  # fmt: skip
+VIT = {
+    "model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 19,
+}  # fmt: skip
+STEPS = 7  # of 6 captions: 48 captions are an epoch, so that it ends on the way
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parquet")
+    write_row_groups(folder / "train-0.parquet", range(8), group=3)
+    write_row_groups(folder / "train-1.parquet", range(8, 17), group=3)
+    write_row_groups(folder / "validation-0.parquet", range(17, 22), group=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertModel
+
+    from modeling_tvrn import TVRNProcessor
+
+    folder = tmp_path_factory.mktemp("tower")
+    tokenizer = TVRNProcessor.from_captions(text for number in range(22) for text in captions(number)).tokenizer
+    tokenizer.save_pretrained(folder)
+    fields = {name: value for name, value in BERT.items() if name != "model_type"}
+    BertModel(BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+def configure(data: Path, output: Path, tower: Path, **keys: Any) -> TrainingConfig:
+    base: dict[str, Any] = {
+        "streaming": True, "stream_shards_at_once": 2, "stream_rows_at_once": 4, "max_steps": STEPS, "batch_size": 6,
+        "data_options": {}, "text": str(tower), "model": {"vision_config": VIT, "vision_grid_size": None},
+        "save_steps": 2, "evaluation_steps": 4, "image_size": 16, "word_dropout": 0.2,
+    }  # fmt: skip
+    return tiny_config(data, output, **{**base, **keys})
+
+
+def fit(config: TrainingConfig, kill_at: int | None = None) -> dict[str, Any]:
+    """Train; kill -9 this process in the middle of a step."""
+    run = Training(config)
+    update = run._update
+
+    def then_die() -> Any:
+        if run.step + 1 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update()
+
+    run._update = then_die  # type: ignore[method-assign]
+    run.fit()
+    return {"losses": [event["loss"] for event in run.progress.history if "loss" in event], "best": run.best.rsum}
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = read_snapshot(folder / "checkpoints" / f"step-{STEPS:08d}").tensors
+    return {f"{file}/{name}": value for file, named in tensors.items() for name, value in named.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0)])
+def test_a_killed_stream_goes_on_with_the_same_bits(
+    data: Path, text_tower: Path, tmp_path: Path, count: int, workers: int
+) -> None:
+    runner = Processes(tmp_path)
+    whole = runner.run(fit, configure(data, tmp_path / "whole", text_tower), count=count)
+    killed = configure(data, tmp_path / "killed", text_tower, resume="auto", num_workers=workers)
+    kills = 0
+    for step in (2, 4, 5, STEPS):
+        codes = runner.finish(runner.start(fit, killed, step, count=count))
+        kills += -signal.SIGKILL in codes
+    assert kills == 4
+    left = runner.run(fit, killed, count=count)
+    assert left[0] == whole[0] and len(whole[0]["losses"]) >= 3
+    first, other = state(tmp_path / "whole"), state(tmp_path / "killed")
+    assert first.keys() == other.keys()
+    assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"max_steps": None}, "streaming = True needs max_steps"),
+        (
+            {"head_start_epochs": 1},
+            "head_start_epochs = 1, which needs the whole training split; set head_start_epochs=0",
+        ),
+        ({"text": None}, "needs a text tower, got text = None"),
+        ({"scheduler": "step", "decay_epochs": [1]}, "no epochs for scheduler = 'step'"),
+    ],
+)
+def test_what_needs_the_whole_split_is_refused(data: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(data, tmp_path, tmp_path, **keys)
+
+
+def test_a_loader_s_process_that_dies_is_told_with_its_shards(data: Path, text_tower: Path, tmp_path: Path) -> None:
+    run = Training(configure(data, tmp_path / "run", text_tower, num_workers=1))
+    decode = run.train_records.decode
+
+    def die(*arguments: Any) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*arguments)
+
+    run.train_records.decode = die
+    with pytest.raises(TrainingStopped, match=r"exited unexpectedly.* after step 0, of .*train-.*row group"):
+        run.fit()
