@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts, common_fingerprint
+from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, common_fingerprint
 
 
 def check_regions(
@@ -109,8 +109,13 @@ def check_words(given: Tensor, attention_mask: Tensor | None, word_mask: Tensor 
     return attended, words
 
 
-def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) -> None:
-    """Encoded images and texts of this model's variant and sizes.
+def check_sides(
+    images: EncodedImages | CoarseImages,
+    texts: EncodedTexts | CoarseTexts,
+    config: TVRNConfig,
+    with_evidence: bool = True,
+) -> None:
+    """Encoded images and texts of this model's variant and sizes; without the evidence, of the coarse terms' alone.
 
     Raises:
         ValueError: If either was encoded by another variant, or the two by different models.
@@ -127,10 +132,20 @@ def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig) 
         "texts.gates": size if refined and gate else None,
         "texts.recurrent_words": size if refined and not gate else None,
     }
+    if config.use_token_similarity:
+        wanted["images.regions"] = size
+    if not with_evidence:
+        coarse = ("images.embeds", "images.regions", "texts.embeds", "texts.words")
+        wanted = {name: value for name, value in wanted.items() if name in coarse}
+    elif isinstance(images, CoarseImages) or isinstance(texts, CoarseTexts):
+        raise ValueError(
+            "match got items encoded for the coarse terms alone; the evidence needs encode_images and encode_texts "
+            "(or leave it out: with_evidence=False)."
+        )
     found = {name: getattr(images if name[0] == "i" else texts, name.split(".")[1]) for name in wanted}
     sizes = {name: None if value is None else value.shape[-1] for name, value in found.items()}
     wrong = [f"{name} of size {sizes[name]}, not {wanted[name]}" for name in wanted if sizes[name] != wanted[name]]
-    if images.tokens.shape[1] != images.region_mask.shape[1] * (1 if gate else 2):
+    if isinstance(images, EncodedImages) and images.tokens.shape[1] != images.region_mask.shape[1] * (1 if gate else 2):
         wrong.append(f"{images.tokens.shape[1]} tokens for {images.region_mask.shape[1]} regions")
     if wrong:
         raise ValueError(

@@ -167,16 +167,62 @@ class EncodedTexts(EncodedItems):
 
     def trim(self) -> "EncodedTexts":
         """Drop the columns that are padding in every text."""
-        width = max(int(self.word_mask.sum(dim=1).max()), 1)
-        if width == self.word_mask.shape[1]:
-            return self
-        flat = ("embeds", "recurrent_state")
-        tensors = {k: v if k in flat else v[:, :width] for k, v in self.tensors().items()}
-        return self._like(tensors)
+        return _trimmed(self, self.word_mask)
 
     def grouped(self, groups: int) -> "EncodedTexts":
         """(T, …) as (groups, T / groups, …): for each image its own texts. Only the pair stage reads such."""
         return self._map(lambda value: value.unflatten(0, (groups, -1)))
+
+
+@dataclass
+class CoarseImages(EncodedItems):
+    """Images for the coarse terms of the score alone, the embeddings' and the tokens'.
+
+    Attributes:
+        embeds, regions, region_mask: As in `EncodedImages`.
+    """
+
+    embeds: Tensor
+    region_mask: Tensor
+    regions: Tensor | None = None
+
+    @classmethod
+    def of(cls, images: EncodedImages) -> "CoarseImages":
+        """The part of fully encoded images."""
+        mark = images.model_fingerprint
+        return cls(images.embeds, images.region_mask, images.regions, model_fingerprint=mark)
+
+
+@dataclass
+class CoarseTexts(EncodedItems):
+    """Texts for the coarse terms of the score alone.
+
+    Attributes:
+        embeds, words, word_mask, word_weights: As in `EncodedTexts`.
+    """
+
+    embeds: Tensor
+    words: Tensor
+    word_mask: Tensor
+    word_weights: Tensor
+
+    @classmethod
+    def of(cls, texts: EncodedTexts) -> "CoarseTexts":
+        """The part of fully encoded texts."""
+        mark = texts.model_fingerprint
+        return cls(texts.embeds, texts.words, texts.word_mask, texts.word_weights, model_fingerprint=mark)
+
+    def trim(self) -> "CoarseTexts":
+        """Drop the columns that are padding in every text."""
+        return _trimmed(self, self.word_mask)
+
+
+def _trimmed(texts: Encoded, mask: Tensor) -> Encoded:
+    width = max(int(mask.sum(dim=1).max()), 1)
+    if width == mask.shape[1]:
+        return texts
+    flat = ("embeds", "recurrent_state")
+    return texts._like({k: v if k in flat else v[:, :width] for k, v in texts.tensors().items()})
 
 
 def common_fingerprint(*sides: EncodedItems) -> str | None:

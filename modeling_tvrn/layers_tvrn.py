@@ -70,9 +70,7 @@ def box_iou(boxes: Tensor) -> Tensor:
 
 def grid_boxes(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) in [0, 1]."""
-    top, left = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
+    top, left = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     corners = [left - 1, top - 1, left + 2, top + 2]
     sizes = [columns, rows, columns, rows]
     scaled = [(corner.float() / size).clamp(0, 1).flatten() for corner, size in zip(corners, sizes, strict=True)]
@@ -253,20 +251,17 @@ class WordEncoder(nn.Module):
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(
-            config.vocab_size, config.word_embedding_size, padding_idx=config.pad_token_id
-        )
+        self.embeddings = nn.Embedding(config.vocab_size, config.word_embedding_size, padding_idx=config.pad_token_id)
         self.dropout = FeatureDropout(config.text_dropout)
         self.gru = nn.GRU(config.word_embedding_size, config.hidden_size, batch_first=True, bidirectional=True)
 
-    def forward(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, W) ids, (T, W) with the valid words first -> words (T, W, D) and the mean word embedding (T, E)."""
-        embedded = self.embeddings(input_ids)
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(T, W) ids, (T, W) with the valid words first -> words (T, W, D)."""
         packed = nn.utils.rnn.pack_padded_sequence(
-            self.dropout(embedded), mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
+            self.dropout(self.embeddings(input_ids)), mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
         )
         outputs, _ = nn.utils.rnn.pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, total_length=input_ids.shape[1]
         )
         forward, backward = outputs.chunk(2, dim=-1)
-        return (forward + backward) / 2, masked_mean(embedded, mask)
+        return (forward + backward) / 2

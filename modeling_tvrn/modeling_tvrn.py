@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .checks_tvrn import check_ids, check_pixels, check_regions, check_sides, check_text_features, check_words, row_ids
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
+from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
     FeatureDropout,
@@ -378,6 +378,24 @@ class TVRNModel(TVRNPreTrainedModel):
         features, _, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
         return self._image_embeds(None, features, mask)
 
+    def encode_coarse_images(
+        self,
+        pixel_values: Tensor | None = None,
+        region_features: Tensor | None = None,
+        region_boxes: Tensor | None = None,
+        region_mask: Tensor | None = None,
+    ) -> CoarseImages:
+        """What `match(…, with_evidence=False)` needs of images; arguments and errors as `encode_images`."""
+        if self.config.use_refined_features:
+            return CoarseImages.of(self.encode_images(pixel_values, region_features, region_boxes, region_mask))
+        features, _, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
+        return CoarseImages(
+            embeds=self._image_embeds(None, features, mask),
+            regions=normalize(self.region_projection(self.image_dropout(features))),
+            region_mask=mask,
+            model_fingerprint=self.fingerprint(),
+        )
+
     def _visual_contexts(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> Tensor:
         contexts = self.attention(regions, mask)
         if self.geometry is None or boxes is None:
@@ -426,7 +444,8 @@ class TVRNModel(TVRNPreTrainedModel):
         Raises:
             ValueError: On wrong shapes, or a text without a word to match.
         """
-        words, mask, positions, pooled = self._words(input_ids, attention_mask, word_mask, text_features)
+        given, mask, positions, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
+        words = self._words(given, mask)
         extras: dict[str, Tensor] = {}
         summary = words
         if self.textual_refinement is not None:
@@ -446,33 +465,38 @@ class TVRNModel(TVRNPreTrainedModel):
             model_fingerprint=self.fingerprint(),
         )
 
-    def _words(
+    def _text_inputs(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         word_mask: Tensor | None,
         text_features: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Words t, their mask and positions, valid words first, and the mean input feature."""
+        """Checked ids (BiGRU) or tower outputs; the words' mask and positions, valid words first; their mean."""
         given = self._check_texts(input_ids, text_features)
         attended, mask = check_words(given, attention_mask, word_mask)
         positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
         mask = take(mask, positions)
         if self.word_encoder is not None:
-            words, pooled = self.word_encoder(take(given, positions), mask)
-        else:
-            hidden = given if text_features is not None else self.extract_words(given, attended.long())
-            hidden = hidden.to(self.word_projection.weight.dtype)
-            pooled = masked_mean(hidden, attended)
-            hidden = self.text_dropout(take(hidden, positions))
-            words = self.word_projection(hidden)
-            words = words + self.word_perceptron(hidden) if self.word_perceptron is not None else words
-        return normalize(words), mask, positions, pooled
+            given = take(given, positions)
+            return given, mask, positions, masked_mean(self.word_encoder.embeddings(given), mask)
+        hidden = given if text_features is not None else self.extract_words(given, attended.long())
+        hidden = hidden.to(self.word_projection.weight.dtype)
+        return take(hidden, positions), mask, positions, masked_mean(hidden, attended)
 
-    def _text_embeds(self, summary: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+    def _words(self, given: Tensor, mask: Tensor) -> Tensor:
+        """Words t (T, W, D) from what `_text_inputs` gives."""
+        if self.word_encoder is not None:
+            return normalize(self.word_encoder(given, mask))
+        hidden = self.text_dropout(given)
+        words = self.word_projection(hidden)
+        return normalize(words + self.word_perceptron(hidden) if self.word_perceptron is not None else words)
+
+    def _text_embeds(self, summary: Tensor | None, mask: Tensor, pooled: Tensor) -> Tensor:
         """Unit-norm embeddings (T, P) from the mean word and the mean input feature (§5)."""
         parts = []
         if self.config.use_refined_features:
+            assert summary is not None
             parts.append(self.text_embedding(masked_mean(summary, mask)))
         if self.config.use_pooled_features:
             parts.append(self.pooled_text_embedding(pooled))
@@ -488,8 +512,28 @@ class TVRNModel(TVRNPreTrainedModel):
         """`encode_texts(…).embeds` (T, P), without computing what only the pair score needs."""
         if self.config.use_refined_features:
             return self.encode_texts(input_ids, attention_mask, word_mask, text_features).embeds
-        words, mask, _, pooled = self._words(input_ids, attention_mask, word_mask, text_features)
-        return self._text_embeds(words, mask, pooled)
+        _, mask, _, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
+        return self._text_embeds(None, mask, pooled)
+
+    def encode_coarse_texts(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> CoarseTexts:
+        """What `match(…, with_evidence=False)` needs of texts; arguments and errors as `encode_texts`."""
+        if self.config.use_refined_features:
+            return CoarseTexts.of(self.encode_texts(input_ids, attention_mask, word_mask, text_features))
+        given, mask, _, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
+        words = self._words(given, mask)
+        return CoarseTexts(
+            embeds=self._text_embeds(None, mask, pooled),
+            words=words,
+            word_mask=mask,
+            word_weights=self.text_pooling(words, mask),
+            model_fingerprint=self.fingerprint(),
+        )
 
     def _check_texts(self, input_ids: Tensor | None, text_features: Tensor | None) -> Tensor:
         """The one that is given, checked."""
@@ -511,8 +555,8 @@ class TVRNModel(TVRNPreTrainedModel):
 
     def match(
         self,
-        images: EncodedImages,
-        texts: EncodedTexts,
+        images: EncodedImages | CoarseImages,
+        texts: EncodedTexts | CoarseTexts,
         chunk_size: int | None = None,
         with_evidence: bool = True,
     ) -> Tensor:
@@ -530,8 +574,8 @@ class TVRNModel(TVRNPreTrainedModel):
 
     def match_terms(
         self,
-        images: EncodedImages,
-        texts: EncodedTexts,
+        images: EncodedImages | CoarseImages,
+        texts: EncodedTexts | CoarseTexts,
         chunk_size: int | None = None,
         with_evidence: bool = True,
     ) -> dict[str, Tensor]:
@@ -544,8 +588,8 @@ class TVRNModel(TVRNPreTrainedModel):
                 f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of "
                 "each."
             )
-        check_sides(images, texts, self.config)
-        device = images.tokens.device.type
+        check_sides(images, texts, self.config, with_evidence)
+        device = images.embeds.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             images, texts = images.to(dtype), texts.to(dtype)
@@ -589,14 +633,18 @@ class TVRNModel(TVRNPreTrainedModel):
         return self.config.pair_chunk_size or _auto_chunk_size(texts, texts.words.shape[-1])
 
     def _match_chunks(
-        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None, with_evidence: bool
+        self,
+        images: EncodedImages | CoarseImages,
+        texts: EncodedTexts | CoarseTexts,
+        chunk_size: int | None,
+        with_evidence: bool,
     ) -> dict[str, Tensor]:
         """The terms that see fragments, block by block; captions of one length share a chunk: little is padding."""
         names = [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
         if not names:
             return {}
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
-        width = texts.words.shape[-1] if with_evidence else images.tokens.shape[1]
+        width = texts.words.shape[-1] if with_evidence else images.region_mask.shape[1]
         chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts, width)
         captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
         image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
@@ -610,17 +658,22 @@ class TVRNModel(TVRNPreTrainedModel):
         matrices = torch.cat(columns, dim=2).index_select(2, torch.argsort(order))
         return dict(zip(names, matrices, strict=True))
 
-    def _score_block(self, images: EncodedImages, texts: EncodedTexts, with_evidence: bool) -> Tensor:
+    def _score_block(
+        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
+    ) -> Tensor:
         """Evidence and token similarity of a block, those that are wanted: (1 or 2, i, t)."""
         terms = []
         if with_evidence:
+            assert isinstance(images, EncodedImages) and isinstance(texts, EncodedTexts)
             evidence = self.pair(images, texts, self.attention, self.textual_refinement)
             terms.append(self.config.evidence_scale * evidence)
         if self.config.use_token_similarity:
             terms.append(self.pair.token_similarity(images, texts))
         return torch.stack(terms)
 
-    def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts, with_evidence: bool) -> Tensor:
+    def _score_block_checkpointed(
+        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
+    ) -> Tensor:
         """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
         if not torch.is_grad_enabled() or not (self.config.checkpoint_pair_chunks or self.gradient_checkpointing):
             return self._score_block(images, texts, with_evidence)
@@ -651,8 +704,10 @@ class TVRNModel(TVRNPreTrainedModel):
             with_evidence: False leaves the pair stage out, of the logits and of the loss.
             others: As in `encode_images` and `encode_texts`.
         """
-        images = self.encode_images(pixel_values, region_features, region_boxes, region_mask)
-        texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features)
+        encode_images = self.encode_images if with_evidence else self.encode_coarse_images
+        encode_texts = self.encode_texts if with_evidence else self.encode_coarse_texts
+        images = encode_images(pixel_values, region_features, region_boxes, region_mask)
+        texts = encode_texts(input_ids, attention_mask, word_mask, text_features)
         terms = self.match_terms(images, texts, with_evidence=with_evidence)
         logits = torch.stack(list(terms.values())).sum(dim=0)
         loss, parts = None, None
@@ -679,7 +734,7 @@ class TVRNModel(TVRNPreTrainedModel):
         """The weighted sum of the losses in use, and each of them, from the terms of the logits (I, T)."""
         config = self.config
         ids = (image_ids, text_image_ids)
-        parts = self._pair_losses(terms, *ids) if "evidence" in terms else {}
+        parts = self._pair_losses(terms, ids) if "evidence" in terms else {}
         if config.contrastive_loss_weight:
             parts["contrastive"] = contrastive_loss(
                 image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
@@ -693,7 +748,7 @@ class TVRNModel(TVRNPreTrainedModel):
         loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _pair_losses(self, terms: dict[str, Tensor], *ids: Tensor) -> dict[str, Tensor]:
+    def _pair_losses(self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The losses of the pair score, or of the evidence alone."""
         config, parts = self.config, {}
         if config.train_evidence_alone:
@@ -773,10 +828,10 @@ def _width(config: TVRNConfig) -> int:
     return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
 
 
-def _auto_chunk_size(texts: EncodedTexts, width: int) -> int:
+def _auto_chunk_size(texts: EncodedTexts | CoarseTexts, width: int) -> int:
     """Pairs whose (pairs, words, width) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
     budget = CHUNK_BYTES.get(texts.words.device.type, CHUNK_BYTES["cuda"])
-    words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (2 if texts.recurrent_words is not None else 1)
+    words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (1 if getattr(texts, "recurrent_words", None) is None else 2)
     return max(budget // (words * width * texts.words.element_size()), 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts
+from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts
 from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, normalize, wide
 
 
@@ -137,7 +137,7 @@ class PairStage(nn.Module):
                 cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
             return self.embedding_scale.to(dtype) * cosine + self.embedding_shift.to(dtype)
 
-    def token_similarity(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+    def token_similarity(self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts) -> Tensor:
         """e^c Σ_j w_j (1/λ) log (1/R) Σ_i exp(λ⟨t_j, v_i⟩): the words' mean soft maximum over regions, (i, t).
 
         Words and regions as they are before any refinement: refined regions learn the training set faster than what
