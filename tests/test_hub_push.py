@@ -51,9 +51,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor looks at the files alone: what it does in other processes has its own tests."""
-    monkeypatch.setattr("modeling_tvrn.hub.examination.load_apart", lambda *_: {"with": Outcome({"model": {}})})
-    monkeypatch.setattr("modeling_tvrn.hub.examination._check_loading", lambda name, *_: _fine(f"loads {name}"))
-    monkeypatch.setattr("modeling_tvrn.hub.examination._check_logits", lambda *_: _fine("logits"))
+    monkeypatch.setattr("modeling_tvrn.hub.running.load_apart", lambda *_: {"with": Outcome({"model": {}})})
+    monkeypatch.setattr("modeling_tvrn.hub.running._check_loading", lambda name, *_: _fine(f"loads {name}"))
+    monkeypatch.setattr("modeling_tvrn.hub.running._check_logits", lambda *_: _fine("logits"))
 
 
 def _fine(name: str) -> Any:
@@ -232,9 +232,12 @@ def test_a_wrong_repository_name(repo_id: str) -> None:
 
 
 def test_paths_are_cut_and_names_kept() -> None:
-    command = "train.py --config a/b.yaml 'regions=/data/x y/{split}' vision=google/mobilenet data=../shared/f8k"
+    command = (
+        "/home/me/tvrn/examples/train.py --config a/b.yaml 'regions=/data/x y/{split}' "
+        "vision=google/mobilenet data=../shared/f8k"
+    )
     assert portable_command(command) == (
-        "train.py --config a/b.yaml 'regions=./{split}' vision=google/mobilenet data=./f8k"
+        "examples/train.py --config a/b.yaml 'regions=./{split}' vision=google/mobilenet data=./f8k"
     )
     value = {"command": None, "a": ["/x/y", "org/name", 3, None], "b": {"c": "C:\\Users\\me\\run", "d": "~/runs/x"}}
     assert portable(value) == {

@@ -39,6 +39,7 @@ def portable_command(command: str) -> str:
         words = shlex.split(command)
     except ValueError:
         words = command.split()
+    words = [f"examples/{word.rpartition('/examples/')[2]}" if "/examples/" in word else word for word in words]
     return shlex.join("=".join(_last_part(part) for part in word.split("=")) for word in words)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.utils import validate_repo_id
 
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
@@ -26,6 +26,8 @@ from .report import DoctorReport
 from .run_card import OWN_DATA, config_facts, read_results, usage_of, write_run_card
 
 logger = logging.getLogger(__name__)
+
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 __all__ = ["Pushed", "push_to_hub"]
 
@@ -96,8 +98,7 @@ def push_to_hub(
         ConnectionError: the Hub cannot be reached, or the connection broke; the repository is as it was.
         RuntimeError: somebody else pushed meanwhile.
     """
-    validate_repo_id(repo_id)
-    if repo_id.count("/") != 1:
+    if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id is {repo_id!r}; expected 'owner/name'")
     where = endpoint or constants.ENDPOINT
     api = HfApi(endpoint=endpoint, token=token)

@@ -1,0 +1,93 @@
+"""The command line itself: its verbs, what it answers to mistakes, and with which exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from . import find, measure, share
+from .common import quiet_libraries
+
+__all__ = ["app", "main"]
+
+MISTAKE, INTERRUPTED = 2, 130
+ABOUT = """Image-text matching with TVRN: train, measure, share, search and explain.
+
+\b
+Exit codes: 0 done; 1 the doctor found faults, or a run was stopped; 2 wrong input; 130 interrupted.
+`tvrn VERB --help` shows examples. Progress goes to a terminal's stderr only, results go to stdout.
+"""
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs; a mistake of the user's is one line, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            # An extra that is missing, a file that is not there, a value that is wrong: all say what to do.
+            if logging.getLogger(__package__).isEnabledFor(logging.DEBUG):
+                raise
+            typer.echo(f"tvrn: {error}", err=True)
+            raise typer.Exit(MISTAKE) from error
+        except KeyboardInterrupt as error:
+            typer.echo("tvrn: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help=ABOUT,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="tell more; twice: debug, tracebacks")
+    ] = 0,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="and exit")] = False,
+) -> None:
+    if verbose:
+        logging.getLogger("modeling_tvrn").setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+
+
+VERBS: dict[str, tuple[Callable[..., None], str]] = {
+    "train": (measure.train, "train a model"),
+    "evaluate": (measure.evaluate, "measure recall by a named protocol"),
+    "score": (measure.score, "score the image-caption pairs of a table, and filter them"),
+    "index": (find.index, "index a collection, or bring its index up to date"),
+    "search": (find.search, "search photographs by a sentence or a picture"),
+    "explain": (find.explain, "show which words and regions make a pair's score"),
+    "doctor": (share.doctor, "examine a checkpoint: does it load and score for others?"),
+    "push": (share.push, "publish a model on the Hub"),
+    "card": (share.card, "render a run's model card again"),
+}
+for verb, (function, summary) in VERBS.items():
+    app.command(verb, short_help=summary)(function)
+
+
+def main() -> None:
+    """The entry point `tvrn`."""
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    app(prog_name="tvrn")

@@ -1,0 +1,77 @@
+"""What the verbs share: options, loading a checkpoint, and printing for people or for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["AsJson", "Device", "Dtype", "Model", "fail", "load", "progress", "quiet_libraries", "say", "table"]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts, and nothing else")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, of model and scores")]
+DTYPES = ("float32", "bfloat16")
+
+
+def progress() -> bool:
+    """Whether somebody watches: progress bars go to a terminal alone."""
+    return sys.stderr.isatty()
+
+
+def quiet_libraries() -> None:
+    """Switch the libraries' own progress bars and hints off where nobody watches; before they are imported."""
+    if not progress():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def say(value: Any, text: str, as_json: bool) -> None:
+    """Print the value as JSON, or the text."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text)
+
+
+def fail(message: str) -> typer.Exit:
+    """The end of a verb that was asked for something impossible; to be raised."""
+    typer.echo(f"tvrn: {message}", err=True)
+    return typer.Exit(2)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Aligned columns; numbers with four digits behind the point."""
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(heads), *cells]) for i in range(len(heads))]
+    lines = [list(heads), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def load(name: str, device: str | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+    """Model, ready to score, and processor; by this package's classes, so no code of the checkpoint runs."""
+    if dtype not in DTYPES:
+        raise fail(f"--dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..modeling_tvrn import TVRNModel
+    from ..processing_tvrn import TVRNProcessor
+
+    if not progress():
+        disable_progress_bar()
+    model = TVRNModel.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(where), TVRNProcessor.from_pretrained(name)
+
+
+def writable(path: Path) -> Path:
+    """A file to be written, in a folder that exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

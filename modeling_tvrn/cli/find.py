@@ -1,0 +1,220 @@
+"""`tvrn index`, `tvrn search`, `tvrn explain`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import AsJson, Device, Dtype, Model, fail, load, progress, say, table, writable
+
+Url = Annotated[str | None, typer.Option(help="of a Qdrant server, in place of a folder (extra: qdrant-client)")]
+Collection = Annotated[str, typer.Option(help="its name on the server")]
+
+
+def index(
+    model: Model,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="folder of photographs, or data for load_pairs")],
+    directory: Annotated[Path, typer.Argument(metavar="INDEX", help="folder of the index")],
+    split: Annotated[str | None, typer.Option(help="of data for load_pairs")] = None,
+    precision: Annotated[str, typer.Option(help="float32, int8 or binary: of the vectors searched")] = "float32",
+    engine: Annotated[str, typer.Option(help="exact, hnsw, or auto: exact up to 50,000 items")] = "auto",
+    embeddings_only: Annotated[
+        bool, typer.Option("--embeddings-only", help="keep nothing for reranking by the pair score")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="items encoded at a time")] = 32,
+    num_workers: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
+    url: Url = None,
+    collection: Collection = "tvrn",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Index a collection for `tvrn search`, or bring its index up to date: only what is new or changed is encoded.
+
+    A build that was interrupted goes on where it was. Whoever searches meanwhile sees the former index, whole.
+
+    \b
+    Examples:
+      tvrn index runs/flickr8k ~/photos photos.index
+      tvrn index me/my-tvrn flickr8k flickr8k.index --split validation --precision int8
+    """
+    from ..index import ImageTextIndex
+
+    loaded, processor = load(model, device, dtype)
+    built = ImageTextIndex.build(
+        loaded,
+        processor,
+        _collection(source, split),
+        directory,
+        precision=precision,
+        engine=engine,
+        features=not embeddings_only,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress(),
+        url=url,
+        collection=collection,
+    )
+    assert built.report is not None
+    say(built.report.as_dict(), str(built.report), as_json)
+
+
+def _collection(source: str, split: str | None) -> Any:
+    """A folder of photographs as it is; what load_pairs reads, as records."""
+    if split is None and Path(source).is_dir():
+        return Path(source)
+    from ..data import load_pairs
+
+    return load_pairs(source, split)
+
+
+def search(
+    model: Model,
+    where: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="folder of photographs, or of an index", show_default=False)
+    ],
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="what to look for", show_default=False)] = None,
+    image: Annotated[Path | None, typer.Option(help="look for what fits this picture", exists=True)] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="hits, at most")] = 10,
+    keep: Annotated[
+        list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="only items with this metadata")
+    ] = None,
+    shortlist_size: Annotated[int, typer.Option(min=1, help="candidates that the pair score sees")] = 64,
+    no_rerank: Annotated[bool, typer.Option("--no-rerank", help="rank by the embeddings alone")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the photographs found")] = None,
+    index_folder: Annotated[
+        Path | None, typer.Option("--index", help="where a photograph folder's index is kept (default: user's cache)")
+    ] = None,
+    url: Url = None,
+    collection: Collection = "tvrn",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Search photographs by a sentence or by a picture; an index of captions by a picture.
+
+    A folder of photographs is indexed first; the next search encodes only what is new. With --url give "" for FOLDER.
+
+    \b
+    Examples:
+      tvrn search runs/flickr8k ~/photos "two dogs in snow"
+      tvrn search me/my-tvrn photos.index "a child on a swing" -n 5 --picture found.png
+      tvrn search me/my-tvrn photos.index --image dog.jpg --json | jq -r '.[].path'
+    """
+    if (text is None) == (image is None):
+        raise fail("give either a TEXT or --image, exactly one of them")
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise fail(f"--picture is {str(picture)!r}; expected a name that ends in .png")
+    wanted = _filters(keep or [])
+    loaded, processor = load(model, device, dtype)
+    opened = _opened(model, loaded, processor, where, index_folder, url, collection)
+    hits = opened.search(
+        text,
+        image,
+        limit,
+        where=wanted,
+        shortlist_size=shortlist_size,
+        rerank=not no_rerank,
+    )
+    rows = [(hit.rank, hit.score, hit.path or hit.text or hit.id) for hit in hits]
+    if picture is not None:
+        _draw(text or f"{image}", hits, writable(picture))
+    say([asdict(hit) for hit in hits], table(("rank", "score", "found"), rows), as_json)
+
+
+def _opened(
+    name: str,
+    model: Any,
+    processor: Any,
+    where: str | None,
+    index_folder: Path | None,
+    url: str | None,
+    collection: str,
+) -> Any:
+    """The index to search: of a server, of a folder that holds one, or built of a folder of photographs."""
+    from ..index import ImageTextIndex
+    from ..index.versions import current
+
+    if url is not None:
+        return ImageTextIndex.load(None, model, processor, url=url, collection=collection)
+    folder = Path(where or "")
+    if not where or not folder.is_dir():
+        raise fail(f"FOLDER is {where!r}; expected a folder of photographs, or of an index")
+    if current(folder) is not None:
+        return ImageTextIndex.load(folder, model, processor)
+    kept = index_folder if index_folder is not None else _cached_index(name, folder)
+    built = ImageTextIndex.build(model, processor, folder, kept, progress=progress())
+    typer.echo(f"tvrn: {built.report}", err=True)
+    return built
+
+
+def _cached_index(model: str, folder: Path) -> Path:
+    """Where the index of a folder of photographs is kept between searches, for each model."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    local = Path(model).resolve() if Path(model).exists() else model
+    digest = hashlib.sha256(f"{local}\n{folder.resolve()}".encode()).hexdigest()[:16]
+    return cache / "modeling_tvrn" / "indexes" / f"{folder.resolve().name}-{digest}"
+
+
+def _filters(keep: list[str]) -> dict[str, Any] | None:
+    """{"column": [values]} of COLUMN=VALUE; a column named twice may have either value."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for item in keep:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise fail(f"--where is {item!r}; expected COLUMN=VALUE")
+        found.setdefault(column, []).append(yaml.safe_load(value))
+    return found or None
+
+
+def _draw(query: str, hits: Any, path: Path) -> None:
+    from ..data.images import decode_image
+    from ..plots import plot_search_results
+
+    shown = [hit for hit in hits if hit.path is not None]
+    if not shown:
+        raise fail("--picture needs hits with files; this index holds none, or nothing was found")
+    names = [Path(hit.path).name for hit in shown]
+    plot_search_results(
+        query, [decode_image(hit.path) for hit in shown], [hit.score for hit in shown], path, labels=names
+    )
+
+
+def explain(
+    model: Model,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="a picture", exists=True, dir_okay=False)],
+    caption: Annotated[str, typer.Argument(metavar="CAPTION", help="a sentence")],
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="write where each word looks")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write a page: click on a word")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Show why a caption fits an image: what every word adds to the score, and where in the picture it looks.
+
+    \b
+    Examples:
+      tvrn explain runs/flickr8k dog.jpg "a dog runs through the snow"
+      tvrn explain me/my-tvrn dog.jpg "a dog in the snow" --picture why.png --html why.html
+    """
+    for option, path, suffix in (("--picture", picture, ".png"), ("--html", html, ".html")):
+        if path is not None and path.suffix.lower() != suffix:
+            raise fail(f"{option} is {str(path)!r}; expected a name that ends in {suffix}")
+    from ..explain import explain as take_apart
+
+    loaded, processor = load(model, device, dtype)
+    explanation = take_apart(loaded, processor, image, caption)
+    written = []
+    if picture is not None:
+        written.append(str(explanation.save_picture(writable(picture))))
+    if html is not None:
+        written.append(str(explanation.save_html(writable(html))))
+    text = "\n".join([explanation.table(), *(f"written: {path}" for path in written)])
+    say({**explanation.as_dict(), "written": written}, text, as_json)

@@ -1,0 +1,200 @@
+"""`tvrn train`, `tvrn evaluate`, `tvrn score`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import AsJson, Device, Dtype, Model, fail, load, progress, say, writable
+
+if TYPE_CHECKING:
+    from .pairs import ScoredPair
+
+STOPPED = 1
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="keys that replace those of the file")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of keys")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="explain every key, and exit")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model and write it, with its card and results, into a folder that AutoModel loads.
+
+    Several processes: `accelerate launch -m modeling_tvrn.cli train --config FILE`.
+
+    \b
+    Examples:
+      tvrn train --config examples/configs/scenes.yaml
+      tvrn train -c examples/configs/flickr8k.yaml batch_size=64 model.hidden_size=128
+      tvrn train --keys
+    """
+    from ..training import TrainingConfig, TrainingStopped, describe
+
+    if keys:
+        return typer.echo(describe(TrainingConfig))
+    if config is None and not overrides:
+        raise fail("nothing says what to train: give --config FILE, or keys such as data=scenes (--keys lists them)")
+    settings = TrainingConfig.from_yaml(config, overrides or [])
+    log = logging.getLogger("modeling_tvrn")
+    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))  # of a run of hours one wants to see how it goes
+    from ..training import train as run
+
+    try:
+        results = run(settings)
+    except TrainingStopped as error:
+        typer.echo(f"tvrn: {error}", err=True)
+        raise typer.Exit(STOPPED) from error
+    shown = {name: value for name, value in results.items() if name not in ("history", "table")}
+    say(shown, f"{results['table']}\n\nmodel, card, results and pictures: {settings.output_dir}", as_json)
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id")],
+    split: Annotated[str | None, typer.Option(help="train, validation, test, ...")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="validation (any size), flickr8k-1k, flickr30k-1k, coco-5k, coco-1k")
+    ] = ("validation"),
+    shortlist_size: Annotated[
+        int | None, typer.Option(metavar="K", help="search K candidates a query and rerank them", min=1)
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="beside a shortlist, also score every pair")
+    ] = False,
+    regions: Annotated[Path | None, typer.Option(metavar="CACHE", help="region cache in place of pictures")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images, and captions, encoded at a time")] = 64,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the report as JSON")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recall by a named protocol; the report says where every number comes from.
+
+    examples/evaluate_retrieval.py does more: several models averaged, and compared by paired bootstrap.
+
+    \b
+    Examples:
+      tvrn evaluate runs/flickr8k --data flickr8k --split validation
+      tvrn evaluate me/my-tvrn --data coco --split test --protocol coco-5k --shortlist-size 128 --json
+    """
+    from ..data import load_pairs
+    from ..evaluation import PROTOCOLS
+    from ..evaluation import evaluate as measure
+
+    if protocol not in PROTOCOLS:
+        raise fail(f"--protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    if exhaustive and shortlist_size is None:
+        raise fail("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
+    records = load_pairs(data, split)
+    loaded, processor = load(model, device, dtype)
+    report = measure(
+        loaded,
+        processor,
+        _from_cache(records, regions, loaded, processor) if regions is not None else records,
+        protocol,
+        batch_size=batch_size,
+        shortlist_size=shortlist_size,
+        exhaustive=exhaustive or shortlist_size is None,
+        data=data,
+        progress=progress(),
+    )
+    written = report.as_dict()
+    if output is not None:
+        writable(output).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(written, report.table(), as_json)
+
+
+def _from_cache(records: Any, folder: Path, model: Any, processor: Any) -> Any:
+    """The records with cached regions; a cache of another tower or preprocessing is refused."""
+    from ..teachers import RegionCache, region_fingerprint, with_regions
+
+    cache = RegionCache.load(folder)
+    if model.vision_model is not None:
+        expected = region_fingerprint(model, processor)
+        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
+        cache = RegionCache.load(folder, {name: expected[name] for name in sections})
+    return with_regions(records, cache)
+
+
+def score(
+    model: Model,
+    pairs: Annotated[Path, typer.Argument(metavar="CSV", help="table with a header: columns image and caption")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write (default: stdout)")] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="where image paths begin (default: the table's folder)")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="only rows that score at least this")] = None,
+    below: Annotated[bool, typer.Option("--below", help="with --threshold: only rows that score less")] = False,
+    image_column: Annotated[str, typer.Option(help="name of the column of image paths")] = "image",
+    caption_column: Annotated[str, typer.Option(help="name of the column of captions")] = "caption",
+    batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 64,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Score how well each caption of a table fits its image, and filter the rows by that.
+
+    The table comes out with the column `score`, between 0 and 1. A row whose image cannot be read or whose caption is
+    empty has no score, is reported on stderr, and is left out where there is a threshold. --json: one object a line.
+
+    \b
+    Examples:
+      tvrn score runs/flickr8k pairs.csv -o scored.csv
+      tvrn score me/my-tvrn pairs.csv --threshold 0.5 > clean.csv
+      tvrn score me/my-tvrn pairs.csv --threshold 0.2 --below --json | jq -r .image
+    """
+    if below and threshold is None:
+        raise fail("--below goes with --threshold")
+    from .pairs import read_pairs, score_pairs
+
+    rows = list(read_pairs(pairs, image_column, caption_column))
+    loaded, processor = load(model, device, dtype)
+    folder = images if images is not None else pairs.parent
+    scored = score_pairs(loaded, processor, rows, folder, image_column, caption_column, batch_size)
+    kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)
+    columns = [*(rows[0] if rows else [image_column, caption_column]), "score"]
+    if output is None:
+        return _write_rows(kept, columns, sys.stdout, as_json)
+    with writable(output).open("w", newline="", encoding="utf-8") as file:
+        return _write_rows(kept, columns, file, as_json)
+
+
+def _watched(scored: Iterable[ScoredPair], count: int) -> Iterable[ScoredPair]:
+    from tqdm import tqdm
+
+    return tqdm(scored, total=count, desc="pairs", disable=not progress())
+
+
+def _filtered(
+    scored: Iterable[ScoredPair], threshold: float | None, below: bool, image_column: str
+) -> Iterator[ScoredPair]:
+    unscored = 0
+    for pair in scored:
+        if pair.score is None:
+            unscored += 1
+            typer.echo(f"tvrn: no score for {pair.row[image_column]!r}: {pair.problem}", err=True)
+        if threshold is None or (pair.score is not None and (pair.score < threshold) is below):
+            yield pair
+    if unscored:
+        typer.echo(f"tvrn: {unscored} rows without a score", err=True)
+
+
+def _write_rows(kept: Iterable[ScoredPair], columns: list[str], file: Any, as_json: bool) -> None:
+    if as_json:
+        for pair in kept:
+            file.write(json.dumps({**pair.row, "score": pair.score}, ensure_ascii=False) + "\n")
+        return
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for pair in kept:
+        writer.writerow({**pair.row, "score": "" if pair.score is None else f"{pair.score:.6f}"})

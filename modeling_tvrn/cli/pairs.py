@@ -1,0 +1,122 @@
+"""Scores of a table's image–caption pairs, row by row, in memory that does not grow with the table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.images import ImageError, decode_image
+
+__all__ = ["ScoredPair", "read_pairs", "score_pairs"]
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """One row of the table.
+
+    Attributes:
+        row: its columns as they were.
+        score: matching score between 0 and 1; None where the row cannot be scored.
+        problem: why not.
+    """
+
+    row: dict[str, str]
+    score: float | None
+    problem: str = ""
+
+
+def read_pairs(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file with a header.
+
+    Raises:
+        ValueError: a column is missing (those seen are named), or a row has more cells than the header.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        missing = [name for name in (image_column, caption_column) if name not in columns]
+        if missing:
+            raise ValueError(
+                f"{path} has the columns {columns}, and none called {' or '.join(map(repr, missing))}; give a header "
+                "line image,caption, or name the columns with --image-column and --caption-column"
+            )
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more cells than columns; quote captions with commas"
+                )
+            yield {name: value or "" for name, value in row.items()}
+
+
+def score_pairs(
+    model: Any,
+    processor: Any,
+    rows: Iterable[dict[str, str]],
+    folder: Path,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    batch_size: int = 64,
+) -> Iterator[ScoredPair]:
+    """Score the rows in their order, a batch at a time; an image or caption that a batch repeats is encoded once.
+
+    Args:
+        model: a `TVRNModel` with a vision tower, in evaluation mode.
+        processor: its processor.
+        rows: of the table.
+        folder: where relative paths of images begin.
+        image_column, caption_column: their names.
+        batch_size: rows at a time.
+
+    Yields:
+        Every row: with its score, or with the reason why it has none (image missing or corrupt, caption empty).
+
+    Raises:
+        ValueError: the model reads region features and not pictures.
+    """
+    if processor.image_processor is None:
+        raise ValueError("this model reads region features of a detector and no pictures; score needs one that does")
+    remaining = iter(rows)
+    while batch := list(islice(remaining, batch_size)):
+        pairs = [(str(folder / row[image_column]), row[caption_column].strip()) for row in batch]
+        pictures, problems = _pictures(pairs)
+        scores = _scores(model, processor, pictures, pairs)
+        for row, pair in zip(batch, pairs, strict=True):
+            problem = problems.get(pair[0]) or ("empty caption" if not pair[1] else "")
+            yield ScoredPair(row, scores.get(pair), problem)
+
+
+def _pictures(pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The images that can be read, and why the others cannot."""
+    pictures, problems = {}, {}
+    for path in dict.fromkeys(path for path, caption in pairs if caption):
+        try:
+            pictures[path] = decode_image(path)
+        except ImageError as error:
+            problems[path] = str(error)
+    return pictures, problems
+
+
+@torch.inference_mode()
+def _scores(
+    model: Any, processor: Any, pictures: dict[str, Any], pairs: list[tuple[str, str]]
+) -> dict[tuple[str, str], float]:
+    wanted: dict[str, list[str]] = {path: [] for path in pictures}
+    for path, caption in dict.fromkeys(pairs):
+        if caption and path in wanted:
+            wanted[path].append(caption)
+    if not wanted:
+        return {}
+    captions = list(dict.fromkeys(caption for own in wanted.values() for caption in own))
+    images = model.encode_images(**processor(images=list(pictures.values())).to(model.device))
+    texts = model.encode_texts(**processor(text=captions).to(model.device))
+    found = {}
+    for i, (path, own) in enumerate(wanted.items()):
+        logits = model.match(images.select([i]), texts.select([captions.index(caption) for caption in own]))[0]
+        found |= {(path, caption): score for caption, score in zip(own, logits.sigmoid().tolist(), strict=True)}
+    return found

@@ -1,0 +1,117 @@
+"""`tvrn doctor`, `tvrn push`, `tvrn card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, Model, say, writable
+
+FAULTS = 1
+
+Endpoint = Annotated[str | None, typer.Option(help="address of the Hub (default: HF_ENDPOINT, or huggingface.co)")]
+FROM_FOLDER = "public name of the {} that the run read from a folder"
+Vision = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("vision tower"))]
+Text = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("text tower"))]
+Data = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("data"))]
+
+
+def doctor(
+    model: Model,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="also load it as a stranger would, which runs its Python files")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub repository")] = None,
+    endpoint: Endpoint = None,
+    timeout: Annotated[float, typer.Option(help="seconds for each clean process")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Examine a checkpoint: would it load and score the same for somebody else?
+
+    Files, code, weights, precision, processor and card are looked at, and the model is loaded in clean processes. Its
+    own code runs only with --trust-remote-code; without it that check says "not run". Exit code 1 if anything fails.
+
+    \b
+    Examples:
+      tvrn doctor runs/flickr8k --trust-remote-code
+      tvrn doctor me/my-tvrn --revision v1 --json | jq .ok
+    """
+    from ..hub import doctor as examine
+
+    report = examine(model, trust_remote_code=trust_remote_code, revision=revision, endpoint=endpoint, timeout=timeout)
+    say(report.as_dict(), str(report), as_json)
+    raise typer.Exit(0 if report.ok else FAULTS)
+
+
+def push(
+    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a saved model, such as a run's")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hub; made if it is not there")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="a private repository")] = False,
+    vision: Vision = None,
+    text: Text = None,
+    data: Data = None,
+    license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="of the commit")] = "Upload TVRN model",
+    endpoint: Endpoint = None,
+    force: Annotated[bool, typer.Option("--force", help="push although the doctor finds faults")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a model with its code and card, in one commit, if the doctor finds nothing wrong.
+
+    The token is the one of `hf auth login` or HF_TOKEN. No code of the folder is run.
+
+    \b
+    Examples:
+      tvrn push runs/scenes me/tvrn-scenes --private
+      tvrn push runs/flickr8k me/tvrn-flickr8k --vision google/mobilenet_v2_1.0_224 --data flickr8k
+    """
+    from ..hub import push_to_hub
+
+    pushed = push_to_hub(
+        model,
+        None,
+        repo_id,
+        names=_names(vision, text, data),
+        license=license,
+        private=True if private else None,
+        endpoint=endpoint,
+        message=message,
+        force=force,
+    )
+    removed = f", {len(pushed.removed)} of a former model removed" if pushed.removed else ""
+    say(pushed.as_dict(), f"{pushed.url}\ncommit {pushed.commit}, {len(pushed.files)} files{removed}", as_json)
+
+
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a training run, with results.json")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="file to write (default: README.md of the run)")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="what the model is called (default: the folder's name)")] = None,
+    vision: Vision = None,
+    text: Text = None,
+    data: Data = None,
+    license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render a run's model card again, from its results.json.
+
+    \b
+    Examples:
+      tvrn card runs/scenes
+      tvrn card runs/flickr8k -o model_cards/flickr8k.md --name tvrn-flickr8k --data flickr8k
+    """
+    from ..hub import write_run_card
+
+    target = writable(output) if output is not None else None
+    path = write_run_card(run, target, name=name, names=_names(vision, text, data), license=license)
+    say({"card": str(path)}, str(path), as_json)
+
+
+def _names(vision: str | None, text: str | None, data: str | None) -> dict[str, str]:
+    named = {"vision": vision, "text": text, "data": data}
+    return {key: value for key, value in named.items() if value is not None}

@@ -1,0 +1,252 @@
+"""`tvrn`: quick help, exit codes, JSON that scripts can read, and verbs that do what the functions behind them do."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hub_makers import CAPTIONS, pixel_model, region_model, results, save
+from typer.testing import CliRunner
+
+from modeling_tvrn.cli import app
+from modeling_tvrn.hub import Check, DoctorReport, Pushed
+
+VERBS = [command.name for command in app.registered_commands]
+HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "numpy", "PIL", "accelerate"}
+TINY_VIT = {
+    "model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 19,
+}  # fmt: skip
+
+
+def tvrn(*arguments: object, code: int = 0) -> Any:
+    """Run a verb in this process; gives its outcome with stdout and stderr apart."""
+    outcome = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert outcome.exit_code == code, f"{outcome.stdout}\n{outcome.stderr}\n{outcome.exception!r}"
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that reads pictures."""
+    return save(tmp_path_factory.mktemp("model"), *pixel_model())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures and a table of pairs, with a missing picture, a broken one and an empty caption."""
+    folder, random = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    for name in ("a.png", "b.png", "c.png"):
+        coarse = random.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        PIL.Image.fromarray(np.kron(coarse, np.ones((8, 8, 1), dtype=np.uint8))).save(folder / name)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    rows = [("a.png", CAPTIONS[0]), ("b.png", CAPTIONS[1]), ("a.png", CAPTIONS[1]), ("gone.png", "a dog")]
+    rows += [("c.png", " "), ("broken.png", "snow"), ("c.png", "snow"), ("a.png", CAPTIONS[0])]
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption", "note"), *((*row, f"n{i}") for i, row in enumerate(rows))])
+    return folder / "pairs.csv"
+
+
+class TestHelp:
+    def test_help_loads_nothing_heavy(self, run_python: Callable[..., str]) -> None:
+        """Who asks for help, or presses tab, waits for a fraction of a second and not for torch."""
+        code = """
+import sys
+from modeling_tvrn.cli import main
+for verb in sys.argv[1:]:
+    sys.argv = ["tvrn", verb, "--help"] if verb != "-" else ["tvrn", "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+print(sorted(set(sys.modules) & {heavy}))
+"""
+        output = run_python(code.replace("{heavy}", repr(HEAVY)), "-", *VERBS)
+        assert output.splitlines()[-1] == "[]"
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_every_verb_has_examples(self, verb: str) -> None:
+        lines = [line.strip() for line in tvrn(verb, "--help").stdout.splitlines()]
+        after = lines[lines.index("Examples:") + 1 :]
+        assert after[0].startswith(f"tvrn {verb} ")
+
+    def test_the_issue_s_verbs_are_there(self) -> None:
+        issue = {"train", "evaluate", "score", "search", "index", "explain", "doctor", "push"}
+        assert issue <= set(VERBS)
+
+    def test_version(self) -> None:
+        from modeling_tvrn import __version__
+
+        assert tvrn("--version").stdout.strip() == __version__
+
+
+class TestMistakes:
+    def test_one_line_and_exit_code_2(self, tmp_path: Path) -> None:
+        outcome = tvrn("card", tmp_path, code=2)
+        assert outcome.stdout == "" and outcome.stderr.startswith("tvrn: ") and "no results.json" in outcome.stderr
+        assert len(outcome.stderr.splitlines()) == 1
+
+    def test_an_unknown_verb_or_option(self) -> None:
+        assert "searhc" in tvrn("searhc", code=2).stderr
+        assert "--no-such" in tvrn("doctor", "x", "--no-such", code=2).stderr
+
+    def test_no_such_model(self, tmp_path: Path) -> None:
+        assert "no folder" in tvrn("doctor", tmp_path / "none", code=2).stderr
+
+    def test_train_needs_to_be_told_what(self) -> None:
+        assert "--config" in tvrn("train", code=2).stderr
+        assert "unknown" in tvrn("train", "epoch=3", code=2).stderr.lower()
+
+    def test_evaluate_checks_before_it_loads(self) -> None:
+        assert "flickr8k-1k" in tvrn("evaluate", "x", "--data", "scenes", "--protocol", "mine", code=2).stderr
+        assert "--shortlist-size" in tvrn("evaluate", "x", "--data", "scenes", "--exhaustive", code=2).stderr
+
+
+class TestScore:
+    def test_scores_are_the_model_s_own(self, model: Path, pairs: Path, tmp_path: Path) -> None:
+        outcome = tvrn("score", model, pairs, "-o", tmp_path / "out" / "scored.csv", "--batch-size", 3)
+        assert outcome.stdout == ""
+        with (tmp_path / "out" / "scored.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["note"] for row in rows] == [f"n{i}" for i in range(8)], (
+            "every row, in its order, with its columns"
+        )
+        assert [row["score"] == "" for row in rows] == [False] * 3 + [True] * 3 + [False] * 2
+        loaded, processor = pixel_model()
+        with torch.no_grad():
+            for row in rows:
+                if row["score"]:
+                    image = PIL.Image.open(pairs.parent / row["image"])
+                    logits = loaded(**processor(images=image, text=row["caption"])).logits_per_image
+                    assert float(row["score"]) == pytest.approx(logits.sigmoid().item(), abs=2e-6), row
+        assert "gone.png" in outcome.stderr and "broken.png" in outcome.stderr and "empty caption" in outcome.stderr
+        assert outcome.stderr.splitlines()[-1] == "tvrn: 3 rows without a score"
+
+    def test_a_threshold_parts_the_rows_that_have_scores(self, model: Path, pairs: Path) -> None:
+        whole = [json.loads(line) for line in tvrn("score", model, pairs, "--json").stdout.splitlines()]
+        assert len(whole) == 8 and whole[3]["score"] is None
+        scores = sorted(row["score"] for row in whole if row["score"] is not None)
+        middle = scores[2]
+        above = csv.DictReader(tvrn("score", model, pairs, "--threshold", middle).stdout.splitlines())
+        below = tvrn("score", model, pairs, "--threshold", middle, "--below", "--json").stdout.splitlines()
+        assert [row["note"] for row in above] == [row["note"] for row in whole if (row["score"] or 0) >= middle]
+        assert {json.loads(line)["note"] for line in below} == {
+            row["note"] for row in whole if row["score"] is not None and row["score"] < middle
+        }
+
+    def test_other_columns_and_folders(self, model: Path, pairs: Path, tmp_path: Path) -> None:
+        table = tmp_path / "elsewhere.csv"
+        table.write_text("file,sentence\nb.png,the cat sleeps\n")
+        names = ["--image-column", "file", "--caption-column", "sentence"]
+        found = json.loads(tvrn("score", model, table, "--images", pairs.parent, *names, "--json").stdout)
+        assert found["file"] == "b.png" and 0 < found["score"] < 1
+        assert "['file', 'sentence']" in tvrn("score", model, table, code=2).stderr
+
+    def test_a_model_of_regions_is_refused(self, pairs: Path, tmp_path: Path) -> None:
+        folder = save(tmp_path, *region_model())
+        assert "region features" in tvrn("score", folder, pairs, code=2).stderr
+
+
+class TestShare:
+    def test_doctor_s_exit_code_and_json(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: dict[str, Any] = {}
+
+        def examined(name: str, **options: Any) -> DoctorReport:
+            asked.update(options, name=name)
+            status = "failed" if name == "bad" else "ok"
+            return DoctorReport(name, [Check("values", status, "NaN", "look")])  # type: ignore[arg-type]
+
+        monkeypatch.setattr("modeling_tvrn.hub.doctor", examined)
+        assert "Everything holds." in tvrn("doctor", "good").stdout
+        assert asked["trust_remote_code"] is False, "nobody's code runs unless told to"
+        report = json.loads(tvrn("doctor", "bad", "--trust-remote-code", "--json", code=1).stdout)
+        assert report["ok"] is False and asked["trust_remote_code"] is True
+
+    def test_push_hands_everything_on(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        asked: dict[str, Any] = {}
+
+        def pushed(*arguments: Any, **options: Any) -> Pushed:
+            asked.update(options, arguments=arguments)
+            return Pushed("me/x", "https://hub/me/x", "c0ffee", ["config.json"], [], DoctorReport("me/x"))
+
+        monkeypatch.setattr("modeling_tvrn.hub.push_to_hub", pushed)
+        outcome = tvrn(
+            "push", tmp_path, "me/x", "--private", "--vision", "org/tower", "--endpoint", "http://hub", "--json"
+        )
+        assert json.loads(outcome.stdout)["commit"] == "c0ffee"
+        assert asked["arguments"] == (tmp_path, None, "me/x") and asked["private"] is True and asked["force"] is False
+        assert asked["names"] == {"vision": "org/tower"} and asked["endpoint"] == "http://hub"
+
+    def test_card(self, tmp_path: Path) -> None:
+        (tmp_path / "results.json").write_text(json.dumps(results()))
+        target = tmp_path / "cards" / "recipe.md"
+        tvrn("card", tmp_path, "-o", target, "--name", "tvrn-recipe", "--text", "org/minilm")
+        card = target.read_text("utf-8")
+        assert card.startswith("---\nbase_model: org/minilm\n") or "base_model:\n- org/minilm" in card
+        assert "# tvrn-recipe" in card and "320.0" in card and "/home/somebody" not in card
+
+
+class TestSearch:
+    def test_a_folder_of_photographs(self, model: Path, pairs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        """The broken file is left out; the second search finds the index of the first."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        first = tvrn("search", model, pairs.parent, CAPTIONS[0], "--picture", tmp_path / "found.png")
+        assert "3 encoded" in first.stderr and (tmp_path / "found.png").stat().st_size > 1000
+        second = tvrn("search", model, pairs.parent, CAPTIONS[0], "--json", "-n", 2)
+        assert "0 encoded" in second.stderr
+        hits = json.loads(second.stdout)
+        loaded, processor = pixel_model()
+        names = ["a.png", "b.png", "c.png"]
+        images = [PIL.Image.open(pairs.parent / name) for name in names]
+        with torch.no_grad():
+            scores = loaded(**processor(images=images, text=[CAPTIONS[0]])).logits_per_image[:, 0].sigmoid()
+        best = scores.argsort(descending=True)[:2].tolist()
+        assert [Path(hit["path"]).name for hit in hits] == [names[row] for row in best]
+        assert hits[0]["score"] == pytest.approx(scores.max().item(), abs=5e-3), "features are kept in half precision"
+        assert list((tmp_path / "cache").glob("modeling_tvrn/indexes/*")), "nothing is written among the photographs"
+        assert {path.name for path in pairs.parent.iterdir()} == {*names, "broken.png", "pairs.csv"}
+
+    def test_an_index_by_a_picture(self, model: Path, pairs: Path, tmp_path: Path) -> None:
+        report = json.loads(tvrn("index", model, pairs.parent, tmp_path / "index", "--json").stdout)
+        assert report["items"] == 3 and report["encoded"] == 3
+        found = tvrn("search", model, tmp_path / "index", "--image", pairs.parent / "b.png", "--json").stdout
+        assert Path(json.loads(found)[0]["path"]).name == "b.png"
+
+    def test_mistakes(self, model: Path, tmp_path: Path) -> None:
+        assert "either a TEXT or --image" in tvrn("search", model, tmp_path, code=2).stderr
+        assert "folder of photographs" in tvrn("search", model, tmp_path / "none", "x", code=2).stderr
+        assert "COLUMN=VALUE" in tvrn("search", model, tmp_path, "x", "--where", "year", code=2).stderr
+
+
+def test_explain_writes_what_it_shows(model: Path, pairs: Path, tmp_path: Path) -> None:
+    image, files = pairs.parent / "a.png", [tmp_path / "why.png", tmp_path / "why.html"]
+    outcome = tvrn("explain", model, image, CAPTIONS[0], "--picture", files[0], "--html", files[1], "--json")
+    found = json.loads(outcome.stdout)
+    assert sum(found["parts"].values()) == pytest.approx(found["logit"], abs=1e-4)
+    assert found["written"] == [str(file) for file in files] and all(file.stat().st_size > 1000 for file in files)
+    assert "ends in .png" in tvrn("explain", model, image, "x", "--picture", "why.txt", code=2).stderr
+
+
+@pytest.mark.slow
+def test_train_then_evaluate(tmp_path: Path) -> None:
+    """What `evaluate` measures of the folder is what the run wrote into its results.json."""
+    config = {
+        "data": "scenes", "data_options": {"count": 12, "image_size": 32}, "epochs": 1, "batch_size": 25,
+        "model": {"vision_config": TINY_VIT, "hidden_size": 18, "projection_size": 11, "similarity_size": 9},
+        "output_dir": str(tmp_path / "run"), "cpu": True,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(config))  # JSON is YAML
+    shown = json.loads(tvrn("train", "-c", tmp_path / "recipe.yaml", "seed=3", "--json").stdout)
+    assert shown["seed"] == 3 and "history" not in shown
+    assert (tmp_path / "run" / "README.md").read_text("utf-8").startswith("---\n")
+    output = tmp_path / "report.json"
+    arguments = ["evaluate", tmp_path / "run", "--data", "scenes", "--split", "validation", "--device", "cpu"]
+    outcome = tvrn(*arguments, "--shortlist-size", 5, "--output", output)
+    assert "chance" in outcome.stdout
+    report = json.loads(output.read_text())
+    assert report["protocol"] == "validation" and report["data"] == "scenes"
