@@ -244,7 +244,8 @@ class ImageTextIndex:
         else:
             backend = FolderBackend.open(Path(os.fspath(directory or "")))
         if model is not None:
-            check_model(backend.manifest["fingerprint"], model, processor, repr(os.fspath(directory or url or "")))
+            where = f"the collection {collection!r}" if directory is None else repr(os.fspath(directory))
+            check_model(backend.manifest["fingerprint"], model, processor, where)
         return cls(backend, model, processor)
 
     def save(self, directory: str | os.PathLike) -> Path:

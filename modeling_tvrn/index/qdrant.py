@@ -1,0 +1,228 @@
+"""The same index on a Qdrant server, which shards and replicates it: vectors to search, features to rerank with.
+
+An index is a numbered collection behind an alias. A new one is filled beside it and the alias moved at the end, so
+that readers see the old one whole; it is dropped when the next but one is published.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import NAMESPACE_URL, uuid5
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from ..encoded_tvrn import EncodedItems
+from .segments import SIDES
+from .sources import RESERVED
+
+if TYPE_CHECKING:
+    from .index import FolderBackend
+
+logger = logging.getLogger(__name__)
+
+VECTOR, FEATURES, META = "embedding", "features", "meta"
+UPLOAD_BATCH = 64  # points a request; with features one takes some 100 kB
+
+
+def connect(url: Any, **options: Any) -> Any:
+    """A client of a server ("http://…"), of its local mode in a folder, or in memory (":memory:"); or one as it is.
+
+    Raises:
+        ImportError: Naming the command that installs qdrant-client.
+    """
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError as error:
+        raise ImportError('an index on a server needs qdrant-client: pip install "modeling-tvrn[qdrant]"') from error
+    if isinstance(url, QdrantClient):
+        return url
+    if not isinstance(url, str | os.PathLike):
+        raise ValueError(f"url is a {type(url).__name__}; expected the server's address, a folder, or a QdrantClient")
+    address = os.fspath(url)
+    if address == ":memory:":
+        return QdrantClient(":memory:")
+    return QdrantClient(url=address, **options) if "://" in address else QdrantClient(path=address)
+
+
+def publish(
+    index: FolderBackend,
+    url: Any,
+    collection: str = "tvrn",
+    *,
+    shard_number: int | None = None,
+    replication_factor: int | None = None,
+    **options: Any,
+) -> Any:
+    """Send a finished index to a server; the client that did it comes back.
+
+    An upload that was cut off goes on where it stopped when it is called again.
+
+    Args:
+        index: In its folder.
+        url: See `connect`; `options`: what `QdrantClient` takes besides, such as `api_key`.
+        collection: What readers call it.
+        shard_number: Pieces the server cuts it into; `replication_factor`: copies of each.
+    """
+    client = connect(url, **options)
+    number = 1 + _current_number(client, collection)
+    name = f"{collection}-{number:06d}"
+    manifest = dict(index.manifest) | {"engine": "qdrant", "segments": []}
+    if client.collection_exists(name) and _manifest(client, name) != manifest:
+        client.delete_collection(name)  # what is left of another build's upload
+    if not client.collection_exists(name):
+        _create(client, name, index, manifest, shard_number=shard_number, replication_factor=replication_factor)
+    there = set(_ids(client, name))
+    points = [(row, str(uuid5(NAMESPACE_URL, f"{row}/{key}"))) for row, key in enumerate(index.keys)]
+    missing = [(row, point) for row, point in points if point not in there]
+    logger.info("%s: %d of %d items are there already", name, len(points) - len(missing), len(points))
+    for start in range(0, len(missing), UPLOAD_BATCH):
+        client.upsert(name, [_point(index, row, point) for row, point in missing[start : start + UPLOAD_BATCH]])
+    _switch(client, collection, name)
+    for old in _numbered(client, collection):
+        if old < number - 1:
+            client.delete_collection(f"{collection}-{old:06d}")
+    return client
+
+
+class QdrantBackend:
+    """One published version, opened whole: publishing another does not change what it answers."""
+
+    def __init__(self, client: Any, collection: str) -> None:
+        self.client = client
+        number = _current_number(client, collection)
+        if not number:
+            raise FileNotFoundError(f"the server has no index called {collection!r}: build one with url= first")
+        self.name = f"{collection}-{number:06d}"
+        self.manifest = _manifest(client, self.name)
+
+    def __len__(self) -> int:
+        return int(self.client.count(self.name, exact=True).count)
+
+    def nearest(self, query: np.ndarray, count: int, where: Any) -> list[tuple[Any, float]]:
+        """(point, cosine), nearest first; a point carries its columns, not its features."""
+        from qdrant_client import models
+
+        found = self.client.query_points(
+            self.name,
+            query=query.tolist(),
+            using=VECTOR,
+            limit=count,
+            query_filter=_filter(where),
+            with_payload=models.PayloadSelectorExclude(exclude=[FEATURES]),
+            search_params=models.SearchParams(
+                quantization=models.QuantizationSearchParams(rescore=True, oversampling=4.0)
+            ),
+        ).points
+        return [(point, float(point.score)) for point in found]
+
+    def item(self, place: Any) -> dict[str, Any]:
+        """One item's columns."""
+        payload = dict(place.payload)
+        return {name: payload.get(name) for name in ("id", "path", "text")} | dict(payload.get(META) or {})
+
+    def features(self, places: Sequence[Any]) -> EncodedItems:
+        """What reranking needs of the given points, in float32."""
+        points = self.client.retrieve(self.name, [place.id for place in places], with_payload=[FEATURES])
+        by_id = {point.id: point.payload[FEATURES] for point in points}
+        parts = []
+        for place in places:
+            tensors = {key: _float(value) for key, value in load(base64.b64decode(by_id[place.id])).items()}
+            parts.append(SIDES[self.manifest["side"]](**tensors, model_fingerprint=self.manifest["model_fingerprint"]))
+        return SIDES[self.manifest["side"]].cat(parts)
+
+
+def _create(client: Any, name: str, index: FolderBackend, manifest: dict[str, Any], **shape: Any) -> None:
+    from qdrant_client import models
+
+    int8 = models.ScalarQuantization(scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8))
+    binary = models.BinaryQuantization(binary=models.BinaryQuantizationConfig())
+    size = index.search.vectors.shape[1]
+    client.create_collection(
+        name,
+        vectors_config={VECTOR: models.VectorParams(size=size, distance=models.Distance.COSINE, on_disk=True)},
+        quantization_config={"int8": int8, "binary": binary}.get(manifest["precision"]),
+        on_disk_payload=True,
+        metadata={"tvrn": json.dumps(manifest)},
+        **{key: value for key, value in shape.items() if value is not None},
+    )
+
+
+def _point(index: FolderBackend, row: int, point: str) -> Any:
+    from qdrant_client import models
+
+    item = index.item(row)
+    meta = {name: value for name, value in item.items() if name not in RESERVED and value is not None}
+    payload: dict[str, Any] = {"id": item["id"], "path": item["path"], "text": item["text"], META: meta}
+    if index.manifest["features"]:
+        tensors = {name: _half(value) for name, value in index.features([row]).tensors().items()}
+        payload[FEATURES] = base64.b64encode(save(tensors)).decode()
+    return models.PointStruct(id=point, vector={VECTOR: index.search.vectors[row].tolist()}, payload=payload)
+
+
+def _switch(client: Any, collection: str, name: str) -> None:
+    from qdrant_client import models
+
+    remove = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=collection))
+    create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=name, alias_name=collection))
+    known = any(alias.alias_name == collection for alias in client.get_aliases().aliases)
+    client.update_collection_aliases([remove, create] if known else [create])
+
+
+def _current_number(client: Any, collection: str) -> int:
+    """Of the collection behind the alias; 0 where there is none."""
+    behind = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == collection]
+    return int(behind[0].rpartition("-")[2]) if behind else 0
+
+
+def _numbered(client: Any, collection: str) -> list[int]:
+    names = [each.name for each in client.get_collections().collections]
+    numbers = [name.removeprefix(f"{collection}-") for name in names if name.startswith(f"{collection}-")]
+    return [int(number) for number in numbers if number.isdigit() and len(number) == 6]
+
+
+def _manifest(client: Any, name: str) -> dict[str, Any]:
+    metadata = client.get_collection(name).config.metadata or {}
+    if "tvrn" not in metadata:
+        raise ValueError(f"the collection {name!r} holds no index of this package; choose another name")
+    return dict(json.loads(metadata["tvrn"]))
+
+
+def _ids(client: Any, name: str) -> Iterator[str]:
+    offset = None
+    while True:
+        points, offset = client.scroll(name, limit=1000, offset=offset, with_payload=False, with_vectors=False)
+        yield from (str(point.id) for point in points)
+        if offset is None:
+            return
+
+
+def _filter(where: Any) -> Any:
+    """{"folder": "summer", "year": [2023, 2024]} as the server takes it."""
+    if where is None:
+        return None
+    from qdrant_client import models
+
+    if not isinstance(where, Mapping):
+        raise ValueError(f"where is a {type(where).__name__}; on a server a filter is a dict of columns and values")
+    conditions = []
+    for name, wanted in where.items():
+        several = isinstance(wanted, list | tuple | set | frozenset)
+        match = models.MatchAny(any=list(wanted)) if several else models.MatchValue(value=wanted)
+        key = name if name in ("id", "path", "text") else f"{META}.{name}"
+        conditions.append(models.FieldCondition(key=key, match=match))
+    return models.Filter(must=conditions)
+
+
+def _half(value: torch.Tensor) -> torch.Tensor:
+    return value.half().contiguous() if value.is_floating_point() else value.contiguous()
+
+
+def _float(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype == torch.float16 else value
