@@ -1,0 +1,118 @@
+"""The demo's page: what it finds and shows, and what it does not let in or out."""
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_makers import encoded, noise
+from test_index import bomb, build, photographs, seeing  # noqa: F401 (a fixture)
+
+from modeling_tvrn import demo
+from modeling_tvrn.demo import Searches
+from modeling_tvrn.index import ImageTextIndex
+
+
+@pytest.fixture(scope="module")
+def searches(seeing: Any, tmp_path_factory: pytest.TempPathFactory) -> Searches:  # noqa: F811
+    folder = photographs(tmp_path_factory.mktemp("demo") / "photos")
+    return Searches(*seeing, build(*seeing, folder, folder.parent / "index"), folder)
+
+
+def test_text_and_photograph_find_pictures_and_a_hit_is_explained(searches: Searches) -> None:
+    gallery, state, said = searches.by_text("two dogs run in snow", 5)
+    assert len(gallery) == len(state) == 5 and said == "5 found."
+    assert [label.split("  ")[1] for _, label in gallery] == [each["id"] for each in state]
+    reason = searches.why(state, 1)
+    assert reason.count("<button") == 6 and "matching score" in reason and state[1]["id"] in reason
+    alike, found, _ = searches.by_photograph(state[0]["path"], 3)
+    assert len(alike) == 3 and "Type a text" in searches.why(found, 0)
+    assert "<svg" in searches.why(found, 0, "a red kite")
+    assert searches.why(state, 99) == ""
+
+
+def test_empty_and_wild_input_gets_an_answer_not_an_error(searches: Searches) -> None:
+    assert searches.by_text("   ")[0] == [] and searches.by_photograph(None)[0] == []
+    assert len(searches.by_text("dogs " * 10_000, 10_000)[0]) == 9
+    assert len(searches.by_text("<script>alert(1)</script>", -3)[0]) == 1
+    assert "Choose a photograph" in searches.score(None, "a dog")
+
+
+def test_an_uploaded_pair_is_scored_and_bad_files_are_named_not_opened(searches: Searches, tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    good.write_bytes(encoded(3))
+    page = searches.score(good, "<b>dogs</b> run")
+    assert "matching score" in page and "<b>dogs" not in page
+    for name, content, reason in (
+        ("cut.jpg", noise("JPEG")[:900], "corrupt image"),
+        ("bomb.png", bomb(), "image over the pixel limit"),
+        ("page.png", b"<html>", "corrupt image"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert reason in searches.score(tmp_path / name, "dogs run")
+        assert reason in searches.by_photograph(tmp_path / name)[2]
+
+
+def test_nothing_outside_the_folder_is_shown(searches: Searches, seeing: Any, tmp_path: Path) -> None:  # noqa: F811
+    """An index names files; one that was built elsewhere, or tampered with, must not open the disk."""
+    narrow = Searches(*seeing, searches.index, searches.folder / "summer")
+    gallery, state, said = narrow.by_text("two dogs", 9)
+    assert {each["id"].split("/")[0] for each in state} == {"summer"} and "5 are not there" in said
+    assert "not there" in narrow.why([{"id": "x", "path": "/etc/passwd", "query": "dogs"}], 0)
+    captions = ImageTextIndex.build(*seeing, ["a dog"], progress=False)
+    with pytest.raises(ValueError, match="index of texts"):
+        Searches(*seeing, captions, tmp_path)
+    assert gallery
+
+
+@pytest.fixture(scope="module")
+def page(searches: Searches) -> Iterator[Any]:
+    pytest.importorskip("gradio", reason='the page comes with pip install ".[demo]"')
+    page = demo.launch(searches.model, searches.processor, searches.folder, searches.index, block=False)
+    yield page
+    page.close()
+
+
+def get(page: Any, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(page.local_url.rstrip("/") + path) as response:
+            return response.status, response.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def test_the_page_fetches_nothing_from_elsewhere_and_serves_no_file(page: Any, searches: Searches) -> None:
+    status, text = get(page, "/")
+    assert status == 200
+    linked = re.findall(r"<(?:link|script|img|iframe)[^>]*(?:href|src)=[\"']?(https?://[^\"' >]+)", text)
+    elsewhere = [url for url in linked if not url.startswith(page.local_url.rstrip("/"))]
+    assert not elsewhere, "works offline"
+    assert "fonts.googleapis" not in text + get(page, "/theme.css")[1]
+    photograph = next(searches.folder.glob("*.png"))
+    for path in ("/etc/passwd", str(photograph), str(Path(demo.__file__))):
+        assert get(page, f"/gradio_api/file={path}")[0] in (403, 404), path
+
+
+def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Path) -> None:
+    client_library = pytest.importorskip("gradio_client")
+    client = client_library.Client(page.local_url, verbose=False)
+    gallery, said = client.predict("two dogs run in snow", 4, api_name="/search")
+    assert said == "4 found." and len(gallery) == 4
+    wanted = [hit.id for hit in searches.index.search(text="two dogs run in snow", limit=4)]
+    assert [item["caption"].split("  ")[1] for item in gallery] == wanted
+    good = tmp_path / "good.png"
+    good.write_bytes(encoded(3))
+    assert "matching score" in client.predict(client_library.handle_file(good), "dogs run", api_name="/score")
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    sent = client_library.handle_file(tmp_path / "bomb.png")
+    assert "pixel limit" in client.predict(sent, "dogs run", api_name="/score")
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(demo.MAX_UPLOAD_BYTES + 2**20))
+    with pytest.raises(Exception, match=r"(?i)size|large|413"):
+        client.predict(client_library.handle_file(large), "dogs run", api_name="/score")
+    assert client.predict("a red kite", 2, api_name="/search")[1] == "2 found.", "it is still there"
+    assert "search_by_photograph" in json.dumps(client.view_api(return_format="dict"))
