@@ -12,6 +12,11 @@ Several processes, each with its part of the data, joined when all are done:
     torchrun --nproc_per_node 4 examples/cache_teachers.py facebook/dinov2-large --modality image --data coco \
         --split train --output teachers/dinov2-coco
 
+The mean of cached regions (examples/extract_regions.py), without another pass over the photographs:
+
+    python examples/cache_teachers.py --regions regions/flickr8k-train --modality image --data flickr8k --split train \
+        --output teachers/regions-train
+
 Killed and started again, it goes on where it stopped. Then train with
 
     python examples/train.py --config examples/configs/flickr8k.yaml cusa=true \
@@ -27,7 +32,7 @@ import torch
 from accelerate import PartialState
 
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.teachers import Teacher, TeacherCache
+from modeling_tvrn.teachers import RegionCache, Teacher, TeacherCache
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=about, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("teacher", help="Hub id or folder of any model that AutoModel loads")
+    parser.add_argument("teacher", nargs="?", help="Hub id or folder of any model that AutoModel loads")
+    parser.add_argument("--regions", metavar="CACHE", help="region cache whose means are the vectors, no teacher")
     parser.add_argument("--modality", required=True, choices=["image", "text"])
     parser.add_argument("--data", required=True, help="what load_pairs reads: flickr8k, coco, a folder, a Hub id, ...")
     parser.add_argument("--split", help="train, validation, ... (may be left out where there is only one)")
@@ -56,12 +62,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="read the data as a stream, without a local copy")
     parser.add_argument("--overwrite", action="store_true", help="drop what is in the output folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the teacher's repository")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (options.teacher is None) == (options.regions is None):
+        parser.error("give either a teacher, by Hub id or folder, or --regions")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> TeacherCache:
     """Build the cache that the command line asks for."""
     options = parse_arguments(arguments)
+    if options.regions is not None:
+        return from_regions(options)
     state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
     teacher = Teacher.from_pretrained(
         options.teacher,
@@ -94,6 +105,16 @@ def main(arguments: list[str] | None = None) -> TeacherCache:
         cache = TeacherCache.load(options.output)
     if state.is_main_process:
         print(f"{cache}, pooling {teacher.pooling!r}, {cache.store.bytes / 1e6:.1f} MB")
+    return cache
+
+
+def from_regions(options: argparse.Namespace) -> TeacherCache:
+    """Vectors from a region cache, in one process: there is next to nothing to compute."""
+    records, regions = load_pairs(options.data, options.split), RegionCache.load(options.regions)
+    cache = TeacherCache.from_regions(
+        regions, records, options.output, dtype=options.dtype, overwrite=options.overwrite
+    )
+    print(f"{cache}, means of {regions}, {cache.store.bytes / 1e6:.1f} MB")
     return cache
 
 

@@ -30,11 +30,28 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.teachers import StaleStoreError, Teacher, TeacherCache
+from modeling_tvrn.teachers import RegionCache, StaleStoreError, Teacher, TeacherCache
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["a", "dog", "cat", "runs", "sleeps", "number", "zero", "one", "two", "three", "four", "five", "six", "over", "red"]
+WORDS = [
+    "a",
+    "dog",
+    "cat",
+    "runs",
+    "sleeps",
+    "number",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "over",
+    "red",
+]
 CAPTIONS = ["a dog runs over the red hill", "a cat", "the red cat sleeps", "one two three four five six dog runs"]
 TEXT = {
     "vocab_size": 20, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 17,
@@ -439,8 +456,25 @@ def test_a_vector_without_a_direction_is_refused_with_its_id(hub: Path, photogra
         teacher = Teacher.from_pretrained(hub / "bert", "text")
         embed = teacher.embed
         teacher.embed = lambda inputs, embed=embed, value=value: embed(inputs).index_fill(0, torch.tensor([0]), value)
-        with pytest.raises(ValueError, match=f"the vector of text .* has the {message}"):
+        with pytest.raises(ValueError, match=f"the vector of item .* has the {message}"):
             TeacherCache.build(teacher, load_pairs(photographs), tmp_path / message, progress=False)
+
+
+def test_vectors_from_cached_regions_are_their_means(hub: Path, photographs: Path, tmp_path: Path) -> None:
+    """A CNN's mean over its map, without another pass over the photographs."""
+    records, teacher = load_pairs(photographs), Teacher.from_pretrained(hub / "cnn", "image")
+    model = TVRNModel.from_backbones(
+        hub / "cnn", freeze_vision=True, hidden_size=8, projection_size=8, similarity_size=8
+    )
+    processor = TVRNProcessor.from_backbones(hub / "cnn")
+    regions = RegionCache.build(model, processor, records, tmp_path / "regions", dtype="float32", progress=False)
+    cache = TeacherCache.from_regions(regions, records, tmp_path / "means", dtype="float32", progress=False)
+    expected = torch.nn.functional.normalize(teacher([record["image"] for record in records]), dim=1)
+    torch.testing.assert_close(cache[records.image_ids], expected, atol=1e-4, rtol=1e-3)
+    assert TeacherCache.load(tmp_path / "means", dataset=records, modality="image").info["regions"]
+    other = RegionCache.build(model, processor, records, tmp_path / "half", progress=False)
+    with pytest.raises(StaleStoreError, match="numbers.regions.dtype: stored 'float32', expected 'float16'"):
+        TeacherCache.from_regions(other, records, tmp_path / "means", dtype="float32", progress=False)
 
 
 def test_empty_texts_and_records_without_photographs_are_refused(hub: Path, photographs: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .fingerprint import ItemId, StaleStoreError, items_fingerprint
+from .regions import RegionCache
 from .shards import BrokenShardError, shard_name
 from .store import ArrayStore, StoreWriter, read_manifest
 from .teacher import Teacher
-from .teacher_items import check_contents, fill, item_ids
+from .teacher_items import check_contents, fill, fill_from_regions, item_ids
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,48 @@ class TeacherCache:
         writer = StoreWriter(directory, whole, shard_size, overwrite)
         facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
         return cls(writer.finish(facts | dict(info or {})))
+
+    @classmethod
+    def from_regions(
+        cls,
+        regions: RegionCache,
+        dataset: Any,
+        directory: str | os.PathLike,
+        *,
+        dtype: str = "float16",
+        shard_size: int = 4096,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> "TeacherCache":
+        """Image vectors without another pass over the photographs: the mean of each image's cached regions.
+
+        Args:
+            regions: of the backbone that is to be the teacher.
+            dataset: map-style records, whose images are in `regions`; none is decoded.
+            directory, dtype, shard_size, overwrite, progress: as in `build`.
+
+        Raises:
+            KeyError: an image is not in `regions`.
+            StaleStoreError: the folder's cache was made from something else; with both values.
+        """
+        ids = item_ids(dataset, "image")
+        if ids is None or dtype not in STORED_DTYPES:
+            raise ValueError(f"expected map-style records, not a stream, and dtype {STORED_DTYPES}, not {dtype!r}")
+        parts = {name: regions.fingerprint[name] for name in ("preprocessing", "regions")}
+        made_from = {
+            "teacher": {"modality": "image", **regions.fingerprint["backbone"]},
+            "pooling": "mean of regions",
+            **parts,
+            "numbers": {"dtype": dtype, "regions": regions.fingerprint["numbers"]},
+            "data": items_fingerprint(ids),
+        }
+        if not overwrite and (finished := _finished(directory, made_from)) is not None:
+            return cls(finished)
+        writer = StoreWriter(directory, made_from, shard_size, overwrite)
+        fill_from_regions(writer, regions, dataset, ids, dtype, progress)
+        return cls(
+            writer.finish({"teacher": regions.info.get("backbone", ""), "regions": str(regions.store.directory)})
+        )
 
     @classmethod
     def join(cls, directory: str | os.PathLike) -> "TeacherCache":

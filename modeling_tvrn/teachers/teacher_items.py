@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .fingerprint import ItemId, StaleStoreError, plain_id
+from .regions import RegionCache
 from .store import ArrayStore, StoreWriter
 from .teacher import PicturePreparation, Teacher, TextPreparation
 
 logger = logging.getLogger(__name__)
 
 BATCHES_AT_ONCE = 16  # captions sorted by length among that many batches: little padding, and memory stays bounded
+REGIONS_AT_ONCE = 256
 DIGEST_BYTES = 8
 Item = tuple[ItemId, Any, str, str]  # id, photograph or text, what its contents are told apart by: two names
 Digests = dict[str, np.ndarray]
@@ -120,7 +122,7 @@ def fill(
     with bar:
         for block, vectors, long in _blocks(teacher, dataset, done, ids is None, batch_size, num_workers, writer):
             names = [name for name, *_ in block], [first for *_, first, _ in block], [second for *_, second in block]
-            writer.append(names[0], _checked(vectors, names[0], dtype, teacher) | _digests(names[1], names[2]))
+            writer.append(names[0], _checked(vectors, names[0], dtype, repr(teacher)) | _digests(names[1], names[2]))
             cut += long
             bar.update(len(block))
     if cut:
@@ -134,6 +136,25 @@ def fill(
         "captions_cut": cut,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def fill_from_regions(
+    writer: StoreWriter, regions: RegionCache, dataset: Any, ids: Sequence[ItemId], dtype: str, progress: bool = True
+) -> None:
+    """Write the mean of each image's regions, for those that the writer lacks."""
+    done = list(writer.ids)
+    check_resumable(done, ids, writer)
+    firsts, seconds = contents_of(dataset, "image")
+    bar = tqdm(total=len(ids), initial=len(done), unit="image", desc="teacher", disable=not progress)
+    with bar:
+        for start in range(len(done), len(ids), REGIONS_AT_ONCE):
+            rows = slice(start, start + REGIONS_AT_ONCE)
+            found = regions[ids[rows]]
+            mask = found["region_mask"].unsqueeze(-1)
+            means = (found["region_features"].float() * mask).sum(dim=1) / mask.sum(dim=1)
+            embeds = _checked(means, ids[rows], dtype, "the mean of its regions")
+            writer.append(ids[rows], embeds | _digests(firsts[rows], seconds[rows]))
+            bar.update(len(ids[rows]))
 
 
 def check_resumable(stored: Sequence[ItemId], wanted: Sequence[ItemId], writer: StoreWriter) -> None:
@@ -155,14 +176,14 @@ def _digests(firsts: Sequence[str], seconds: Sequence[str]) -> Digests:
     return {"first_digest": digests_of(firsts), "second_digest": digests_of(seconds)}
 
 
-def _checked(vectors: Tensor, ids: Sequence[ItemId], dtype: str, teacher: Teacher) -> dict[str, np.ndarray]:
+def _checked(vectors: Tensor, ids: Sequence[ItemId], dtype: str, teacher: str) -> dict[str, np.ndarray]:
     """Unit-norm vectors ready to be stored."""
     norms = vectors.norm(dim=1, keepdim=True)
     wrong = ~(norms.isfinite() & (norms > 0)).flatten()
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"the vector of {teacher.modality} {ids[row]!r} has the norm {norms[row].item()} by {teacher!r}, expected "
+            f"the vector of item {ids[row]!r} has the norm {norms[row].item()} by {teacher}, expected "
             "a finite one above 0: look at that item, and at the teacher's dtype and pooling"
         )
     return {"teacher_embeds": (vectors / norms).to(getattr(torch, dtype)).cpu().numpy()}
