@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from modeling_tvrn.teachers import ArrayStore, BrokenShardError, StaleStoreError, StoreWriter
+from modeling_tvrn.teachers.id_index import IdIndex
 
 FINGERPRINT = {"backbone": {"weights_sha256": "ab12", "config": {"patch_size": 7}}, "numbers": {"dtype": "float16"}}
 IDS = [*range(100, 107), "108", "a name.jpg", 9, 8]
@@ -317,3 +318,21 @@ def test_numbers_that_cannot_be_stored_are_refused(tmp_path):
         writer.append([1, 2], {"v": np.ones((2, 3), complex)})
     with pytest.raises(ValueError, match="shard_size is 0"):
         StoreWriter(tmp_path, FINGERPRINT, 0)
+
+
+@pytest.mark.parametrize("ids", [[7, -3, 2**62, 0, 41], ["a", "b", "7", 7, -1]])
+def test_an_index_finds_rows_in_any_order_and_nothing_else(ids: list) -> None:
+    index = IdIndex(ids)
+    assert len(index) == 5
+    assert index.find([ids[3], ids[0], ids[3], ids[4]]).tolist() == [3, 0, 3, 4]
+    assert index.find(["c", 8, 2**70, "0", ids[1]]).tolist() == [-1, -1, -1, -1, 1]
+    assert index.find([]).tolist() == []
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        IdIndex([*ids, ids[2]])
+
+
+def test_ids_take_16_bytes_each_in_memory() -> None:
+    """A million captions' ids in a dictionary took 150 MB."""
+    index = IdIndex([f"{number}.jpg#3" for number in range(1000)])
+    arrays = [value for value in vars(index).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 16 * 1000

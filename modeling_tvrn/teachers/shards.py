@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,17 @@ def shard_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard on disk: whose arrays it holds, and where in the file each lies."""
+    """A whole shard on disk: whose arrays it holds, and where in the file each lies.
+
+    Attributes:
+        ids: of the items; empty in a shard `without_ids`, whose `count` stays.
+        build: digest of what the arrays were made from.
+    """
 
     path: Path
     ids: tuple[ItemId, ...]
-    build: str  # digest of what the arrays were made from
+    count: int
+    build: str
     layout: Layout
     offsets: dict[str, int]
 
@@ -56,17 +62,22 @@ class Shard:
             end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             layout = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"][1:])) for name, entry in header.items()}
             offsets = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
-            shard = cls(path, tuple(json.loads(metadata["ids"])), metadata["build"], layout, offsets)
+            ids = tuple(json.loads(metadata["ids"]))
+            shard = cls(path, ids, len(ids), metadata["build"], layout, offsets)
         except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BrokenShardError(f"{path} is not a shard of a store ({type(error).__name__}: {error})") from error
         if size != end:
             raise BrokenShardError(f"{path} is half-written: it has {size} bytes and its header says {end}")
         return shard
 
+    def without_ids(self) -> "Shard":
+        """The same shard without its ids in memory."""
+        return replace(self, ids=())
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Map the arrays into memory, read-only: a page is read from disk when it is first used."""
         return {
-            name: np.asarray(np.memmap(self.path, dtype, "r", self.offsets[name], (len(self.ids), *shape)))
+            name: np.asarray(np.memmap(self.path, dtype, "r", self.offsets[name], (self.count, *shape)))
             for name, (dtype, shape) in self.layout.items()
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
+from .id_index import IdIndex
 from .shards import BrokenShardError, Shard, publish, shard_name, write_shard
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ FORMAT_VERSION = 1
 class ArrayStore:
     """Read-only view of a finished store: arrays of any item by its id, without loading the rest.
 
-    Safe to hand to worker processes: each maps the files itself.
+    In memory it keeps 16 bytes an id. Safe to hand to worker processes: each maps the files itself.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
@@ -33,11 +34,10 @@ class ArrayStore:
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.info: dict[str, Any] = manifest["info"]
         self.bytes: int = manifest["bytes"]
-        self.ids: tuple[ItemId, ...] = tuple(item_id for shard in shards for item_id in shard.ids)
         self.layout = shards[0].layout
-        self._shards = list(shards)
-        self._starts = np.cumsum([0] + [len(shard.ids) for shard in shards])
-        self._row_of = {item_id: row for row, item_id in enumerate(self.ids)}
+        self._shards = [shard.without_ids() for shard in shards]
+        self._starts = np.cumsum([0] + [shard.count for shard in shards])
+        self._index = IdIndex([item_id for shard in shards for item_id in shard.ids])
         self._mapped: dict[int, dict[str, np.ndarray]] = {}
 
     @classmethod
@@ -65,16 +65,21 @@ class ArrayStore:
                 "last whole shard"
             )
         shards = [Shard.open(directory / shard_name(number)) for number in range(manifest["shards"])]
-        store = cls(directory, manifest, shards)
-        if ids_digest(store.ids) != manifest["ids_sha256"] or {shard.build for shard in shards} != {manifest["build"]}:
+        found = ids_digest(item_id for shard in shards for item_id in shard.ids), {shard.build for shard in shards}
+        if found != (manifest["ids_sha256"], {manifest["build"]}):
             raise BrokenShardError(f"{str(directory)!r} holds a shard of another build: build with overwrite=True")
-        return store
+        return cls(directory, manifest, shards)
+
+    @property
+    def ids(self) -> tuple[ItemId, ...]:
+        """Ids of all items, in the order of their rows; read from the files each time."""
+        return tuple(item_id for shard in self._shards for item_id in Shard.open(shard.path).ids)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._index)
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._row_of
+        return isinstance(item_id, (int, str)) and bool(self._index.find([item_id])[0] >= 0)
 
     def rows(self, ids: Iterable[ItemId]) -> np.ndarray:
         """Rows of the items with these ids, int64 (n,).
@@ -83,14 +88,16 @@ class ArrayStore:
             KeyError: If an id is not in the store; the message names it.
         """
         wanted = [plain_id(item_id) for item_id in ids]
-        missing = [item_id for item_id in wanted if item_id not in self._row_of]
+        rows = self._index.find(wanted)
+        missing = [wanted[place] for place in np.flatnonzero(rows < 0).tolist()]
         if missing:
+            some = Shard.open(self._shards[0].path).ids[:3]
             raise KeyError(
                 f"{len(missing)} of {len(wanted)} ids are not in the store at {str(self.directory)!r}, the first is "
-                f"{missing[0]!r} ({type(missing[0]).__name__}); its {len(self)} ids look like {self.ids[:3]!r}: "
+                f"{missing[0]!r} ({type(missing[0]).__name__}); its {len(self)} ids look like {some!r}: "
                 "build a store of the data that has these ids"
             )
-        return np.fromiter((self._row_of[item_id] for item_id in wanted), np.int64, len(wanted))
+        return rows
 
     def read(self, rows: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Arrays of the given rows, copied out of the files: name -> (n, ...); all of them, or those named."""
