@@ -49,8 +49,14 @@ from .towers_tvrn import build_tower, freeze_unused, load_tower, region_feature_
 CAPTIONS_PER_CHUNK = 32
 # One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-# What the evidence alone uses: nothing that a coarse term sees depends on these weights.
-_EVIDENCE = ("pair.local_similarity", "pair.global_similarity", "pair.head", "textual_refinement")
+# What the tokens go through, and what the refined features of the embeddings go through besides.
+_TOKENS = (
+    "vision_model", "text_model", "word_encoder", "region_projection", "word_projection", "word_perceptron",
+    "text_pooling", "pair.token", "pair.embedding",
+)  # fmt: skip
+_REFINED_FEATURES = (
+    "attention", "geometry", "visual_refinement", "image_pooling", "image_embedding", "text_embedding",
+)  # fmt: skip
 _POOLED_FEATURES = (
     "pooled_image_embedding", "pooled_text_embedding", "unimodal", "logit_scale", "word_encoder.embeddings",
 )  # fmt: skip
@@ -238,9 +244,13 @@ class TVRNModel(TVRNPreTrainedModel):
                 "The text embeddings of this model see words that its textual refinement has read, so training the "
                 "pair score moves them; keeping them fixed needs use_refined_features=False or refinement='gate'."
             )
-        everything = tokens and (config.use_token_similarity or config.use_refined_features)
+        frozen = _POOLED_FEATURES
+        if tokens and (config.use_token_similarity or config.use_refined_features):
+            frozen += _TOKENS
+        if config.use_refined_features:
+            frozen += _REFINED_FEATURES
         for name, weight in self.named_parameters():
-            if not name.startswith(_EVIDENCE) if everything else name.startswith(_POOLED_FEATURES):
+            if name.startswith(frozen):
                 weight.requires_grad_(False)
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:

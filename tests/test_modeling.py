@@ -280,6 +280,10 @@ class TestOutput:
         assert_same(after["tokens"], before["tokens"], 0)
         assert_same(after["embeddings"], before["embeddings"], 0)
         assert (after["evidence"] - before["evidence"]).abs().max() > 1e-3
+        learning = {key.split(".")[0] for key, weight in model.named_parameters() if weight.requires_grad}
+        own = {"textual_refinement", "pair"}  # what no coarse term sees learns on, refined regions among it
+        refined = {"attention", "geometry", "visual_refinement", "image_pooling"}
+        assert learning == own | (set() if model.config.use_refined_features else refined)
 
     def test_text_k_belongs_to_image_k_unless_ids_say_otherwise(self):
         model, images, texts = tiny_model(), regions(4), words(4)
