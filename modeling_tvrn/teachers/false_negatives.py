@@ -144,7 +144,7 @@ def false_negatives(
             records.image_ids,
             range(len(records)),
             image_threshold,
-            limit,  # type: ignore[arg-type]
+            limit,
         )
         counts["image"] = _counts(found)
         for pair in zip(found.first.tolist(), found.second.tolist(), strict=True):

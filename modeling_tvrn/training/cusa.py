@@ -9,7 +9,7 @@ of a model without heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,27 @@ from torch import Tensor, nn
 from ..losses import CUSA
 from ..teachers import TeacherCache
 
-if TYPE_CHECKING:
-    from .config import TrainingConfig
-
 __all__ = ["CUSATerms", "TeacherCollator", "check_order", "open_teachers", "take_teachers"]
 
 PREFIX = "teacher_"
 
 
-def open_teachers(config: TrainingConfig, records: Any) -> tuple[TeacherCache, TeacherCache]:
+class Settings(Protocol):
+    """The keys that are read here, of whatever configuration has them."""
+
+    data: str
+    train_split: str
+    cusa_alpha: float
+    cusa_beta: float
+    cusa_teacher_temperature: float
+    cusa_student_temperature: float
+    cusa_lowest_temperature: float
+    cusa_teachers: str
+    cusa_image_teacher: str | None
+    cusa_text_teacher: str | None
+
+
+def open_teachers(config: Settings, records: Any) -> tuple[TeacherCache, TeacherCache]:
     """The configured caches of image and caption vectors, compared with the records to train on.
 
     Raises:
@@ -115,7 +127,7 @@ class CUSATerms(nn.Module):
             "tokens" and "pairs".
     """
 
-    def __init__(self, config: TrainingConfig, similarities: Sequence[str] = ()) -> None:
+    def __init__(self, config: Settings, similarities: Sequence[str] = ()) -> None:
         super().__init__()
         low = config.cusa_lowest_temperature
         settings: dict[str, Any] = {
