@@ -1,6 +1,7 @@
 """Named protocols: encode a gallery, score it, rank it, report it."""
 
 from .encoding import encode_dataset
+from .graded import GradedPairs, GradedReport, evaluate_graded
 from .protocols import PROTOCOLS, Protocol
 from .provenance import commit, versions
 from .report import EvaluationReport
@@ -10,12 +11,15 @@ from .unimodal import SentencePairs, UnimodalReport, evaluate_unimodal, read_ima
 __all__ = [
     "PROTOCOLS",
     "EvaluationReport",
+    "GradedPairs",
+    "GradedReport",
     "Protocol",
     "SentencePairs",
     "UnimodalReport",
     "commit",
     "encode_dataset",
     "evaluate",
+    "evaluate_graded",
     "evaluate_unimodal",
     "read_image_labels",
     "versions",

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from ..data.training_pairs import image_inputs
 from ..encoded_tvrn import EncodedImages, EncodedTexts
 from ..scoring.models import evaluating
+from ..scoring.ragged import RaggedTexts
 from .captions import CaptionTable
 
 WINDOW_BATCHES = 16  # batches of captions sorted together by length, so that little of a batch is padding
@@ -45,7 +45,7 @@ def encode_dataset(
     table = table if table is not None else read
     table.check()
     texts = encode_captions(model, processor, table.flat_captions, batch_size, progress)
-    return images, texts, table.caption_image_rows
+    return images, texts.select(slice(None)), table.caption_image_rows
 
 
 def encode_images(
@@ -65,21 +65,23 @@ def encode_images(
 
 def encode_captions(
     model: Any, processor: Any, captions: Sequence[str], batch_size: int = 64, progress: bool = True
-) -> EncodedTexts:
-    """Encode captions, in their order."""
-    window = batch_size * WINDOW_BATCHES
-    parts = []
+) -> RaggedTexts:
+    """Encode captions, in their order and without padding: one long caption does not widen all others."""
     with evaluating(model), _bar(len(captions), "captions", progress) as bar:
-        for start in range(0, len(captions), window):
-            texts = captions[start : start + window]
-            order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-            encoded = []
-            for first in range(0, len(order), batch_size):
-                batch = [texts[place] for place in order[first : first + batch_size]]
-                encoded.append(model.encode_texts(**_to_device(processor(text=batch, return_tensors="pt"), model)))
-                bar.update(len(batch))
-            parts.append(EncodedTexts.cat(encoded).select(torch.from_numpy(np.argsort(order))))
-    return EncodedTexts.cat(parts)
+        return RaggedTexts.collect(_encoded_captions(model, processor, captions, batch_size, bar))
+
+
+def _encoded_captions(
+    model: Any, processor: Any, captions: Sequence[str], batch_size: int, bar: Any
+) -> Iterator[tuple[EncodedTexts, list[int]]]:
+    window = batch_size * WINDOW_BATCHES
+    for start in range(0, len(captions), window):
+        places = sorted(range(start, min(start + window, len(captions))), key=lambda place: len(captions[place]))
+        for first in range(0, len(places), batch_size):
+            numbers = places[first : first + batch_size]
+            inputs = processor(text=[captions[place] for place in numbers], return_tensors="pt")
+            yield model.encode_texts(**_to_device(inputs, model)), numbers
+            bar.update(len(numbers))
 
 
 class _Batch:

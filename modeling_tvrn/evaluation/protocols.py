@@ -19,6 +19,7 @@ class Protocol:
         captions_per_image: Captions that every image must have; None for any.
         cut_captions: Whether an image may have more, of which the first are taken.
         folds: Equal consecutive parts that are ranked by themselves; the mean is reported.
+        positives: Whose further positives judge the same ranking too: "eccv" or "cxc".
     """
 
     name: str
@@ -26,6 +27,7 @@ class Protocol:
     captions_per_image: int | None = None
     cut_captions: bool = False
     folds: int = 1
+    positives: str | None = None
 
     def apply(self, table: CaptionTable) -> CaptionTable:
         """The gallery as the protocol takes it.
@@ -68,6 +70,8 @@ PROTOCOLS = {
         Protocol("flickr30k-1k", 1000, 5),
         Protocol("coco-5k", 5000, 5, cut_captions=True),
         Protocol("coco-1k", 5000, 5, cut_captions=True, folds=5),
+        Protocol("eccv-caption", 5000, 5, cut_captions=True, positives="eccv"),
+        Protocol("cxc", 5000, 5, cut_captions=True, positives="cxc"),
     )
 }
 

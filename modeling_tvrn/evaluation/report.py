@@ -49,6 +49,7 @@ class EvaluationReport:
         metrics: Of the pair score: exhaustive, or of the two-stage search where exhaustive scoring was not asked for.
         embedding_metrics: Of the cosine of the embeddings alone.
         search: Of the two-stage search, with its costs.
+        extended: By name, what further positives say of the same ranking (ECCV Caption, CxC), percent.
         chance: What a random order is expected to reach.
         models: The checkpoints, averaged where there are several.
         seeds: That the checkpoints were trained with, as far as they are known.
@@ -74,6 +75,7 @@ class EvaluationReport:
     models: list[EvaluatedModel]
     embedding_metrics: RetrievalMetrics | None = None
     search: SearchMetrics | None = None
+    extended: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     truncated_captions: int = 0
@@ -135,6 +137,9 @@ class EvaluationReport:
             f"Ranks (median, mean): image→text {by_image}; text→image {by_caption}."
             f" Ties, counted against the query: {metrics.ties}."
         ]
+        if self.extended:
+            named = ", ".join(f"{name} {value:.1f}" for name, value in self.extended.items())
+            lines.insert(0, f"With the positives of {self.protocol}: {named}")
         lines += [_costs(self.search)] if self.search is not None else []
         lines += [f"Left out of the data: {reason}: {count}" for reason, count in self.skipped.items()]
         lines += [f"Captions cut at the length limit: {self.truncated_captions}"] if self.truncated_captions else []

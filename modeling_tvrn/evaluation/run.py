@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..metrics import RetrievalMetrics, chance_level, mean_metrics
-from ..scoring import EmbeddingScore, SearchMetrics, average, mean_search, rank, search_then_rerank
+from ..scoring import (
+    BestCandidates,
+    EmbeddingScore,
+    ScoringOptions,
+    SearchMetrics,
+    average,
+    mean_search,
+    rank,
+    rank_and_list,
+    search_then_rerank,
+)
+from ..scoring.plan import DEFAULT_MEMORY_BUDGET
 from ..teachers.fingerprint import weights_digest
 from .captions import CaptionTable
+from .coco_positives import LIST_SIZE, coco_ids, cxc_metrics, cxc_within_modalities, eccv_metrics, load_eccv
 from .encoding import encode_captions, encode_images
 from .protocols import Protocol, find_protocol
 from .provenance import command, commit, versions
@@ -38,6 +52,11 @@ def evaluate(
     seeds: Sequence[int] = (),
     num_workers: int = 0,
     progress: bool = True,
+    memory_budget: float = DEFAULT_MEMORY_BUDGET,
+    dtype: torch.dtype | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    share: bool = True,
+    cxc_folder: str | os.PathLike[str] | None = None,
 ) -> EvaluationReport:
     """Encode a gallery, rank it both ways and report it, by a named protocol (evaluation.md).
 
@@ -46,7 +65,8 @@ def evaluate(
         processor: Its processor, or a list with one for each model.
         dataset: Records of `load_pairs`, map-style or a stream; or a list of records. For several models with inputs
             of their own (regions of different towers) a tuple with one data set for each, of the same images.
-        protocol: `validation` (any size), `flickr8k-1k`, `flickr30k-1k`, `coco-5k` or `coco-1k`.
+        protocol: `validation` (any size), `flickr8k-1k`, `flickr30k-1k`, `coco-5k`, `coco-1k`, or with more positives
+            of COCO's test split `eccv-caption` or `cxc`.
         batch_size: Images, and captions, encoded at a time.
         chunk_size: Pairs scored at a time (default: the model's own choice).
         shortlist_size: Also, or only, search this many candidates a query by embeddings and rerank them.
@@ -57,6 +77,13 @@ def evaluate(
         seeds: The report's seeds of the checkpoints.
         num_workers: Processes that decode pictures (of map-style records).
         progress: Show progress bars with the time left.
+        memory_budget: Gigabytes for blocks of scores, beyond the encoded gallery.
+        dtype: Of the scores: `torch.float32`, `torch.bfloat16` (autocast), or None for the model's own.
+        folder: Where finished blocks are kept (exhaustive scoring, one protocol a folder): the same call goes on after
+            a crash.
+        share: Whether the processes of torch.distributed, where it is initialised, share the scoring out (each
+            encodes the gallery); False where one of them evaluates alone.
+        cxc_folder: With CxC's `sis_test.csv` and `sts_test.csv`: images among images and captions among captions too.
 
     Returns:
         An `EvaluationReport`: `metrics`, `embedding_metrics`, `search`; `table()`, `to_json(path)`.
@@ -70,13 +97,16 @@ def evaluate(
     started = time.perf_counter()
     gallery, systems, truncated = _encode(inputs, chosen, batch_size, num_workers, progress)
     encoded = time.perf_counter()
-    measure = _Measure(chosen, gallery, chunk_size, progress)
+    options = ScoringOptions(chunk_size, memory_budget, dtype, folder, share, progress)
+    judge = _Positives(chosen.positives, gallery, cxc_folder) if chosen.positives else None
+    measure = _Measure(chosen, gallery, options, judge)
     exact = measure.ranked(average(systems)) if exhaustive or (exhaustive is None and shortlist_size is None) else None
     search = measure.searched(average(systems), shortlist_size) if shortlist_size is not None else None
     metrics = exact or search
     if metrics is None:
         raise ValueError("exhaustive=False leaves nothing to measure; give a shortlist_size, or let it be exhaustive.")
-    singles = [measure.ranked(each) if exact and len(systems) > 1 else None for each in systems]
+    several = exact is not None and len(systems) > 1
+    singles = [measure.ranked(each, f"model-{n}") if several else None for n, each in enumerate(systems, start=1)]
     own = measure.embeddings(average(systems)) if embeddings else None
     found = zip(inputs, singles, strict=True)
     device = next(inputs[0][0].parameters()).device
@@ -91,6 +121,7 @@ def evaluate(
         metrics=metrics,
         embedding_metrics=own,
         search=search,
+        extended=judge.found if judge is not None else {},
         chance=measure.chance(),
         models=[_describe(each, single) for (each, _, _), single in found],
         seeds=list(seeds),
@@ -145,47 +176,74 @@ def _encode(
     return galleries[0], systems, truncated
 
 
+class _Positives:
+    """Further positives of COCO's test split, and what they say of a ranking."""
+
+    def __init__(self, name: str, gallery: CaptionTable, cxc_folder: str | os.PathLike[str] | None):
+        self.name, self.cxc_folder, self.rows = name, cxc_folder, gallery.caption_image_rows
+        self.eccv = load_eccv()
+        self.ids = coco_ids(gallery, self.eccv)
+        self.found: dict[str, float] = {}
+
+    def look(self, best: BestCandidates, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> None:
+        """Judge the best candidates of every query."""
+        judged = eccv_metrics if self.name == "eccv" else cxc_metrics
+        self.found = judged(self.ids, best.captions, best.images, self.eccv)
+        if self.name == "cxc" and self.cxc_folder is not None:
+            self.found |= cxc_within_modalities(self.ids, image_embeds, text_embeds, self.rows, self.cxc_folder)
+
+
 @dataclass
 class _Measure:
     """One gallery, cut as the protocol says."""
 
     protocol: Protocol
     gallery: CaptionTable
-    chunk_size: int | None
-    progress: bool
+    options: ScoringOptions
+    judge: _Positives | None = None
 
-    def ranked(self, system: System) -> RetrievalMetrics:
-        """Exact metrics of the pair score."""
-        return mean_metrics(self._by_fold(system, lambda m, i, t, rows: rank(m, i, t, rows, **self._options())))
+    def ranked(self, system: System, part: str = "mean") -> RetrievalMetrics:
+        """Exact metrics of the pair score; `part` names its finished blocks."""
+
+        def measured(model: Any, images: Any, texts: Any, rows: np.ndarray, fold: str) -> RetrievalMetrics:
+            folder = Path(self.options.folder) / part / fold if self.options.folder is not None else None
+            options = replace(self.options, folder=folder)
+            if self.judge is None or part != "mean":
+                return rank(model, images, texts, rows, **vars(options))
+            metrics, best = rank_and_list(model, images, texts, rows, LIST_SIZE, options)
+            self.judge.look(best, images.embeds, texts.embeds)
+            return metrics
+
+        return mean_metrics(self._by_fold(system, measured))
 
     def searched(self, system: System, shortlist_size: int) -> SearchMetrics:
         """Metrics and costs of search and rerank."""
+        options = {name: value for name, value in vars(self.options).items() if name != "folder"}
         return mean_search(
             self._by_fold(
-                system, lambda m, i, t, rows: search_then_rerank(m, i, t, rows, shortlist_size, **self._options())
+                system, lambda m, i, t, rows, _: search_then_rerank(m, i, t, rows, shortlist_size, **options)
             )
         )
 
     def embeddings(self, system: System) -> RetrievalMetrics:
         """Exact metrics of the embeddings' cosine."""
-        return self.ranked((EmbeddingScore(), *system[1:]))
+        alone = _Measure(self.protocol, self.gallery, replace(self.options, folder=None))
+        return alone.ranked((EmbeddingScore(), *system[1:]))
 
     def chance(self) -> Any:
         """The expectation of a random order; folds are of one size, so the first stands for all."""
         images, captions = self.protocol.parts(self.gallery)[0]
         return chance_level(len(images), len(captions), self.gallery.caption_image_rows[captions] - images[0])
 
-    def _options(self) -> dict[str, Any]:
-        return {"chunk_size": self.chunk_size, "progress": self.progress}
-
-    def _by_fold(self, system: System, measure: Callable[[Any, Any, Any, np.ndarray], Any]) -> list[Any]:
+    def _by_fold(self, system: System, measure: Callable[[Any, Any, Any, np.ndarray, str], Any]) -> list[Any]:
         model, images, texts = system
-        rows, found = self.gallery.caption_image_rows, []
+        rows = self.gallery.caption_image_rows
+        found: list[Any] = []
         for image_rows, captions in self.protocol.parts(self.gallery):
             if len(image_rows) == len(images):
-                return [measure(model, images, texts, rows)]  # no copy of a whole gallery
+                return [measure(model, images, texts, rows, "whole")]  # no copy of a whole gallery
             part = images.select(torch.from_numpy(image_rows)), texts.select(torch.from_numpy(captions))
-            found.append(measure(model, *part, rows[captions] - image_rows[0]))
+            found.append(measure(model, *part, rows[captions] - image_rows[0], f"fold-{len(found)}"))
         return found
 
 

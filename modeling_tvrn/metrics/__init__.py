@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .bootstrap import BootstrapComparison, paired_bootstrap
+from .graded import GradedMetrics, graded_metrics, kendall_tau_c
 from .ranking import RankCounter, positive_pairs, shortlist_ranks
 from .retrieval import (
     RECALL_AT,
@@ -21,11 +22,14 @@ __all__ = [
     "EVALUATE_FOLDER",
     "RECALL_AT",
     "BootstrapComparison",
+    "GradedMetrics",
     "RankCounter",
     "Recalls",
     "RetrievalMetrics",
     "UnimodalMetrics",
     "chance_level",
+    "graded_metrics",
+    "kendall_tau_c",
     "mean_metrics",
     "paired_bootstrap",
     "positive_pairs",

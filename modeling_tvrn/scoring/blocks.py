@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..metrics import RankCounter, RetrievalMetrics, positive_pairs
 from ..metrics.ranking import check_scores
+from .best import BestCandidates
 from .finished import FinishedBlocks, run_fingerprint
 from .models import Gallery, PairModel, at_hand, check_models, evaluating, model_device, precision
 from .plan import DEFAULT_MEMORY_BUDGET, BlockPlan, plan_blocks
@@ -128,16 +130,41 @@ def rank(
         ValueError: As `score_matrix` and `retrieval_metrics`.
     """
     options = ScoringOptions(chunk_size, memory_budget, dtype, folder, share, progress)
-    check_galleries(model, images, texts, chunk_size)
-    pairs = positive_pairs(len(images), len(texts), caption_image_rows, positives)
+    return _ranked(model, images, texts, (caption_image_rows, positives), options, None)
+
+
+def rank_and_list(
+    model: PairModel,
+    images: Gallery,
+    texts: Gallery,
+    caption_image_rows: Sequence[int] | np.ndarray | Tensor,
+    size: int,
+    options: ScoringOptions | None = None,
+) -> tuple[RetrievalMetrics, BestCandidates]:
+    """`rank`, and out of the same pass over the blocks each query's `size` best candidates.
+
+    For protocols whose answers are judged by lists (ECCV Caption, CxC).
+
+    Raises:
+        ValueError: As `rank`, or if `size` is below 1.
+    """
+    best = BestCandidates(len(images), len(texts), size)
+    return _ranked(model, images, texts, (caption_image_rows, None), options or ScoringOptions(), best), best
+
+
+def _ranked(
+    model: PairModel, images: Gallery, texts: Gallery, right: tuple[Any, Any], options: ScoringOptions, best: Any
+) -> RetrievalMetrics:
+    check_galleries(model, images, texts, options.chunk_size)
+    pairs = positive_pairs(len(images), len(texts), *right)
     first_image = np.full(len(texts), len(images))
     np.minimum.at(first_image, pairs[:, 1], pairs[:, 0])
     order = np.argsort(first_image, kind="stable")
     with _scored(model, images, texts, order, options) as blocks:
-        return RetrievalMetrics.from_ranks(_count(blocks, pairs).ranks())
+        return RetrievalMetrics.from_ranks(_count(blocks, pairs, best).ranks())
 
 
-def _count(blocks: ScoredBlocks, pairs: np.ndarray) -> RankCounter:
+def _count(blocks: ScoredBlocks, pairs: np.ndarray, best: BestCandidates | None) -> RankCounter:
     """Both passes over the blocks: first what holds positives, then everything."""
     processes, plan = blocks.processes, blocks.plan
     counter = RankCounter(plan.image_count, len(plan.order), pairs)
@@ -150,12 +177,16 @@ def _count(blocks: ScoredBlocks, pairs: np.ndarray) -> RankCounter:
     if processes.shared:
         counter.share_positives(processes.max, processes.sum)
     with processes.together():
-        for block in own:
-            counter.add(*blocks.score(block))
-        for block in processes.mine(each for each in plan.blocks() if each not in known):
-            counter.add(*blocks.score(block))
+        others = processes.mine(each for each in plan.blocks() if each not in known)
+        for block in itertools.chain(own, others):
+            scored = blocks.score(block)
+            counter.add(*scored)
+            if best is not None:
+                best.add(*scored)
     if processes.shared:
         counter.share_counts(processes.sum)
+    if best is not None:
+        best.share(processes)
     return counter
 
 
