@@ -88,8 +88,8 @@ def render(options: argparse.Namespace, records: Any, table: list[dict[str, Any]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
         f"<h1>{title}</h1><p>Each row shows two photographs and a caption of each. In training every one of them is a "
-        "negative for the other&#8217;s, although a teacher calls them near-duplicates. Both teachers&#8217; cosines "
-        "are given.</p>",
+        "negative for the other&#8217;s, although a teacher calls them near-duplicates; its cosine stands before "
+        "them.</p>",
         counts_table(options, counts),
     ]
     headings = {"text": "Captions that say the same", "image": "Photographs that look the same"}
