@@ -190,7 +190,7 @@ def build_demo(searches: Searches) -> Any:
                     photograph = _upload(gr, "Or a photograph", "photograph")
                     alike = gr.Button("Search by photograph", elem_id="alike")
             said = gr.Markdown(elem_id="said")
-            gallery = gr.Gallery(label="Results", columns=4, height="auto", allow_preview=False, elem_id="results")
+            gallery = gr.Gallery(label="Results", columns=4, height=None, allow_preview=False, elem_id="results")
             reason = gr.HTML(elem_id="reason")
             found = [gallery, state, said]
             find.click(searches.by_text, [query, limit], found, api_name="search")

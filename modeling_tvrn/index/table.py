@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from .sources import RESERVED, Item
 
-Where = Mapping[str, Any] | pc.Expression | Callable[[dict[str, Any]], bool]
+# {"column": value or values}, a function of an item's columns, or a pyarrow.compute.Expression (which has no types).
+Where = Mapping[str, Any] | Callable[[dict[str, Any]], bool] | Any
 
 _TYPES = {"id": pa.string(), "path": pa.string(), "text": pa.string(), "key": pa.string()}
 _TYPES |= {"size": pa.int64(), "mtime_ns": pa.int64()}
