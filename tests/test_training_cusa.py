@@ -11,10 +11,12 @@ from teacher_makers import write_cache, write_caches
 from training_makers import Processes, tiny_config, write_scan
 
 from modeling_tvrn import TVRNModel
-from modeling_tvrn.data import load_pairs
+from modeling_tvrn.data import CaptionStream, load_pairs
 from modeling_tvrn.losses import CUSA
+from modeling_tvrn.teachers import StaleStoreError, TeacherCache
 from modeling_tvrn.training import TrainingConfig, train
 from modeling_tvrn.training.batches import Stage
+from modeling_tvrn.training.cusa import TeacherCollator
 from modeling_tvrn.training.exchange import processes
 from modeling_tvrn.training.loop import Training
 
@@ -207,6 +209,26 @@ def test_teachers_in_another_order_are_refused(data: Path, caches: dict, tmp_pat
 def test_settings_that_contradict_one_another(data: Path, caches: dict, tmp_path: Path, keys: dict, message) -> None:
     with pytest.raises(ValueError, match=message):
         config(data, caches, tmp_path, **keys)
+
+
+def test_a_streams_items_are_looked_up_and_compared_as_they_come(data: Path, caches: dict, tmp_path: Path) -> None:
+    records = load_pairs(data, "train", captions_per_image=2)
+    images, texts = (TeacherCache.load(caches[f"cusa_{side}_teacher"]) for side in ("image", "text"))
+
+    def numbered(items: list[dict]) -> dict[str, torch.Tensor]:
+        return {"text_image_ids": torch.tensor([900 + len(item["caption"]) for item in items])}
+
+    collate = TeacherCollator(numbered, images, texts, check=True)
+    stream = load_pairs(data, "train", streaming=True, captions_per_image=2)
+    items = [item for _, item in zip(range(5), CaptionStream(stream), strict=False)]
+    assert "row" not in items[0]
+    batch = collate(items)
+    assert torch.equal(batch["teacher_ids"], batch["text_image_ids"])
+    expected = texts[[record["caption_ids"][0] for record in records.select(range(3))]]
+    torch.testing.assert_close(batch["teacher_text_embeds"][::2], expected, atol=0, rtol=0)
+    items[3]["record"] = items[3]["record"] | {"captions": ["another caption", "yet another"]}
+    with pytest.raises(StaleStoreError, match="'another caption'"):
+        collate(items)
 
 
 def test_caches_of_other_data_are_refused(data: Path, caches: dict, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .regions import RegionCache
 from .shards import BrokenShardError, shard_name
 from .store import ArrayStore, StoreWriter, read_manifest
 from .teacher import Teacher
-from .teacher_items import check_contents, fill, fill_from_regions, item_ids
+from .teacher_items import check_contents, compare_contents, fill, fill_from_regions, item_ids, items_of
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +221,13 @@ class TeacherCache:
             StaleStoreError: an id is there, but its caption (or its picture's name and captions) was another one.
         """
         check_contents(self.store, dataset, self.modality)
+
+    def check_records(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """As `check`, of some records at hand, such as those of a stream's batch."""
+        for record in records:
+            found = items_of(record | {"image": record.get("image")}, self.modality)
+            ids, _, firsts, seconds = zip(*found, strict=True)
+            compare_contents(self.store, ids, firsts, seconds, self.modality)
 
     @property
     def ids(self) -> Sequence[ItemId]:

@@ -80,8 +80,14 @@ def check_contents(store: ArrayStore, dataset: Any, modality: str) -> None:
     ids = item_ids(dataset, modality)
     if ids is None:
         raise ValueError(f"a {type(dataset).__name__} is a stream: its items are checked as they come, not before")
+    compare_contents(store, ids, *contents_of(dataset, modality), modality)
+
+
+def compare_contents(
+    store: ArrayStore, ids: Sequence[ItemId], firsts: Sequence[str], seconds: Sequence[str], modality: str
+) -> None:
+    """As `check_contents`, of some items: their ids and the two names of what each stands for."""
     stored = store.read(store.rows(ids), ["first_digest", "second_digest"])
-    firsts, seconds = contents_of(dataset, modality)
     same = (stored["first_digest"] == digests_of(firsts)).all(axis=1)
     same |= (stored["second_digest"] == digests_of(seconds)).all(axis=1)
     if same.all():

@@ -40,15 +40,17 @@ class Settings(Protocol):
 def open_teachers(config: Settings, records: Any) -> tuple[TeacherCache, TeacherCache]:
     """The configured caches of image and caption vectors, compared with the records to train on.
 
+    Those of a stream are compared by `TeacherCollator`, as they come.
+
     Raises:
         ValueError: there is no cache, or it is of other data or of the other modality.
     """
-    found = []
+    found, known = [], records if hasattr(records, "image_ids") else None
     for modality in ("image", "text"):
         key = f"cusa_{modality}_teacher"
         folder = str(getattr(config, key)).replace("{split}", config.train_split)
         try:
-            found.append(TeacherCache.load(folder, dataset=records, modality=modality))
+            found.append(TeacherCache.load(folder, dataset=known, modality=modality))
         except FileNotFoundError as error:
             raise ValueError(
                 f"{key} = {folder!r}: no teacher cache there; build it with examples/cache_teachers.py TEACHER "
@@ -67,9 +69,13 @@ class TeacherCollator:
     Args:
         collator: makes the model's inputs of items of `CaptionDataset`.
         image_teacher, text_teacher: caches by image id and by caption id.
+        check: compare every record with what was cached; for streams, whose records are not known before.
     """
 
-    def __init__(self, collator: Any, image_teacher: TeacherCache, text_teacher: TeacherCache) -> None:
+    def __init__(
+        self, collator: Any, image_teacher: TeacherCache, text_teacher: TeacherCache, check: bool = False
+    ) -> None:
+        self.check = check
         self.collator = collator
         self.image_teacher = image_teacher
         self.text_teacher = text_teacher
@@ -79,17 +85,26 @@ class TeacherCollator:
 
         Raises:
             KeyError: an item is in no cache; the message names it.
+            StaleStoreError: with `check`, a cache is of other data.
         """
         batch = dict(self.collator(items))
         ids = [item["record"]["image_id"] for item in items]
         different = list(dict.fromkeys(ids))
         row_of = {image_id: row for row, image_id in enumerate(different)}
         rows = torch.tensor([row_of[image_id] for image_id in ids])
+        if self.check:
+            records = {item["record"]["image_id"]: item["record"] for item in items}.values()
+            self.image_teacher.check_records(records)
+            self.text_teacher.check_records(records)
+        # A stream's images have no row numbers; the collator numbers them, in the order of the items.
+        numbers = [
+            item.get("row", number) for item, number in zip(items, batch["text_image_ids"].tolist(), strict=True)
+        ]
         caption_ids = [item["record"]["caption_ids"][item["caption_number"]] for item in items]
         return batch | {
             "teacher_image_embeds": self.image_teacher[different][rows],
             "teacher_text_embeds": self.text_teacher[caption_ids],
-            "teacher_ids": torch.tensor([item["row"] for item in items], dtype=torch.int64),
+            "teacher_ids": torch.tensor(numbers, dtype=torch.int64),
         }
 
 

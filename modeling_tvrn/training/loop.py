@@ -158,7 +158,8 @@ class Training:
         self.collator: Any = PairCollator(self.input_processor)
         if self.cusa is not None:
             self.cusa.to(self.accelerator.device)
-            self.collator = TeacherCollator(self.collator, *open_teachers(config, self.train_records))
+            teachers = open_teachers(config, self.train_records)
+            self.collator = TeacherCollator(self.collator, *teachers, check=config.streaming)
         objective = Objective(self.model, config.word_dropout, config.region_dropout, self.cusa)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config, self.cusa))
         # The cached mode goes backwards several times a step and averages the gradients itself.
