@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
@@ -261,13 +260,13 @@ def test_the_head_start_has_its_own_batches_and_rate_and_can_be_kept(configure: 
     rates = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "scheduler": "constant", "logging_steps": 1}
     model = {"use_refined_features": False, "dropout": 0.0}
     run = Training(configure(**head_start, **rates, keep_head_start=True, epochs=1, model=model))
-    freeze, started = run.model.freeze_embeddings, {}
+    freeze, started = run.model.freeze_coarse, {}
 
-    def freeze_and_remember() -> None:
-        freeze()
+    def freeze_and_remember(tokens: bool) -> None:
+        freeze(tokens=tokens)
         started.update({name: value.clone() for name, value in run.model.state_dict().items()})
 
-    run.model.freeze_embeddings = freeze_and_remember  # type: ignore[method-assign]
+    run.model.freeze_coarse = freeze_and_remember  # type: ignore[method-assign]
     run.fit()
     found = [event["learning_rate"] for event in run.progress.history if "learning_rate" in event]
     assert found == pytest.approx([9e-3] * 3 + [1e-3] * 6)
@@ -384,16 +383,10 @@ def test_a_diverged_run_stops_naming_the_step_and_keeps_the_best_model(configure
     assert all(value.isfinite().all() for value in weights(run.config.output_dir).values())
 
 
-def test_several_processes_and_missing_trackers_are_refused(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_trackers_are_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_tvrn.training.loop.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'trackio', which is not installed; pip install trackio"):
         Training(configure(trackers=["trackio"]))
-    monkeypatch.undo()
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(ValueError, match="2 processes; this version trains in one"):
-        Training(configure())
 
 
 def test_data_and_towers_that_do_not_fit_are_refused(configure: Configure) -> None:

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from ..encoded_tvrn import EncodedItems
 
-__all__ = ["average_gradients", "broadcast_json", "gather_bytes", "gather_items", "gather_rows", "processes"]
+__all__ = [
+    "average_gradients",
+    "broadcast_json",
+    "gather_bytes",
+    "gather_counts",
+    "gather_items",
+    "gather_rows",
+    "processes",
+]
 
 Items = TypeVar("Items", bound=EncodedItems)
 BUCKET = 2**23  # elements that are averaged at once: many small reductions are slow, one huge one needs the memory
@@ -31,24 +39,39 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_counts(*own: int, device: torch.device) -> list[list[int]]:
+    """For each of these numbers those of all processes, for `gather_rows`; one exchange for all of them."""
+    if processes() == 1:
+        return [[number] for number in own]
+    return _all_gather(torch.tensor([own], dtype=torch.int64, device=device)).T.tolist()
+
+
+def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """The rows of all processes, in the order of their ranks: (n_own, ...) -> (n_all, ...), with gradients.
 
     The number of rows may differ, also be 0; the other sizes may not (`gather_items` pads them).
+
+    Args:
+        rows: this process's.
+        counts: how many each process has, as `gather_counts` tells; None asks them.
     """
     if processes() == 1:
         return rows
-    return _Gather.apply(rows, _sizes(len(rows), rows.device))
+    return _Gather.apply(rows, counts or gather_counts(len(rows), device=rows.device)[0])
 
 
-def gather_items(items: Items) -> Items:
-    """Encoded images or texts of all processes, regions and words padded to the longest, with gradients."""
+def gather_items(items: Items, counts: list[int]) -> Items:
+    """Encoded images or texts of all processes, regions and words padded to the longest, with gradients.
+
+    Args:
+        items: this process's.
+        counts: how many each process has.
+    """
     if processes() == 1:
         return items
     tensors = items.tensors()
     widths = torch.tensor([size for value in tensors.values() for size in value.shape[1:]], dtype=torch.int64)
     device = next(iter(tensors.values())).device
-    sizes = _sizes(len(items), device)
     most = _all_gather(widths.to(device)[None]).amax(dim=0).tolist()
     gathered = {}
     for name, value in tensors.items():
@@ -58,7 +81,7 @@ def gather_items(items: Items) -> Items:
             for size, own in zip(reversed(shape), reversed(value.shape[1:]), strict=True)
             for pad in (0, size - own)
         ]
-        gathered[name] = _Gather.apply(F.pad(value, pads) if any(pads) else value, sizes)
+        gathered[name] = _Gather.apply(F.pad(value, pads) if any(pads) else value, counts)
     return type(items)(**gathered)
 
 
@@ -79,11 +102,6 @@ class _Gather(torch.autograd.Function):
         most, own = max(ctx.sizes), ctx.sizes[dist.get_rank()]
         parts = gradient.split(ctx.sizes)
         return _reduce_scatter(torch.cat([_lengthened(part, most) for part in parts]))[:own], None
-
-
-def _sizes(own: int, device: torch.device) -> list[int]:
-    """How many rows each process has."""
-    return [int(size) for size in _all_gather(torch.tensor([own], dtype=torch.int64, device=device)).tolist()]
 
 
 def _lengthened(rows: Tensor, length: int) -> Tensor:
@@ -146,7 +164,7 @@ def gather_bytes(own: Tensor, device: torch.device) -> list[Tensor]:
     """uint8 (n,) of every process, n of its own, in the order of their ranks; on the CPU."""
     if processes() == 1:
         return [own]
-    sizes = _sizes(len(own), device)
+    [sizes] = gather_counts(len(own), device=device)
     return list(_Gather.apply(own.to(device), sizes).cpu().split(sizes))
 
 

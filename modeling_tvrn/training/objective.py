@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..encoded_tvrn import EncodedItems
 from ..losses import contrastive_loss, matching_loss_floor
 from .batches import Stage
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
-from .exchange import gather_items, gather_rows
+from .exchange import gather_counts, gather_items, gather_rows
 
 __all__ = ["Objective", "drop_valid"]
 
@@ -96,36 +96,44 @@ class Objective(nn.Module):
             None; `image_ids (I,)` and `text_image_ids (T,)`; all of the global batch.
         """
         sides = Sides.of(batch)
-        whole = stage is not Stage.EMBEDDINGS
-        return self.score(self.encode_images(sides.images, whole), self.encode_texts(sides.texts, whole), sides, stage)
+        return self.score(self.encode_images(sides.images, stage), self.encode_texts(sides.texts, stage), sides, stage)
 
-    def encode_images(self, inputs: dict[str, Tensor], whole: bool = True) -> EncodedItems:
-        """The image side without the regions that this step leaves out; of the embeddings alone unless `whole`."""
+    def encode_images(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
+        """The image side without the regions that this step leaves out, as far as its stage needs it."""
         inputs = dict(inputs)
         if self.training and self.region_dropout:
             if "pixel_values" in inputs:
                 regions = self.model.extract_regions(inputs.pop("pixel_values"))
                 inputs |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
             inputs["region_mask"] = drop_valid(inputs["region_mask"], self.region_dropout)
-        return self.model.encode_images(**inputs) if whole else Summaries(self.model.embed_images(**inputs))
+        if stage is Stage.EMBEDDINGS:
+            return Summaries(self.model.embed_images(**inputs))
+        encode = self.model.encode_images if stage is Stage.EVIDENCE else self.model.encode_coarse_images
+        return cast(EncodedItems, encode(**inputs))
 
-    def encode_texts(self, inputs: dict[str, Tensor], whole: bool = True) -> EncodedItems:
-        """The text side without the words that this step leaves out; of the embeddings alone unless `whole`."""
+    def encode_texts(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
+        """The text side without the words that this step leaves out, as far as its stage needs it."""
         inputs = dict(inputs)
         if self.training and self.word_dropout:
             inputs["word_mask"] = drop_valid(inputs["word_mask"], self.word_dropout)
-        return self.model.encode_texts(**inputs) if whole else Summaries(self.model.embed_texts(**inputs))
+        if stage is Stage.EMBEDDINGS:
+            return Summaries(self.model.embed_texts(**inputs))
+        encode = self.model.encode_texts if stage is Stage.EVIDENCE else self.model.encode_coarse_texts
+        return cast(EncodedItems, encode(**inputs))
 
     def score(self, images: Any, texts: Any, sides: Sides, stage: Stage) -> dict[str, Any]:
         """The loss of the global batch from this process's encoded share; returns what `forward` does."""
         own = slice(0, 0) if sides.stand_in else slice(None)
-        ids = gather_rows(sides.image_ids[own]), gather_rows(sides.text_image_ids[own])
-        embeds = gather_rows(images.embeds[own]), gather_rows(texts.embeds[own])
+        image_ids, text_ids = sides.image_ids[own], sides.text_image_ids[own]
+        image_counts, text_counts = gather_counts(len(image_ids), len(text_ids), device=image_ids.device)
+        ids = gather_rows(image_ids, image_counts), gather_rows(text_ids, text_counts)
+        embeds = gather_rows(images.embeds[own], image_counts), gather_rows(texts.embeds[own], text_counts)
         model, logits = self.model, None
         terms: dict[str, Tensor] = {}
         if stage is not Stage.EMBEDDINGS:
-            terms = model.match_terms(images, gather_items(texts.select(own)), with_evidence=stage is Stage.EVIDENCE)
-            terms = {name: gather_rows(term[own]) for name, term in terms.items()}
+            captions = gather_items(texts.select(own), text_counts)
+            terms = model.match_terms(images, captions, with_evidence=stage is Stage.EVIDENCE)
+            terms = {name: gather_rows(term[own], image_counts) for name, term in terms.items()}
             logits = torch.stack([term.detach() for term in terms.values()]).sum(dim=0)
             loss, parts = model._loss(terms, *embeds, *ids)
         else:
@@ -134,7 +142,7 @@ class Objective(nn.Module):
         if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
             parts["matching"] = parts["matching"] - matching_loss_floor(*ids)
         if self.cusa is not None:
-            teachers = {name: gather_rows(value[own]) for name, value in sides.teachers.items()}
+            teachers = {name: gather_rows(value[own], text_counts) for name, value in sides.teachers.items()}
             unimodal, labelled = unimodal_embeds(model, *embeds), labelled_similarities(model, terms)
             extra, extra_parts = self.cusa(teachers, *embeds, *ids, unimodal, labelled)
             loss, parts = loss + extra, parts | extra_parts
@@ -160,9 +168,9 @@ class Objective(nn.Module):
         Returns:
             As `forward`.
         """
-        sides, whole = Sides.of(batch), stage is not Stage.EMBEDDINGS
-        images = _Cached(lambda inputs: self.encode_images(inputs, whole), sides.images, size)
-        texts = _Cached(lambda inputs: self.encode_texts(inputs, whole), sides.texts, size)
+        sides = Sides.of(batch)
+        images = _Cached(lambda inputs: self.encode_images(inputs, stage), sides.images, size)
+        texts = _Cached(lambda inputs: self.encode_texts(inputs, stage), sides.texts, size)
         output = self.score(images.items, texts.items, sides, stage)
         backward(output["loss"])
         images.backward()

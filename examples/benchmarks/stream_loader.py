@@ -1,0 +1,113 @@
+"""How fast are pictures read from a stream, beside a bare PIL loop over the same files, and does memory grow?
+
+    python examples/benchmarks/stream_loader.py --data FOLDER --split train --workers 0
+    python examples/benchmarks/stream_loader.py --data FOLDER --split train --workers 2 --epochs 20
+
+- `bare` decodes the encoded pictures, which lie in memory, to RGB with PIL alone, in as many processes as the loader.
+- `stream` is what training reads: shards, shuffling, dealing, decoding (in the loader's workers), items of captions.
+  Both count each picture once.
+- `growth`: resident memory of the main process after the last epoch less that after the second, in MB.
+"""
+
+import argparse
+import io
+import itertools
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from modeling_tvrn.data import PairStream, RawItem, ShuffledStream, StreamItems, load_pairs
+
+BATCH = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="what load_pairs streams")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0)
+    return parser.parse_args()
+
+
+class FirstCaptions(Sampler[list[RawItem]]):
+    """Batches of an epoch's items with their picture's first caption: each picture once."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self.stream = ShuffledStream(stream)
+
+    def __iter__(self) -> Iterator[list[RawItem]]:
+        epoch = itertools.takewhile(lambda pair: pair[1][0] == 0, self.stream.items())
+        items = (item for item, _ in epoch if item.caption_number == 0)
+        while batch := list(itertools.islice(items, BATCH)):
+            yield batch
+
+
+def decode(contents: Sequence[bytes]) -> int:
+    """Pixels of some encoded pictures, decoded."""
+    return sum(PIL.Image.open(io.BytesIO(content)).convert("RGB").size[0] for content in contents)
+
+
+def bare_rate(contents: list[bytes], workers: int) -> float:
+    """Pictures a second of a loop over PIL."""
+    parts = [contents[start : start + BATCH] for start in range(0, len(contents), BATCH)]
+    if not workers:
+        started = time.perf_counter()
+        for part in parts:
+            decode(part)
+        return len(contents) / (time.perf_counter() - started)
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        pool.map(decode, parts[:workers])  # the processes are up
+        started = time.perf_counter()
+        pool.map(decode, parts, chunksize=1)
+        return len(contents) / (time.perf_counter() - started)
+
+
+def count(items: list[dict[str, Any]]) -> int:
+    """In the place of collating: the pictures stay where they were decoded."""
+    return len(items)
+
+
+def resident() -> float:
+    """Resident memory in MB, now (Linux), else its peak."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    stream = load_pairs(arguments.data, split=arguments.split, streaming=True)
+    sampler = FirstCaptions(stream)
+    contents = [item.content["image"] for batch in sampler for item in batch]
+    contents = [content["bytes"] if isinstance(content, dict) else content for content in contents]
+    loader: DataLoader[Any] = DataLoader(
+        StreamItems(stream),
+        batch_sampler=sampler,
+        collate_fn=count,
+        num_workers=arguments.workers,
+        persistent_workers=arguments.workers > 0,
+    )
+    used, bare, streamed = [], [], []
+    for _ in range(arguments.epochs):  # in turn, so that a busy machine slows both
+        bare.append(bare_rate(contents, arguments.workers))
+        started = time.perf_counter()
+        found = sum(loader)
+        streamed.append(found / (time.perf_counter() - started))
+        used.append(resident())
+    print(f"{len(contents)} pictures, {arguments.workers} workers, best of {arguments.epochs}")
+    print(f"bare {max(bare):.0f} images/s, stream {max(streamed):.0f} images/s, ratio {max(streamed) / max(bare):.2f}")
+    print(f"resident {used[-1]:.0f} MB, growth {used[-1] - used[min(1, len(used) - 1)]:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
