@@ -49,6 +49,7 @@ EXTRAS = {
     "index": ["faiss-cpu>=1.12,<2"],
     "qdrant": ["qdrant-client>=1.16,<2"],
     "eval": ["eccv-caption>=0.1,<1", "scipy>=1.15,<2"],
+    "lora": ["peft>=0.18,<1"],
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],
     "dev": [*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"],
 }
