@@ -16,7 +16,7 @@ POINTER, LOCK, VERSIONS = "current.json", "build.lock", "versions"
 FORMAT, FORMAT_VERSION = "tvrn-index", 1
 
 
-class IndexBusyError(RuntimeError):
+class IndexBusyError(OSError):
     """Another process is building the same index."""
 
 
