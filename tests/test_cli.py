@@ -76,7 +76,7 @@ print(sorted(set(sys.modules) & {heavy}))
         assert after[0].startswith(f"tvrn {verb} ")
 
     def test_the_issue_s_verbs_are_there(self) -> None:
-        issue = {"train", "evaluate", "score", "search", "index", "explain", "doctor", "push"}
+        issue = {"train", "evaluate", "score", "search", "index", "explain", "doctor", "push", "demo"}
         assert issue <= set(VERBS)
 
     def test_version(self) -> None:
@@ -230,6 +230,27 @@ def test_explain_writes_what_it_shows(model: Path, pairs: Path, tmp_path: Path) 
     assert sum(found["parts"].values()) == pytest.approx(found["logit"], abs=1e-4)
     assert found["written"] == [str(file) for file in files] and all(file.stat().st_size > 1000 for file in files)
     assert "ends in .png" in tvrn("explain", model, image, "x", "--picture", "why.txt", code=2).stderr
+
+
+def test_demo_announces_its_address(model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page itself has its own tests, with a browser."""
+    asked: dict[str, Any] = {}
+
+    class Page:
+        local_url = "http://127.0.0.1:7861/"
+
+        def block_thread(self) -> None:
+            raise KeyboardInterrupt  # what ends it
+
+    def launched(*arguments: Any, **options: Any) -> Page:
+        asked.update(options, arguments=arguments)
+        return Page()
+
+    monkeypatch.setattr("modeling_tvrn.demo.launch", launched)
+    outcome = tvrn("demo", model, pairs.parent, "--port", 7861, "--index", tmp_path / "index", code=130)
+    assert "http://127.0.0.1:7861/" in outcome.stderr
+    assert asked["arguments"][2:] == (pairs.parent, tmp_path / "index")
+    assert asked["port"] == 7861 and asked["host"] == "127.0.0.1" and asked["progress"] is False
 
 
 @pytest.mark.slow

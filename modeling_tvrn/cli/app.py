@@ -78,6 +78,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "index": (find.index, "index a collection, or bring its index up to date"),
     "search": (find.search, "search photographs by a sentence or a picture"),
     "explain": (find.explain, "show which words and regions make a pair's score"),
+    "demo": (find.demo, "serve a page that searches a folder of photographs"),
     "doctor": (share.doctor, "examine a checkpoint: does it load and score for others?"),
     "push": (share.push, "publish a model on the Hub"),
     "card": (share.card, "render a run's model card again"),

@@ -1,4 +1,4 @@
-"""`tvrn index`, `tvrn search`, `tvrn explain`."""
+"""`tvrn index`, `tvrn search`, `tvrn explain`, `tvrn demo`."""
 
 from __future__ import annotations
 
@@ -218,3 +218,32 @@ def explain(
         written.append(str(explanation.save_html(writable(html))))
     text = "\n".join([explanation.table(), *(f"written: {path}" for path in written)])
     say({**explanation.as_dict(), "written": written}, text, as_json)
+
+
+def demo(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="of photographs", exists=True, file_okay=False)],
+    index_folder: Annotated[
+        Path | None, typer.Option("--index", help="where its index is kept (default: cache)")
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Serve a page to search a folder of photographs with, and to see why something was found (extra: demo).
+
+    It works offline, and shows nothing outside the folder. Ctrl-C ends it.
+
+    \b
+    Examples:
+      tvrn demo runs/flickr8k ~/photos
+      tvrn demo me/my-tvrn ~/photos --host 0.0.0.0 --port 7860
+    """
+    from ..demo import launch
+
+    loaded, processor = load(model, device, dtype)
+    kept = index_folder if index_folder is not None else _cached_index(model, folder)
+    page = launch(loaded, processor, folder, kept, host=host, port=port, block=False, progress=progress())
+    typer.echo(f"open {page.local_url} (Ctrl-C ends it)", err=True)
+    page.block_thread()
