@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from model_makers import FEATURES, SIZES, overlapping_boxes, shake, tiny_model
+from reference import Reference, softmax
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.explain import Explanation, explain
@@ -76,19 +77,24 @@ def test_attention_and_saliencies_are_shares_of_the_valid_regions(processor: TVR
     assert np.mean(saliency) == pytest.approx(1, abs=1e-5) and np.ptp(saliency) > 0
 
 
-def test_a_word_that_looks_at_one_region_is_drawn_to_it(processor: TVRNProcessor) -> None:
-    """The region named for a word is the one whose removal leaves it the least like what it saw."""
-    model = tiny_model(attention_scale=60.0)
-    found = explain(model, processor, image := record(), "two dogs run")
-    region = found.region
-    changes = []
-    for left_out in range(7):
-        mask = torch.ones(7)
-        mask[left_out] = 0
-        other = explain(model, processor, image | {"region_mask": mask}, "two dogs run", leave_out=False)
-        kept = np.delete(found.region_weight, left_out)
-        changes.append(np.abs(kept / kept.sum() - other.region_weight).sum())
-    assert len(set(np.round(changes, 6))) > 1 and found.region_weight[region] == found.region_weight.max()
+def test_where_each_word_looks_is_what_the_equations_say(processor: TVRNProcessor) -> None:
+    """Against the float64 NumPy reference: affinity over words, softmax over regions with their saliency (§4)."""
+    model, image = tiny_model(), record()
+    found = explain(model, processor, image, "two dogs run")
+    weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    reference = Reference(weights, model.config)
+    seen = reference.image(image["region_features"].double().numpy(), image["region_boxes"].double().numpy())
+    text = reference.text(processor(text="two dogs run")["input_ids"][0].tolist())
+    tokens = reference.refine("textual_refinement", text.words, reference.attend(text.contexts, seen.contexts))
+    affinity = np.array([[reference.leaky(word @ region) for region in seen.tokens] for word in tokens])
+    affinity /= np.linalg.norm(affinity, axis=0)
+    looks = np.array([softmax(model.config.attention_scale * row + np.log(seen.saliency)) for row in affinity])
+    np.testing.assert_allclose(found.attention, looks, atol=1e-5)
+    np.testing.assert_allclose(found.region_saliency, seen.saliency, atol=1e-5)
+    wanted = reference.word_weights(seen, tokens)
+    np.testing.assert_allclose([word.saliency for word in found.words], wanted, atol=1e-5)
+    assert found.logit == pytest.approx(reference.pair(seen, text), abs=1e-4)
+    assert found.region == found.region_weight.argmax() and np.ptp(looks, axis=0).max() > 0.02
 
 
 def test_pieces_of_a_word_are_one_word(minilm: Path) -> None:
