@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .checks_tvrn import check_ids, check_pixels, check_regions, check_sides, check_text_features, check_words, row_ids
+from .checks_tvrn import check_ids, check_pixels, check_regions, check_text_features, check_words, row_ids
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
@@ -41,14 +40,10 @@ from .layers_tvrn import (
     valid_first,
     wide,
 )
-from .losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
+from .matching_tvrn import PairMatching
 from .pair_tvrn import PairStage
 from .towers_tvrn import build_tower, freeze_unused, load_tower, region_feature_size, region_map
 
-# Captions of one chunk share their padded length: sorted by length, this many at a time waste little.
-CAPTIONS_PER_CHUNK = 32
-# One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # What the tokens go through, and what the refined features of the embeddings go through besides.
 _TOKENS = (
     "vision_model", "text_model", "word_encoder", "region_projection", "word_projection", "word_perceptron",
@@ -137,7 +132,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
         return (model, info) if wanted else model
 
 
-class TVRNModel(TVRNPreTrainedModel):
+class TVRNModel(PairMatching, TVRNPreTrainedModel):
     """Scores images against captions from their regions and words.
 
     Inputs are either `pixel_values` (with a vision tower) or region features, and token ids. See [`TVRNConfig`].
@@ -244,7 +239,7 @@ class TVRNModel(TVRNPreTrainedModel):
                 "The text embeddings of this model see words that its textual refinement has read, so training the "
                 "pair score moves them; keeping them fixed needs use_refined_features=False or refinement='gate'."
             )
-        frozen = _POOLED_FEATURES
+        frozen: tuple[str, ...] = _POOLED_FEATURES
         if tokens and (config.use_token_similarity or config.use_refined_features):
             frozen += _TOKENS
         if config.use_refined_features:
@@ -547,7 +542,7 @@ class TVRNModel(TVRNPreTrainedModel):
 
     def _check_texts(self, input_ids: Tensor | None, text_features: Tensor | None) -> Tensor:
         """The one that is given, checked."""
-        tower = self.config.text_config
+        tower: Any = self.config.text_config
         if text_features is not None and tower is None:
             raise ValueError("text_features came, but this model has no text tower to give such; give it input_ids.")
         if text_features is not None and input_ids is None:
@@ -561,135 +556,7 @@ class TVRNModel(TVRNPreTrainedModel):
         # In training weights change at every step, and both sides are encoded in one anyway.
         return None if self.training and torch.is_grad_enabled() else model_fingerprint(self)
 
-    # -- pairs ------------------------------------------------------------------------------------------------------
-
-    def match(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None = None,
-        with_evidence: bool = True,
-    ) -> Tensor:
-        """Pair logits (I, T) in float32 (float64 for a float64 model); the sigmoid is the matching score (§4).
-
-        Args:
-            images, texts: As `encode_images` and `encode_texts` give them.
-            chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, does not change scores.
-            with_evidence: False leaves the pair stage out: the sum of the coarse terms alone.
-
-        Raises:
-            ValueError: If a side is empty, another model's, or `chunk_size` is below 1.
-        """
-        return torch.stack(list(self.match_terms(images, texts, chunk_size, with_evidence).values())).sum(dim=0)
-
-    def match_terms(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None = None,
-        with_evidence: bool = True,
-    ) -> dict[str, Tensor]:
-        """The summands of `match`, each (I, T): "evidence", "tokens", "embeddings", those that the model has.
-
-        Arguments and errors are those of `match`.
-        """
-        if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
-            raise ValueError(
-                f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of "
-                "each."
-            )
-        check_sides(images, texts, self.config, with_evidence)
-        device = images.embeds.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            images, texts = images.to(dtype), texts.to(dtype)
-        terms = self._match_chunks(images, texts, chunk_size, with_evidence)
-        if self.config.use_embedding_similarity:
-            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
-        if not terms:
-            raise ValueError(
-                "This model has neither an embedding nor a token similarity: without the evidence nothing is left."
-            )
-        return terms
-
-    def match_aligned(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
-        """Pair logits (I, n) of each image with n texts of its own, all at once: dense arithmetic for a shortlist.
-
-        Args:
-            images: I encoded images.
-            texts: I·n encoded texts, those of image 0 first; `pairs_at_once` says how many keep memory small.
-
-        Raises:
-            ValueError: If a side is empty or another model's, or the texts do not divide among the images.
-        """
-        if not len(images) or not len(texts) or len(texts) % len(images):
-            raise ValueError(
-                f"match_aligned got {len(images)} images and {len(texts)} texts; expected at least 1 of each, "
-                "and the same number of texts for each image."
-            )
-        check_sides(images, texts, self.config)
-        device = images.tokens.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            images, texts = images.to(dtype), texts.to(dtype)
-        own = texts.trim().grouped(len(images))
-        terms = list(self._score_block(images, own, with_evidence=True))
-        if self.config.use_embedding_similarity:
-            terms.append(self.pair.embedding_similarity(images.embeds, own.embeds))
-        return torch.stack(terms).sum(dim=0)
-
-    def pairs_at_once(self, texts: EncodedTexts) -> int:
-        """Pairs of such texts that are best scored together: `config.pair_chunk_size`, or what suits the device."""
-        return self.config.pair_chunk_size or _auto_chunk_size(texts, texts.words.shape[-1])
-
-    def _match_chunks(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None,
-        with_evidence: bool,
-    ) -> dict[str, Tensor]:
-        """The terms that see fragments, block by block; captions of one length share a chunk: little is padding."""
-        names = [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
-        if not names:
-            return {}
-        order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
-        width = texts.words.shape[-1] if with_evidence else images.region_mask.shape[1]
-        chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts, width)
-        captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
-        image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
-        whole = len(image_blocks) == 1 and len(texts) == captions
-        score = self._score_block if whole and not self.gradient_checkpointing else self._score_block_checkpointed
-        columns = []
-        for rows in _slices(len(texts), captions):
-            block = texts.select(order[rows]).trim()
-            scored = [score(image_block, block, with_evidence) for image_block in image_blocks]
-            columns.append(torch.cat(scored, dim=1))
-        matrices = torch.cat(columns, dim=2).index_select(2, torch.argsort(order))
-        return dict(zip(names, matrices, strict=True))
-
-    def _score_block(
-        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
-    ) -> Tensor:
-        """Evidence and token similarity of a block, those that are wanted: (1 or 2, i, t)."""
-        terms = []
-        if with_evidence:
-            assert isinstance(images, EncodedImages) and isinstance(texts, EncodedTexts)
-            evidence = self.pair(images, texts, self.attention, self.textual_refinement)
-            terms.append(self.config.evidence_scale * evidence)
-        if self.config.use_token_similarity:
-            terms.append(self.pair.token_similarity(images, texts))
-        return torch.stack(terms)
-
-    def _score_block_checkpointed(
-        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
-    ) -> Tensor:
-        """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
-        if not torch.is_grad_enabled() or not (self.config.checkpoint_pair_chunks or self.gradient_checkpointing):
-            return self._score_block(images, texts, with_evidence)
-        return checkpoint(
-            self._score_block, images, texts, with_evidence, use_reentrant=False, preserve_rng_state=False
-        )
+    # -- both sides -------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -732,48 +599,6 @@ class TVRNModel(TVRNPreTrainedModel):
             text_embeds=texts.embeds,
             loss_parts=parts,
         )
-
-    def _loss(
-        self,
-        terms: dict[str, Tensor],
-        image_embeds: Tensor,
-        text_embeds: Tensor,
-        image_ids: Tensor,
-        text_image_ids: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses in use, and each of them, from the terms of the logits (I, T)."""
-        config = self.config
-        ids = (image_ids, text_image_ids)
-        parts = self._pair_losses(terms, ids) if "evidence" in terms else {}
-        if config.contrastive_loss_weight:
-            parts["contrastive"] = contrastive_loss(
-                image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
-            )
-        if config.token_contrastive_loss_weight and "tokens" in terms:
-            parts["token_contrastive"] = positives_cross_entropy(terms["tokens"], *ids, config.label_smoothing)
-        if not parts:
-            raise ValueError(
-                "return_loss=True but no loss is left: every *_loss_weight that could apply is 0; set one above 0."
-            )
-        loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
-        return loss, {name: part.detach() for name, part in parts.items()}
-
-    def _pair_losses(self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The losses of the pair score, or of the evidence alone."""
-        config, parts = self.config, {}
-        if config.train_evidence_alone:
-            logits = terms["evidence"] / config.evidence_scale
-        else:
-            logits = torch.stack(list(terms.values())).sum(dim=0)
-        if config.matching_loss_weight:
-            parts["matching"] = matching_loss(
-                logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
-            )
-        if config.pair_contrastive_loss_weight:
-            parts["pair_contrastive"] = positives_cross_entropy(logits, *ids, config.label_smoothing)
-        if config.hardest_negative_loss_weight:
-            parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
-        return parts
 
     def get_image_features(
         self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Tensor | None
@@ -836,17 +661,6 @@ def _refinement(config: TVRNConfig) -> Gate | Recurrence:
 def _width(config: TVRNConfig) -> int:
     """Size of an input word: the text tower's, or the word embeddings'."""
     return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
-
-
-def _auto_chunk_size(texts: EncodedTexts | CoarseTexts, width: int) -> int:
-    """Pairs whose (pairs, words, width) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
-    budget = CHUNK_BYTES.get(texts.words.device.type, CHUNK_BYTES["cuda"])
-    words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (1 if getattr(texts, "recurrent_words", None) is None else 2)
-    return max(budget // (words * width * texts.words.element_size()), 1)
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 TVRNModel.register_for_auto_class("AutoModel")

@@ -51,6 +51,7 @@ LAYER_OF_SHIPPED = {
     "checks_tvrn": "modeling",
     "encoded_tvrn": "modeling",
     "layers_tvrn": "modeling",
+    "matching_tvrn": "modeling",
     "pair_tvrn": "modeling",
     "towers_tvrn": "modeling",
     "pixels_tvrn": "processing",
