@@ -243,7 +243,9 @@ class UnimodalHead(nn.Module):
 
     def forward(self, embeds: Tensor) -> Tensor:
         """(n, P) unit norm -> (n, P) unit norm."""
-        return normalize(self.linear(self.norm(embeds)).to(embeds.dtype))
+        with torch.autocast(embeds.device.type, enabled=False):  # cosines of one modality differ in the third digit
+            mapped = self.linear(self.norm(embeds.to(self.linear.weight.dtype)))
+        return normalize(mapped.to(embeds.dtype))
 
 
 class WordEncoder(nn.Module):

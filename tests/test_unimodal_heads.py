@@ -28,6 +28,13 @@ def test_a_head_is_a_norm_and_a_linear_map_of_the_embedding(model: TVRNModel) ->
         assert (found - embeds.float()).abs().max() > 0.05
 
 
+def test_heads_keep_small_differences_under_bfloat16_autocast(model: TVRNModel) -> None:
+    embeds = F.normalize(torch.randn(5, 23), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.unimodal_text_embeds(embeds)
+    torch.testing.assert_close(found, model.unimodal_text_embeds(embeds), atol=1e-6, rtol=1e-5)
+
+
 def test_heads_are_saved_with_the_model(model: TVRNModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = TVRNModel.from_pretrained(tmp_path)
