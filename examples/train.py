@@ -7,10 +7,13 @@ The quickstart, on generated scenes, about two minutes on two cores:
 Another recipe, with any key changed on the command line:
 
     accelerate launch examples/train.py --config examples/configs/flickr30k.yaml batch_size=128 model.hidden_size=256
+
+Several GPUs or machines: see examples/configs/accelerate/. A run that was interrupted goes on with `resume=auto`.
 """
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Read the configuration, train, and print the table of results."""
     options = parse_arguments(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes one speaks, but for warnings
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = TrainingConfig.from_yaml(options.config, options.overrides)
@@ -49,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     disable_progress_bar()  # one for each saved model is noise in a log
     result = train(config)
-    print(f"\n{result['table']}\n\nmodel, card, results and pictures: {config.output_dir}")
+    if is_main:
+        print(f"\n{result['table']}\n\nmodel, card, results and pictures: {config.output_dir}")
     return 0
 
 

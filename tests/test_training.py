@@ -274,7 +274,7 @@ def test_the_head_start_has_its_own_batches_and_rate_and_can_be_kept(configure: 
     for name in ("pooled_image_embedding", "pooled_text_embedding", "logit_scale"):
         kept = [key for key in started if key.startswith(name)]
         assert kept and all(torch.equal(started[key], after[key]) for key in kept)
-    assert not torch.equal(started["region_projection.weight"], after["region_projection.weight"])
+    assert not torch.equal(started["pair.local_similarity.weight"], after["pair.local_similarity.weight"])
 
 
 def test_accumulated_batches_make_one_step(configure: Configure) -> None:
@@ -384,7 +384,7 @@ def test_a_diverged_run_stops_naming_the_step_and_keeps_the_best_model(configure
 
 
 def test_missing_trackers_are_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_tvrn.training.loop.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("modeling_tvrn.training.launch.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'trackio', which is not installed; pip install trackio"):
         Training(configure(trackers=["trackio"]))
 

@@ -1,5 +1,6 @@
 """Several processes compute what one does: loss, every gradient, and the weights after some steps."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from training_makers import Processes, tiny_config, write_scan
 
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training import TrainingConfig, train
 from modeling_tvrn.training.batches import CaptionBatches, Shares
 from modeling_tvrn.training.exchange import (
     average_gradients,
@@ -174,6 +175,26 @@ def test_weights_sharded_by_fsdp_learn_the_same(data: Path, tmp_path: Path) -> N
         found[count] = results[0], load_file(f"{name}.safetensors")
     for count in (2, 3):
         compared(found[count], found[1], 1e-9, 1e-9)
+
+
+def trained(config: TrainingConfig) -> dict[str, Any]:
+    result = train(config)
+    return {"rsum": result["metrics"]["rsum"], "table": result["table"], "steps": result["steps"]}
+
+
+def test_a_whole_run_of_two_processes_leaves_one_folder_and_tells_both(data: Path, tmp_path: Path) -> None:
+    keys = {"epochs": 1, "evaluation_images": 4, "model": {"dropout": 0.0, "image_dropout": 0.0, "text_dropout": 0.0}}
+    runner = Processes(tmp_path)
+    [alone] = runner.run(trained, tiny_config(data, tmp_path / "alone", **keys))
+    first, second = runner.run(trained, tiny_config(data, tmp_path / "two", **keys), count=2)
+    assert first == second and first["steps"] == alone["steps"] == 4
+    assert first["rsum"] == pytest.approx(alone["rsum"], abs=40)  # of six images: a rank more or less is 17 points
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        path.name for path in (tmp_path / "alone").iterdir()
+    }
+    stored = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert stored["metrics"]["rsum"] == first["rsum"]
+    assert len([event for event in stored["history"] if "loss" in event]) >= 2
 
 
 # -- the parts -------------------------------------------------------------------------------------------

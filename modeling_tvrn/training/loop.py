@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import CaptionDataset, PairCollator, StreamItems
-from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, Stage, phases
+from ..data import PairCollator
+from .batches import Phase, Stage
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
 from .exchange import average_gradients, broadcast_json
+from .feeding import make_loader, named_shards, open_captions
 from .interrupt import Interrupt
+from .launch import make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer, rate_factor
 from .output import write_results
 from .progress import Progress
 from .snapshots import Snapshots
 from .state import capture, data_hash, resume
-from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
 from .text_cache import CachedTextProcessor
 from .validation import Validation, flat_recalls, summary
 from .watch import TrainingStopped, Watch
@@ -45,8 +37,6 @@ from .watch import TrainingStopped, Watch
 logger = logging.getLogger(__name__)
 
 __all__ = ["Training", "train"]
-
-PATIENCE = timedelta(hours=6)  # the other processes wait while the main one evaluates and saves
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -95,7 +85,8 @@ class Training:
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
         self._read_caches()
-        self._open_captions()
+        self.captions = open_captions(config, self.train_records, self.accelerator)
+        self.phases, self.image_names = self.captions.phases, self.captions.image_names
         self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
         self.step, self.epoch, self.epoch_step = 0, 0, 0
         self.phase_number, self.phase_epoch, self.phase_step = 0, 0, 0
@@ -140,18 +131,6 @@ class Training:
                     self.model.eval(), self.processor, (caption for captions in everything for caption in captions)
                 )
 
-    def _open_captions(self) -> None:
-        """What a batch is made of: items of a caption data set, or of a stream."""
-        self.captions: Any
-        self.image_names: Any = ImageNames()
-        if self.config.streaming:
-            self.captions = StreamItems(self.train_records)
-            self.phases = stream_phases(self.config, self.train_records, self.accelerator)
-            return
-        self.captions = CaptionDataset(self.train_records)
-        self.phases = phases(self.config, self.captions.image_rows.tolist())
-        self.image_names = self.train_records.image_ids
-
     def _prepare(self) -> None:
         config = self.config
         self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
@@ -166,29 +145,9 @@ class Training:
         whole = config.tower_batch_size is None
         self.objective: Any = self.accelerator.prepare(objective) if whole else objective
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.loaders = [self._loader(phase.batches) for phase in self.phases]
-
-    def _loader(self, batches: CaptionBatches | StreamBatches) -> DataLoader[Any]:
-        workers, accelerator = self.config.num_workers, self.accelerator
-        items: Any
-        own: Any
-        collator: Any
-        if isinstance(batches, StreamBatches):
-            items, own, collator = self.captions, batches, StreamCollator(self.collator)
-        else:
-            items, collator = ShareItems(self.captions), ShareCollator(self.collator)
-            own = Shares(batches, accelerator.process_index, accelerator.num_processes)
-        return DataLoader(
-            items,
-            batch_sampler=own,
-            collate_fn=collator,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=accelerator.device.type == "cuda",
-            # The loader draws a seed for its workers at each pass; from the global generator, that would make what is
-            # drawn afterwards depend on how often the run was resumed.
-            generator=torch.Generator().manual_seed(self.config.seed),
-        )
+        self.loaders = [
+            make_loader(self.captions, phase.batches, self.collator, config, self.accelerator) for phase in self.phases
+        ]
 
     def seconds(self) -> dict[str, float]:
         """Seconds of training without evaluations, the part of them spent waiting for data, and of evaluations."""
@@ -252,32 +211,16 @@ class Training:
         asked = time.perf_counter()
         batches = iter(loader)
         while True:
-            with self._named_shards():
+            with named_shards(self.phases[self.phase_number].batches, self.step):
                 batch = next(batches, None)
             if batch is None:
                 return
             if "image_names" in batch:
-                self.image_names.add(batch["image_ids"], batch.pop("image_names"))
+                self.captions.names.add(batch["image_ids"], batch.pop("image_names"))
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
-
-    @contextlib.contextmanager
-    def _named_shards(self) -> Iterator[None]:
-        """Say the step and the shards where a process that loads data dies."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            batches = self.phases[self.phase_number].batches
-            shards = batches.shards_in_work() if isinstance(batches, StreamBatches) else []
-            raise TrainingStopped(
-                f"{error} While loading the batches after step {self.step}"
-                f"{', of ' if shards else ''}{'; '.join(shards)}. Often its memory ran out: lower num_workers, or "
-                "read with num_workers=0 to see the error itself"
-            ) from error
 
     def _run_batch(self, batch: dict[str, Any], stage: Stage, group: int = 1, complete: bool = True) -> None:
         """Forward, backward and, where the step's group of batches is complete, the optimizer's step."""
@@ -406,32 +349,3 @@ class Training:
         self.progress.evaluated(self.step, epoch, flat_recalls(report), seconds)
         kept = ", best so far" if better else ""
         self.progress.say("step %d: validation %s%s", self.step, summary(report), kept)
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The device, precision and trackers of a run.
-
-    Raises:
-        ValueError: a tracker is not installed.
-    """
-    for tracker in config.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        kwargs_handlers=[
-            # The head start trains a part of the weights; frozen towers' statistics are the same everywhere.
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-    )
-    if config.trackers:
-        accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in config.as_dict().items()})
-    return accelerator
-
-
-def _flat(value: Any) -> int | float | str | bool:
-    return value if isinstance(value, int | float | str | bool) else str(value)
