@@ -115,7 +115,7 @@ def _scores(
     captions = list(dict.fromkeys(caption for own in wanted.values() for caption in own))
     images = model.encode_images(**processor(images=list(pictures.values())).to(model.device))
     texts = model.encode_texts(**processor(text=captions).to(model.device))
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for i, (path, own) in enumerate(wanted.items()):
         logits = model.match(images.select([i]), texts.select([captions.index(caption) for caption in own]))[0]
         found |= {(path, caption): score for caption, score in zip(own, logits.sigmoid().tolist(), strict=True)}
