@@ -133,9 +133,8 @@ def count(variant: dict[str, Any], sizes: dict[str, int]) -> dict[str, float]:
 
 def count_all() -> list[dict[str, Any]]:
     """The table of all variants."""
-    print(
-        f"{'variant':38}{'small: formula':>16}{'counted':>10}   {'paper: MFLOP':>12}{'counted':>9}{'KB':>9}{'fewest':>8}"
-    )
+    heads = f"{'small: formula':>16}{'counted':>10}   {'paper: MFLOP':>12}{'counted':>9}{'KB':>9}{'fewest':>8}"
+    print(f"{'variant':38}{heads}")
     rows = []
     for variant in VARIANTS:
         small, paper = count(variant, SMALL), count(variant, PAPER)
@@ -148,9 +147,8 @@ def count_all() -> list[dict[str, Any]]:
         rows.append({"variant": name, "small": small, "paper": paper, "parts": operations(variant, PAPER)})
         if round(small["formula"]) != round(small["counted"]):
             print(f"  not equal: {operations(variant, SMALL)}", file=sys.stderr)
-    print(
-        f"KB: of all operators, in blocks of {PAPER['images']} × {PAPER['captions']} pairs, float32; fewest: items once"
-    )
+    block = f"{PAPER['images']} × {PAPER['captions']}"
+    print(f"KB: of all operators, float32; fewest: each item of a block of {block} pairs once, and the scores")
     return rows
 
 

@@ -114,9 +114,10 @@ def main() -> int:
         "block": [plan.block_images, plan.block_captions], "blocks": plan.shape[0] * plan.shape[1],
         "blocks_with_positives": len(positives), "measured_gb": measured, "extrapolated_gb": whole,
     }  # fmt: skip
+    block = f"{plan.block_images} × {plan.block_captions}"
     print(
-        f"{len(images)} × {len(texts)}, {arguments.dtype}: gallery {size / 1e9:.2f} GB; blocks of {plan.block_images} ×"
-        f" {plan.block_captions}, {report['blocks']} in all, {len(positives)} hold positives\n"
+        f"{len(images)} × {len(texts)}, {arguments.dtype}: gallery {size / 1e9:.2f} GB; blocks of {block},"
+        f" {report['blocks']} in all, {len(positives)} hold positives\n"
         f"{ended}: {measured:.2f} GB beyond the gallery at most; with the scores still to be kept, at most"
         f" {kept:.2f} GB of them: {whole:.2f} GB (extrapolated)"
     )
