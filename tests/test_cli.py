@@ -79,6 +79,10 @@ print(sorted(set(sys.modules) & {heavy}))
         issue = {"train", "evaluate", "score", "search", "index", "explain", "doctor", "push", "demo"}
         assert issue <= set(VERBS)
 
+    def test_installing_puts_it_on_the_path(self) -> None:
+        setup = (Path(__file__).resolve().parents[1] / "setup.py").read_text("utf-8")
+        assert '"console_scripts": ["tvrn = modeling_tvrn.cli:main"]' in setup
+
     def test_version(self) -> None:
         from modeling_tvrn import __version__
 
