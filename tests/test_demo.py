@@ -28,7 +28,7 @@ def test_text_and_photograph_find_pictures_and_a_hit_is_explained(searches: Sear
     assert len(gallery) == len(state) == 5 and said == "5 found."
     assert [label.split("  ")[1] for _, label in gallery] == [each["id"] for each in state]
     reason = searches.why(state, 1)
-    assert reason.count("<button") == 6 and "matching score" in reason and state[1]["id"] in reason
+    assert reason.count("<button") == 7 and "matching score" in reason and state[1]["id"] in reason
     alike, found, _ = searches.by_photograph(state[0]["path"], 3)
     assert len(alike) == 3 and "Type a text" in searches.why(found, 0)
     assert "<svg" in searches.why(found, 0, "a red kite")

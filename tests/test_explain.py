@@ -94,7 +94,19 @@ def test_where_each_word_looks_is_what_the_equations_say(processor: TVRNProcesso
     wanted = reference.word_weights(seen, tokens)
     np.testing.assert_allclose([word.saliency for word in found.words], wanted, atol=1e-5)
     assert found.logit == pytest.approx(reference.pair(seen, text), abs=1e-4)
-    assert found.region == found.region_weight.argmax() and np.ptp(looks, axis=0).max() > 0.02
+    assert np.ptp(looks, axis=0).max() > 0.02
+
+
+def test_what_the_score_loses_without_a_region(processor: TVRNProcessor) -> None:
+    model, image = tiny_model(), record() | {"region_mask": torch.tensor([1, 0, 1, 1, 0, 1, 1])}
+    found = explain(model, processor, image, CAPTION)
+    for place, region in enumerate(image["region_mask"].nonzero().flatten().tolist()):
+        mask = image["region_mask"].clone()
+        mask[region] = 0
+        rest = score(model, processor, image | {"region_mask": mask}, CAPTION)
+        assert found.region_without[place] == pytest.approx(found.logit - rest, abs=1e-5)
+    assert found.region == found.region_without.argmax() and len(set(found.region_without.round(5))) == 5
+    assert explain(model, processor, image, CAPTION, leave_out=False).region_without is None
 
 
 def test_pieces_of_a_word_are_one_word(minilm: Path) -> None:
@@ -134,7 +146,7 @@ def test_picture_page_and_json_need_nothing_else(processor: TVRNProcessor, tmp_p
     regions = len(found.boxes)
     assert page.count('class="region"') == regions
     opacities = [json.loads(value) for value in re.findall(r'data-opacity="([^"]+)"', page)]
-    assert len(opacities) == len(found.words) + 1 and {len(each) for each in opacities} == {regions}
+    assert len(opacities) == len(found.words) + 2 and {len(each) for each in opacities} == {regions}
     loaded = json.loads(json.dumps(found.as_dict()))
     assert loaded["words"][0]["attention"] == pytest.approx(found.words[0].attention.tolist())
     assert all(word.text in found.table() for word in found.words)
@@ -174,6 +186,7 @@ def test_a_term_that_explain_does_not_know_is_no_silent_error(processor: TVRNPro
 
 def test_a_score_is_a_probability_however_large_the_logit() -> None:
     empty = {"caption": "", "picture": None, "words": (), "boxes": None, "grid": None, "head": "saf", "cosine": 0.0}
+    empty["region_without"] = None
     made = [Explanation(**empty, region_saliency=np.ones(1), logit=x, parts={}) for x in (-900.0, 0.0, 900.0)]
     assert [each.score for each in made] == [0.0, 0.5, 1.0]
     assert TVRNConfig.model_type == "tvrn"

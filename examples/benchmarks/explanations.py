@@ -1,9 +1,9 @@
 r"""Do explanations name what the score rests on? Mask the regions they name, and as many at random.
 
-For matching pairs: the regions that the caption looks at most (`Explanation.region_weight`) are masked, then equally
-many random ones, and the pair is scored again. Reported for 1, 4 and 9 regions, of the whole logit and of its evidence
-term alone (the embeddings average over all regions alike): the mean drop, the mean absolute change, and how often the
-named regions matter more than random ones, with a bootstrap interval over pairs.
+For matching pairs: the regions whose removal costs most, one by one (`Explanation.region_without`), or those that the
+caption looks at most (`region_weight`), are masked, then equally many random ones, and the pair is scored again.
+Reported for 1, 4 and 9 regions: the mean drop of the logit, the mean absolute change, and how often the named regions
+cost more than random ones, with a bootstrap interval over pairs. (Of 1 region the first is true by construction.)
 
     python examples/benchmarks/explanations.py runs/flickr8k-s0 --data DATA --regions REGIONS/validation --pairs 300
 """
@@ -22,6 +22,7 @@ from modeling_tvrn.explain import explain
 from modeling_tvrn.teachers import RegionCache, with_regions
 
 COUNTS = (1, 4, 9)
+NAMED_BY = ("region_without", "region_weight")
 DRAWS = 8  # random choices a pair, averaged
 
 
@@ -41,33 +42,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def masked_terms(model: TVRNModel, inputs: dict, texts, masks: np.ndarray) -> np.ndarray:
-    """(n, 2): logit and evidence of one pair under n region masks."""
-    repeated = {name: value.expand(len(masks), *value.shape[1:]) for name, value in inputs.items()}
-    images = model.encode_images(**repeated | {"region_mask": torch.from_numpy(masks)})
-    terms = model.match_terms(images, texts)
-    return torch.stack([torch.stack(list(terms.values())).sum(dim=0)[:, 0], terms["evidence"][:, 0]], dim=1).numpy()
-
-
 def changes(model: TVRNModel, processor: TVRNProcessor, record: dict, caption: str, random) -> tuple:
-    """Drops of (logit, evidence) by named and by random regions: two arrays (counts, 2); and the sum's error."""
-    found = explain(model, processor, record, caption, leave_out=False)
+    """Drops of the logit by named (ways, counts) and by random regions (counts, draws); and the sum's error."""
+    found = explain(model, processor, record, caption)
     inputs = dict(processor(**{k: [record[k]] for k in ("region_features", "region_boxes")}, return_tensors="pt"))
-    inputs.pop("region_mask")
+    chosen = [np.argsort(-getattr(found, way), kind="stable")[:count] for way in NAMED_BY for count in COUNTS]
     regions = len(found.region_weight)
-    order = np.argsort(-found.region_weight, kind="stable")
-    chosen = [order[:count] for count in COUNTS]
-    for count in COUNTS:
-        chosen += [random.choice(order[count:], count, replace=False) for _ in range(DRAWS)]
-    masks = np.ones((1 + len(chosen), regions), bool)
-    for row, left_out in enumerate(chosen, start=1):
+    chosen += [random.choice(regions, count, replace=False) for count in COUNTS for _ in range(DRAWS)]
+    masks = np.ones((len(chosen), regions), bool)
+    for row, left_out in enumerate(chosen):
         masks[row, left_out] = False
+    inputs = {name: value.expand(len(masks), *value.shape[1:]) for name, value in inputs.items()}
     with torch.no_grad():
+        images = model.encode_images(**inputs | {"region_mask": torch.from_numpy(masks)})
         texts = model.encode_texts(**processor(text=[caption], return_tensors="pt"))
-        terms = masked_terms(model, inputs, texts, masks)
-    drops = terms[0] - terms[1:]
-    named, other = drops[: len(COUNTS)], drops[len(COUNTS) :].reshape(len(COUNTS), DRAWS, 2)
-    return named, other, abs(sum(found.parts.values()) - found.logit)
+        drops = found.logit - model.match(images, texts)[:, 0].double().numpy()
+    named, other = np.split(drops, [len(NAMED_BY) * len(COUNTS)])
+    error = abs(sum(found.parts.values()) - found.logit)
+    return named.reshape(len(NAMED_BY), -1), other.reshape(len(COUNTS), DRAWS), error
 
 
 def summary(named: np.ndarray, other: np.ndarray, seed: int) -> dict:
@@ -82,7 +74,7 @@ def summary(named: np.ndarray, other: np.ndarray, seed: int) -> dict:
         "interval_95": [float(low), float(high)],
         "named_change": float(np.abs(named).mean()),
         "random_change": float(np.abs(other).mean()),
-        "named_matters_more_percent": float(100 * (np.abs(named)[:, None] > np.abs(other)).mean()),
+        "named_costs_more_percent": float(100 * (named[:, None] > other).mean()),
     }
 
 
@@ -103,11 +95,11 @@ def main() -> None:
     named, other = np.stack([each[0] for each in results]), np.stack([each[1] for each in results])
     report = {"pairs": len(rows), "seconds": time.perf_counter() - started}
     report["largest_error_of_the_sum"] = float(max(each[2] for each in results))
-    for place, count in enumerate(COUNTS):
-        for term, name in enumerate(("logit", "evidence")):
-            figures = summary(named[:, place, term], other[:, place, :, term], options.seed)
+    for way, name in enumerate(NAMED_BY):
+        for place, count in enumerate(COUNTS):
+            figures = summary(named[:, way, place], other[:, place], options.seed)
             report[f"{name}, {count} regions"] = figures
-            print(f"{name:8} {count} regions: {json.dumps({k: np.round(v, 4).tolist() for k, v in figures.items()})}")
+            print(f"{name} {count} regions: {json.dumps({k: np.round(v, 4).tolist() for k, v in figures.items()})}")
     print({name: value for name, value in report.items() if not isinstance(value, dict)})
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # What float32 leaves of a sum of a few dozen numbers, relative to the logit.
 TOLERANCE = 1e-4
+IMAGES_AT_ONCE = 64  # of those without one region
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Explanation:
         boxes: (R, 4) xyxy in [0, 1] of the picture; None where the model was given none.
         grid: (rows, columns) where the regions are a grid.
         region_saliency: (R,) a^v, what the global image vector holds important; sums to 1.
+        region_without: (R,) what the logit loses without each region, at most above 0 for those it rests on; None for
+            one region, or where it was not asked for.
         logit: The pair logit, as `model.match` gives it.
         parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their evidence), "global", "head
             bias"; for SGR "graph", which does not come apart; and, where the model has the term, "tokens" (a sum over
@@ -80,6 +83,7 @@ class Explanation:
     boxes: np.ndarray | None
     grid: tuple[int, int] | None
     region_saliency: np.ndarray
+    region_without: np.ndarray | None
     logit: float
     parts: dict[str, float]
     cosine: float
@@ -103,8 +107,8 @@ class Explanation:
 
     @property
     def region(self) -> int:
-        """The region that the caption looks at most."""
-        return int(self.region_weight.argmax())
+        """The region that the score rests on most; where that was not asked for, the one the caption looks at most."""
+        return int((self.region_weight if self.region_without is None else self.region_without).argmax())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the picture, as JSON values."""
@@ -121,6 +125,7 @@ class Explanation:
             "grid": self.grid,
             "region_saliency": self.region_saliency.tolist(),
             "region_weight": self.region_weight.tolist(),
+            "region_without": None if self.region_without is None else self.region_without.tolist(),
         }
 
     def table(self) -> str:
@@ -169,7 +174,8 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         image: A PIL image, path, encoded bytes or uint8 array; or a record with `region_features` (R, F),
             `region_boxes` (R, 4) and perhaps `image`, to draw on.
         text: The caption.
-        leave_out: Also score the caption without each of its words (as many texts as words more).
+        leave_out: Also score the caption without each of its words, and the image without each of its regions (as many
+            texts and images more). Where a word looks is not what the score rests on; this tells.
 
     Raises:
         ValueError: On an image or a caption that the processor or the model refuses.
@@ -187,6 +193,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         words = caption_words(processor.tokenizer, text, inputs["input_ids"][0], inputs["word_mask"][0])
         parts = pair.parts()
         without = _left_out(model, images, inputs, words, pair.logit) if leave_out and len(words) > 1 else None
+        regions = _regions_left_out(model, scene.inputs, texts, pair.logit) if leave_out else None
     boxes = _valid(images.region_boxes, images.region_mask)
     return Explanation(
         caption=text,
@@ -195,6 +202,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         boxes=boxes,
         grid=grid_shape(boxes),
         region_saliency=pair.region_saliency(),
+        region_without=regions,
         logit=pair.logit,
         parts=parts,
         cosine=float(images.embeds[0].double() @ texts.embeds[0].double()),
@@ -299,6 +307,22 @@ def _left_out(
 ) -> list[float]:
     texts = model.encode_texts(**without_each_word(inputs, words))
     return [logit - float(other) for other in model.match(images, texts)[0]]
+
+
+def _regions_left_out(model: Any, inputs: dict[str, Tensor], texts: EncodedTexts, logit: float) -> np.ndarray | None:
+    """(R,) of the valid regions; None where there is only one."""
+    features = inputs["region_features"]
+    mask = inputs.get("region_mask", features.new_ones(features.shape[:2])).bool()
+    valid = mask[0].nonzero().flatten()
+    if len(valid) < 2:
+        return None
+    masks = mask.repeat(len(valid), 1)
+    masks[torch.arange(len(valid), device=masks.device), valid] = False
+    logits = []
+    for part in masks.split(IMAGES_AT_ONCE):
+        repeated = {name: value.expand(len(part), *value.shape[1:]) for name, value in inputs.items()}
+        logits.append(model.match(model.encode_images(**repeated | {"region_mask": part}), texts)[:, 0])
+    return logit - _plain(torch.cat(logits))
 
 
 def _valid(boxes: Tensor | None, mask: Tensor) -> np.ndarray | None:

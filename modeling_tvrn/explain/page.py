@@ -69,7 +69,9 @@ def html_page(explanation: Explanation) -> str:
 
 def html_body(explanation: Explanation) -> str:
     """The page without its frame."""
-    whole = _button("the whole caption", explanation.region_weight, explanation, None)
+    whole = _button("the caption looks", explanation.region_weight, explanation, None)
+    if explanation.region_without is not None:
+        whole += " " + _button("the score rests on", explanation.region_without.clip(min=0), explanation, None)
     buttons = [_button(word.text, word.attention, explanation, _worth(word)) for word in explanation.words]
     return (
         f'<p class="words">{whole} {" ".join(buttons)}</p>'

@@ -34,9 +34,9 @@ def draw(explanation: Explanation, columns: int = 5) -> Figure:
     """
     if columns < 1:
         raise ValueError(f"columns is {columns}; expected at least 1 picture a row")
-    words = explanation.words if explanation.boxes is not None else ()
-    columns = max(min(columns, len(words) + 1), 3)
-    rows = ceil((len(words) + 1) / columns) if explanation.boxes is not None else 0
+    views = [] if explanation.boxes is None else _views(explanation)
+    columns = max(min(columns, len(views)), 3)
+    rows = ceil(len(views) / columns)
     bars = bar_rows(explanation)
     heights = [0.22 * len(bars) + 0.7, *[CELL + 0.3] * rows]
     heading = textwrap.fill(f"“{explanation.caption}”", width=14 * columns)
@@ -46,13 +46,25 @@ def draw(explanation: Explanation, columns: int = 5) -> Figure:
     _draw_bars(figure.add_subplot(layout[0, :]), bars, _bar_title(explanation))
     for number in range(rows * columns):
         axes = figure.add_subplot(layout[1 + number // columns, number % columns])
-        if number > len(words):
-            axes.set_axis_off()
-        elif number == 0:
-            _draw_regions(axes, explanation, explanation.region_weight, "the whole caption", INK)
+        if number < len(views):
+            _draw_regions(axes, explanation, *views[number])
         else:
-            _draw_word(axes, explanation, words[number - 1])
+            axes.set_axis_off()
     return figure
+
+
+def _views(explanation: Explanation) -> list[tuple[np.ndarray, str, str, str]]:
+    """Each small picture: numbers of the regions, title, its colour, what is written below."""
+    weight = explanation.region_weight
+    views = [(weight, "the caption looks", INK, _most(weight))]
+    if explanation.region_without is not None:
+        rests = explanation.region_without.clip(min=0)
+        views.append((rests, "the score rests on", INK, f"a region at most {rests.max():+.2f}"))
+    return views + [(word.attention, *_word_title(word), _most(word.attention)) for word in explanation.words]
+
+
+def _most(weights: np.ndarray) -> str:
+    return f"at most {100 * weights.max():.0f} % in a region"
 
 
 def bar_rows(explanation: Explanation) -> list[tuple[str, float]]:
@@ -90,14 +102,16 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, float]], title: str) -> None:
         axes.spines[name].set_visible(False)
 
 
-def _draw_word(axes: Axes, explanation: Explanation, word: WordEvidence) -> None:
+def _word_title(word: WordEvidence) -> tuple[str, str]:
     value = word.without if word.without is not None else word.contribution
     label = textwrap.shorten(word.text, 20, placeholder="…")
     colour = INK if value is None else POSITIVE if value >= 0 else COST
-    _draw_regions(axes, explanation, word.attention, label if value is None else f"{label}  {value:+.2f}", colour)
+    return (label if value is None else f"{label}  {value:+.2f}"), colour
 
 
-def _draw_regions(axes: Axes, explanation: Explanation, weights: np.ndarray, title: str, colour: str) -> None:
+def _draw_regions(
+    axes: Axes, explanation: Explanation, weights: np.ndarray, title: str, colour: str, below: str
+) -> None:
     """The picture under a heatmap (grids) or with the boxes of the most weight (detectors)."""
     if explanation.picture is not None:
         axes.imshow(explanation.picture, extent=(0, 1, 1, 0), aspect="auto")
@@ -116,7 +130,7 @@ def _draw_regions(axes: Axes, explanation: Explanation, weights: np.ndarray, tit
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=8, color=colour, parse_math=False)
-    axes.set_xlabel(f"at most {100 * weights.max():.0f} % in a region", fontsize=6, color=MUTED, labelpad=2)
+    axes.set_xlabel(below, fontsize=6, color=MUTED, labelpad=2)
     for spine in axes.spines.values():
         spine.set_color(OTHER)
 
