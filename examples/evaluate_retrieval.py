@@ -20,16 +20,32 @@ Within one modality: captions of the same photograph, images of the same label, 
 
     python examples/evaluate_retrieval.py runs/cusa --protocol unimodal --data flickr8k --split validation \
         --sentence-pairs stsb/validation.parquet --image-labels labels.csv
+
+More positives for COCO's test split (pip install "modeling-tvrn[eval]"), and human grades of pairs:
+
+    python examples/evaluate_retrieval.py runs/coco --data coco --split test --protocol eccv-caption
+    python examples/evaluate_retrieval.py runs/coco --data coco --split test --protocol cxc --cxc CxC/data
+    python examples/evaluate_retrieval.py runs/flickr8k --data FOLDER --protocol graded --grades ExpertAnnotations.txt
+
+Long runs: finished blocks are kept, so the same command goes on after a crash; several processes share the blocks:
+
+    torchrun --nproc-per-node 2 examples/evaluate_retrieval.py runs/coco --data coco --split test --protocol coco-5k \
+        --blocks blocks/coco --memory-budget 2
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
@@ -37,13 +53,16 @@ from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import (
     PROTOCOLS,
     EvaluationReport,
+    GradedPairs,
     SentencePairs,
     evaluate,
+    evaluate_graded,
     evaluate_unimodal,
     read_image_labels,
 )
 from modeling_tvrn.metrics import paired_bootstrap
 from modeling_tvrn.teachers import RegionCache, region_fingerprint, with_regions
+from modeling_tvrn.teachers.fingerprint import digest
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,9 +93,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--protocol",
         default="validation",
-        choices=[*PROTOCOLS, "unimodal"],
-        help="default: validation, any size; unimodal: texts against texts, images against images",
+        choices=[*PROTOCOLS, "unimodal", "graded"],
+        help="default: validation, any size; unimodal: within texts and within images; graded: human grades of pairs",
     )
+    group.add_argument(
+        "--grades", type=Path, metavar="FILE", help="graded: image, caption id and grades, as Flickr8k-Expert's file"
+    )
+    group.add_argument("--cxc", type=Path, metavar="FOLDER", help="cxc: with sis_test.csv and sts_test.csv")
     group.add_argument(
         "--sentence-pairs",
         type=Path,
@@ -105,6 +128,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of model and scores (default float32)"
     )
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    group.add_argument(
+        "--memory-budget", type=float, default=1.0, metavar="GB", help="of blocks beside the gallery (default 1)"
+    )
+    group.add_argument("--blocks", type=Path, metavar="FOLDER", help="keep finished blocks, to go on after a crash")
     options = parser.parse_args(arguments)
     if options.exhaustive and options.shortlist_size is None:
         parser.error("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
@@ -112,6 +139,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data is needed, except by --protocol unimodal with --sentence-pairs")
     if options.protocol != "unimodal" and (options.sentence_pairs or options.image_labels):
         parser.error("--sentence-pairs and --image-labels go with --protocol unimodal")
+    if (options.protocol == "graded") != (options.grades is not None):
+        parser.error("--protocol graded and --grades FILE go together")
+    if options.cxc is not None and options.protocol != "cxc":
+        parser.error("--cxc goes with --protocol cxc")
     count = len(options.models) + len(options.compare)
     if len(options.regions) not in (0, 1, count):
         parser.error(f"--regions names {len(options.regions)} caches for {count} models; give one, or one for each")
@@ -124,11 +155,57 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        run_unimodal(options) if options.protocol == "unimodal" else run(options)
-    except (ValueError, OSError) as error:
+        with processes():
+            {"unimodal": run_unimodal, "graded": run_graded}.get(options.protocol, run)(options)
+    except (ValueError, OSError, ImportError) as error:
         print(f"evaluate_retrieval.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, of which the first one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with contextlib.nullcontext() if speaks() else contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def write(options: argparse.Namespace, found: Any) -> None:
+    """Keep a report as JSON where that was asked for."""
+    if options.output is not None and speaks():
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run_graded(options: argparse.Namespace) -> None:
+    """The protocol of human grades, of each model by itself."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    records, pairs = read_records(options), GradedPairs.read(options.grades)
+    names = [*options.models, *options.compare]
+    regions = options.regions if len(options.regions) > 1 else options.regions * len(names)
+    reports = []
+    for number, name in enumerate(names):
+        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
+        processor = TVRNProcessor.from_pretrained(name)
+        inputs = from_cache(records, regions[number], name, processor) if regions else records
+        report = evaluate_graded(model, processor, inputs, pairs, options.batch_size)
+        reports.append(report.as_dict() | {"model": name})
+        print(f"\n{name}\n{report.table()}")
+    write(options, reports)
 
 
 def read_records(options: argparse.Namespace) -> Any:
@@ -155,9 +232,7 @@ def run_unimodal(options: argparse.Namespace) -> None:
         report = evaluate_unimodal(model, processor, inputs, labels, pairs, options.batch_size)
         reports.append(report.as_dict() | {"model": name})
         print(f"\n{name}\n{report.table()}")
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(reports, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(options, reports)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -175,9 +250,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"\nBaseline\n\n{baseline.table()}\n\nPaired bootstrap over queries, percent points\n")
         print(comparison.table())
         written |= {"baseline": baseline.as_dict(), "comparison": vars(comparison)}
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(options, written)
 
 
 def measure(options: argparse.Namespace, names: list[str], records: Any, regions: list[str]) -> EvaluationReport:
@@ -201,6 +274,10 @@ def measure(options: argparse.Namespace, names: list[str], records: Any, regions
         data=options.data,
         seeds=[seed for seed in map(trained_seed, names) if seed is not None],
         num_workers=options.num_workers,
+        memory_budget=options.memory_budget,
+        # Models to compare with have blocks of their own.
+        folder=options.blocks / digest(sorted(names))[:12] if options.blocks is not None else None,
+        cxc_folder=options.cxc,
     )
 
 

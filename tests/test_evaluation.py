@@ -340,6 +340,33 @@ def test_the_script_reads_a_region_cache(script, checkpoints, tmp_path, capsys) 
     assert "cache1" in capsys.readouterr().err
 
 
+def test_the_script_grades_pairs_and_keeps_finished_blocks(script, checkpoints, tmp_path, capsys) -> None:
+    """Human grades by a file; a second run of an evaluation reads its blocks instead of scoring."""
+    records = load_pairs("scenes", split="validation", count=12)
+    lines = [f"{a}\t{b}#0\t{1 + n % 4}\t{1 + n % 3}" for n, (a, b) in enumerate(zip(
+        records.image_ids, records.image_ids[1:], strict=False))]  # fmt: skip
+    grades, output = tmp_path / "ExpertAnnotations.txt", tmp_path / "report.json"
+    grades.write_text("\n".join(lines) + "\n")
+    graded = ["--protocol", "graded", "--grades", str(grades), "--output", str(output)]
+    assert script.main([checkpoints[0], *SCENES, *graded]) == 0
+    written = json.loads(output.read_text())
+    assert written[0]["protocol"] == "graded" and written[0]["metrics"]["pair_count"] == 11
+    assert "Kendall" in capsys.readouterr().out
+    kept = ["--blocks", str(tmp_path / "blocks"), "--memory-budget", "0.5", "--output", str(output)]
+    found = []
+    for _ in range(2):
+        assert script.main([checkpoints[0], *SCENES, *kept, "--no-embeddings"]) == 0
+        found.append(json.loads(output.read_text())["metrics"])
+    assert found[0] == found[1] and len(list((tmp_path / "blocks").rglob("block-*.safetensors"))) == 1
+    for wrong, message in (
+        (["--protocol", "graded"], "--grades FILE go together"),
+        (["--cxc", "x"], "--cxc goes with"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main([checkpoints[0], *SCENES, *wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_the_script_explains_mistakes(script, checkpoints, capsys) -> None:
     assert script.main([checkpoints[0], *SCENES, "--protocol", "flickr8k-1k"]) == 2
     assert "1000 images" in capsys.readouterr().err
