@@ -1,6 +1,8 @@
 """One file of a store: the arrays of some hundred items in safetensors, with the items' ids in its header."""
 
 import json
+import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,11 +77,36 @@ class Shard:
         return replace(self, ids=())
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays alone, of `mapped()`."""
+        return self.mapped().arrays
+
+    def mapped(self) -> "MappedShard":
         """Map the arrays into memory, read-only: a page is read from disk when it is first used."""
-        return {
-            name: np.asarray(np.memmap(self.path, dtype, "r", self.offsets[name], (self.count, *shape)))
-            for name, (dtype, shape) in self.layout.items()
+        return MappedShard(self)
+
+
+class MappedShard:
+    """A shard's arrays as views of its file.
+
+    Attributes:
+        arrays: name -> (n, ...), read-only.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        with shard.path.open("rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.arrays = {
+            name: np.frombuffer(self._file, dtype, math.prod((shard.count, *shape)), shard.offsets[name]).reshape(
+                shard.count, *shape
+            )
+            for name, (dtype, shape) in shard.layout.items()
         }
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process's resident memory; the system keeps them cached."""
+        # Without it, random reads make the whole file resident in the end.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
 
 def write_shard(path: Path, ids: Sequence[ItemId], build: str, arrays: Mapping[str, np.ndarray]) -> Shard:

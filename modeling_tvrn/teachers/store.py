@@ -14,7 +14,7 @@ import numpy as np
 
 from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
 from .id_index import IdIndex
-from .shards import BrokenShardError, Shard, publish, shard_name, write_shard
+from .shards import BrokenShardError, MappedShard, Shard, publish, shard_name, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ FORMAT_VERSION = 1
 class ArrayStore:
     """Read-only view of a finished store: arrays of any item by its id, without loading the rest.
 
-    In memory it keeps 16 bytes an id. Safe to hand to worker processes: each maps the files itself.
+    In memory it keeps 16 bytes an id, and of the files nothing but what is being read. Safe to hand to worker
+    processes: each maps the files itself.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
@@ -38,7 +39,7 @@ class ArrayStore:
         self._shards = [shard.without_ids() for shard in shards]
         self._starts = np.cumsum([0] + [shard.count for shard in shards])
         self._index = IdIndex([item_id for shard in shards for item_id in shard.ids])
-        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+        self._mapped: dict[int, MappedShard] = {}
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> "ArrayStore":
@@ -106,9 +107,10 @@ class ArrayStore:
         shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of_row).tolist():
             places = np.flatnonzero(shard_of_row == number)
-            arrays = self._arrays(number)
+            shard = self._shard(number)
             for name, target in found.items():
-                target[places] = arrays[name][rows[places] - self._starts[number]]
+                target[places] = shard.arrays[name][rows[places] - self._starts[number]]
+            shard.release()
         return found
 
     def __getitem__(self, ids: Iterable[ItemId]) -> dict[str, np.ndarray]:
@@ -117,9 +119,9 @@ class ArrayStore:
             raise TypeError(f"expected several ids, got {ids!r}: write [[{ids!r}]] for one")
         return self.read(self.rows(ids))
 
-    def _arrays(self, number: int) -> dict[str, np.ndarray]:
+    def _shard(self, number: int) -> MappedShard:
         if number not in self._mapped:
-            self._mapped[number] = self._shards[number].arrays()
+            self._mapped[number] = self._shards[number].mapped()
         return self._mapped[number]
 
     def __getstate__(self) -> dict[str, Any]:

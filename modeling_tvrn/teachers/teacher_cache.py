@@ -225,7 +225,7 @@ class TeacherCache:
     def check_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """As `check`, of some records at hand, such as those of a stream's batch."""
         for record in records:
-            found = items_of(record | {"image": record.get("image")}, self.modality)
+            found = items_of({"image": None, **record}, self.modality)
             ids, _, firsts, seconds = zip(*found, strict=True)
             compare_contents(self.store, ids, firsts, seconds, self.modality)
 
