@@ -203,12 +203,13 @@ class ImageTextIndex:
         temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
         folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
         report = build_version(model, processor, open_source(source, side, ids, metadata), folder, settings)
-        index = cls(FolderBackend.open(folder), model, processor, report)
+        backend = FolderBackend.open(folder)
+        index = cls(backend, model, processor, report)
         index._temporary = temporary
         if url is not None:
             from .qdrant import QdrantBackend, publish
 
-            index.backend = QdrantBackend(publish(index.backend, url, collection, **server), collection)
+            index.backend = QdrantBackend(publish(backend, url, collection, **server), collection)
         return index
 
     @classmethod

@@ -211,7 +211,7 @@ def _filter(where: Any) -> Any:
 
     if not isinstance(where, Mapping):
         raise ValueError(f"where is a {type(where).__name__}; on a server a filter is a dict of columns and values")
-    conditions = []
+    conditions: list[Any] = []
     for name, wanted in where.items():
         several = isinstance(wanted, list | tuple | set | frozenset)
         match = models.MatchAny(any=list(wanted)) if several else models.MatchValue(value=wanted)

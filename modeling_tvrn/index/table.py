@@ -88,6 +88,8 @@ class ItemTable:
         if isinstance(where, pc.Expression):
             numbered = self.table.append_column("_row", pa.array(np.arange(len(self))))
             return numbered.filter(where).column("_row").to_numpy().astype(np.int64)
+        if not callable(where):
+            raise ValueError(f"where is a {type(where).__name__}; expected a dict, a pyarrow expression or a function")
         kept = [number for number, row in enumerate(self.table.to_pylist()) if where(row)]
         return np.array(kept, np.int64)
 
