@@ -12,15 +12,16 @@ One forward and backward of the whole objective on random regions and words, eac
   that beside the gradients of the features it grows with the chunk and not with the batch;
 - `cached`: the peak with the one-sided layers running over 16 items at a time (`tower_batch_size=16`).
 
-Memory is that of tensors on a GPU, of the process above its start on a CPU (Linux).
+Memory is that of tensors: on a GPU as its allocator counts it, on a CPU summed from torch's profiler (what the process
+itself takes there is more, since freed memory of other sizes is not handed back at once).
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -93,34 +94,47 @@ def run_step(objective: Objective, batch: dict[str, Tensor], what: str) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def peak(device: str) -> int:
-    """Bytes so far."""
+def peak_of(step: Callable[[], None], device: str) -> int:
+    """The most bytes of tensors that a step holds at once, above what was there before."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def measure(arguments: argparse.Namespace, size: int, chunk: int, what: str) -> dict[str, float]:
-    """Peak memory above the start, and seconds of the second step."""
+    """Peak memory of a step above its start, seconds of another, bytes of the features."""
     torch.set_num_threads(arguments.threads)
     objective, batch = build(arguments, chunk), random_batch(size, arguments.device)
-    objective(random_batch(2, arguments.device))["loss"].backward()  # what is set up once
-    before = peak(arguments.device)
-    seconds, features = 0.0, 0
-    for _ in range(2):
+    features = 0
+
+    def step() -> None:
+        nonlocal features
         objective.zero_grad(set_to_none=True)
-        started = time.perf_counter()
         with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
             features = run_step(objective, batch, what)
-        if arguments.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return {"bytes": peak(arguments.device) - before, "seconds": seconds, "features": features}
+
+    most = peak_of(step, arguments.device)
+    started = time.perf_counter()
+    step()
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    return {"bytes": most, "seconds": time.perf_counter() - started, "features": features}
 
 
 def in_own_process(size: int, chunk: int, what: str) -> dict[str, float]:
     command = [sys.executable, __file__, *sys.argv[1:], "--one", str(size), str(chunk), what]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(said.splitlines()[-1]))
 
 
 def main() -> None:
@@ -129,10 +143,9 @@ def main() -> None:
         size, chunk, what = arguments.one
         print(json.dumps(measure(arguments, int(size), int(chunk), what)))
         return
-    print(
-        "| chunk | batch | features MB | encoding MB | step MB | pair stage MB | cached MB | pairs/s | cached pairs/s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["chunk", "batch", "features MB", "encoding MB", "step MB", "pair stage MB", "cached MB", "pairs/s"]
+    columns.append("cached pairs/s")
+    print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
     for size in arguments.batches:
         encoding = in_own_process(size, 64, "encoding")
         for chunk in arguments.chunks:
