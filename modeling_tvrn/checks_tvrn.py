@@ -145,8 +145,9 @@ def check_sides(
     found = {name: getattr(images if name[0] == "i" else texts, name.split(".")[1]) for name in wanted}
     sizes = {name: None if value is None else value.shape[-1] for name, value in found.items()}
     wrong = [f"{name} of size {sizes[name]}, not {wanted[name]}" for name in wanted if sizes[name] != wanted[name]]
-    if isinstance(images, EncodedImages) and images.tokens.shape[1] != images.region_mask.shape[1] * (1 if gate else 2):
-        wrong.append(f"{images.tokens.shape[1]} tokens for {images.region_mask.shape[1]} regions")
+    regions = images.region_mask.shape[1]
+    if isinstance(images, EncodedImages) and images.tokens.shape[1] != regions * (1 if gate else 2):
+        wrong.append(f"{images.tokens.shape[1]} tokens for {regions} regions")
     if wrong:
         raise ValueError(
             f"match got galleries of another model: {', '.join(wrong)} (None: absent). Score with the model that "

@@ -17,6 +17,8 @@ from ..hub import write_run_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
 from ..words_tvrn import tokenize
+from .calibration import calibrate
+from .checkpoint import save_model
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -44,6 +46,8 @@ def write_results(run: Training) -> dict[str, Any]:
     report = final_report(run, model)
     if not run.accelerator.is_main_process:
         return {}
+    calibrate(model, run.input_processor, run.validation_records)
+    save_model(folder, model, run.processor)
     results = collect_results(run, model, report)
     table = recall_table(report.systems(), f"{config.validation_split}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -116,14 +120,14 @@ def draw_query(run: Training, model: Any, query: str) -> None:
     with run.accelerator.autocast(), torch.inference_mode():
         images, _ = encode_images(model, run.processor, run.validation_records, progress=False)
         texts = model.encode_texts(**run.processor(text=[query]).to(model.device))
-        scores = model.match(images, texts, run.config.evaluation_chunk_size)[:, 0].sigmoid()
-    found = scores.topk(min(TOP_RESULTS, len(scores)))
+        logits = model.match(images, texts, run.config.evaluation_chunk_size)[:, 0].double()
+    found = logits.topk(min(TOP_RESULTS, len(logits)))  # in float32 the sigmoids of the best would tie
     rows = found.indices.tolist()
     right = [query in pictures.captions[row] for row in rows]
     plot_search_results(
         query,
         [pictures[row]["image"] for row in rows],
-        found.values.tolist(),
+        found.values.sigmoid().tolist(),
         Path(run.config.output_dir) / "query.png",
         positives=right if any(query in captions for captions in pictures.captions) else None,
     )

@@ -1,0 +1,76 @@
+"""What each term of the pair score brings: embeddings, tokens and evidence, alone and together, on one split.
+
+    python examples/benchmarks/terms.py runs/flickr8k --data flickr8k --split validation --regions regions/validation
+
+Scores every image against every caption once (bfloat16 unless --float32) and prints R@K and rSum, percent, of every
+sum of terms, with a paired bootstrap of what the evidence adds to the other two.
+"""
+
+import argparse
+import itertools
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.data import load_pairs
+from modeling_tvrn.evaluation import encode_dataset
+from modeling_tvrn.metrics import RetrievalMetrics, paired_bootstrap, retrieval_metrics
+from modeling_tvrn.teachers import RegionCache, with_regions
+
+BLOCK = 250  # captions scored between two movements of the bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", default="flickr8k")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--regions", help="a region cache of the split, instead of its pictures")
+    parser.add_argument("--images", type=int, help="the first N images only (default: all)")
+    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def score_terms(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[int]]:
+    """Each term's matrix (I, T), and each caption's image row."""
+    model = TVRNModel.from_pretrained(arguments.checkpoint).eval()
+    processor = TVRNProcessor.from_pretrained(arguments.checkpoint)
+    records = load_pairs(arguments.data, split=arguments.split)
+    if arguments.images is not None:
+        records = records.select(range(arguments.images))
+    if arguments.regions:
+        records = with_regions(records, RegionCache.load(arguments.regions))
+    half = nullcontext() if arguments.float32 else torch.autocast("cpu", torch.bfloat16)
+    with half:
+        images, texts, rows = encode_dataset(model, processor, records)
+        blocks = []
+        for start in tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions"):
+            blocks.append(model.match_terms(images, texts.select(slice(start, start + BLOCK))))
+    return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}, rows.tolist()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    started = time.process_time()
+    terms, rows = score_terms(arguments)
+    metrics: dict[tuple[str, ...], RetrievalMetrics] = {}
+    for count in range(1, len(terms) + 1):
+        for names in itertools.combinations(sorted(terms), count):
+            metrics[names] = retrieval_metrics(sum(terms[name] for name in names), rows)
+    for names, found in metrics.items():
+        recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
+        print(f"{' + '.join(names):34}" + "".join(f"{value:7.1f}" for value in recalls) + f"{found.rsum:8.1f}")
+    whole, coarse = tuple(sorted(terms)), tuple(sorted(set(terms) - {"evidence"}))
+    if coarse and coarse != whole:
+        print("evidence adds:", paired_bootstrap(metrics[whole], metrics[coarse], seed=arguments.seed))
+    print(f"{time.process_time() - started:.0f} CPU s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Where the matching score crosses one half: the shift of a finished model's logits.
+
+Contrastive losses see differences of logits alone, so what a logit is as a number is left open, and its sigmoid may be
+1 for every pair. Rankings do not depend on the shift.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..evaluation import encode_dataset
+
+__all__ = ["balanced_shift", "calibrate"]
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_IMAGES = 100
+HALVINGS = 60
+
+
+def balanced_shift(logits: Tensor, positives: Tensor) -> float:
+    """The number b that minimises the cross-entropy of sigmoid(logits + b), matches and mismatches weighing the same.
+
+    Args:
+        logits: (I, T).
+        positives: (I, T) bool, with at least one of either kind.
+
+    Raises:
+        ValueError: On NaN or infinite logits, or pairs of one kind only.
+    """
+    if not torch.isfinite(logits).all() or positives.all() or not positives.any():
+        raise ValueError(
+            f"balanced_shift got {int(positives.sum())} matches among {positives.numel()} pairs, logits finite: "
+            f"{bool(torch.isfinite(logits).all())}; expected finite logits of matches and of mismatches."
+        )
+    values = logits.double()
+    matches, others = values[positives], values[~positives]
+    low, high = -float(values.max()) - 1.0, -float(values.min()) + 1.0
+    for _ in range(HALVINGS):  # the derivative rises with b
+        middle = (low + high) / 2
+        slope = torch.sigmoid(others + middle).mean() - torch.sigmoid(-matches - middle).mean()
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return (low + high) / 2
+
+
+@torch.no_grad()
+def calibrate(model: Any, processor: Any, records: Any) -> float | None:
+    """Move `embedding_shift` so that the score of a match is above one half, of most mismatches below.
+
+    Args:
+        model: a TVRNModel; one without the embeddings' similarity has no shift and stays as it is.
+        processor: its processor.
+        records: validation records, of which the first are scored.
+
+    Returns:
+        What was added to the shift, or None.
+    """
+    if not model.config.use_embedding_similarity:
+        return None
+    some = records.select(range(min(CALIBRATION_IMAGES, len(records))))
+    images, texts, rows = encode_dataset(model, processor, some, progress=False)
+    logits = model.match(images, texts)
+    positives = F.one_hot(torch.as_tensor(rows), len(images)).T.bool().to(logits.device)
+    shift = balanced_shift(logits, positives)
+    model.pair.embedding_shift.add_(shift)
+    logger.info("calibrated on %d validation images: logits shifted by %.2f", len(images), shift)
+    return shift
