@@ -67,7 +67,7 @@ def iou(a: Array, b: Array) -> float:
 
 @dataclass
 class Image:
-    """One image: regions v, contexts c^v (R, D), unified regions U (N, D), g^v (D,), saliencies a^v (N,), embedding (P,)."""
+    """One image: regions v, contexts c^v (R, D), regions U (N, D), g^v (D,), saliencies a^v (N,), embedding (P,)."""
 
     regions: Array
     contexts: Array
