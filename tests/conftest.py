@@ -1,13 +1,14 @@
 """Shared by all tests: no network, no user caches, few threads, fixed seeds, and where real data would be."""
 
 import atexit
+import logging
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,18 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # libraries that draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process sets how much is logged; the next test must not hear more for it."""
+    loggers = [logging.getLogger(), logging.getLogger("modeling_tvrn")]
+    before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
+    yield
+    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")

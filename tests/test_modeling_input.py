@@ -260,7 +260,7 @@ class TestPairs:
             tiny_model()(**regions(3), **words(4), **ids, return_loss=True)
 
     def test_no_loss_at_all(self):
-        model = tiny_model(matching_loss_weight=0.0, contrastive_loss_weight=0.0)
+        model = tiny_model(matching_loss_weight=0.0, contrastive_loss_weight=0.0, token_contrastive_loss_weight=0.0)
         with pytest.raises(ValueError, match=says("loss_weight", "above 0")):
             model(**regions(3), **words(3), return_loss=True)
 
