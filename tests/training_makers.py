@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +70,12 @@ class Processes:
     def finish(self, started: list[Any], timeout: float = 300.0) -> list[int | None]:
         """The exit codes; once one has failed the others, which would wait for it, are killed."""
         codes: list[int | None] = [None] * len(started)
+        end = time.monotonic() + timeout
         while None in codes:
             for rank, process in enumerate(started):
                 process.join(0.02)
                 codes[rank] = process.exitcode
-            timeout -= 0.02 * len(started)
-            if any(codes) or timeout < 0:
+            if any(codes) or time.monotonic() > end:
                 break
         for rank, process in enumerate(started):
             process.kill()

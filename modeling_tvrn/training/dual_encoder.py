@@ -34,6 +34,7 @@ from ..metrics import RetrievalMetrics, retrieval_metrics, unimodal_metrics
 from .config import check_cusa, like
 from .cusa import CUSATerms, TeacherCollator, open_teachers, take_teachers
 from .exchange import gather_rows
+from .launch import leave_group
 from .settings import build, read_overrides, read_yaml, validate
 
 logger = logging.getLogger(__name__)
@@ -313,6 +314,8 @@ class DualEncoderTraining:
         if self.accelerator.is_main_process:
             path = Path(config.output_dir) / "results.json"
             path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        self.objective = self.accelerator.unwrap_model(self.objective)
+        leave_group(self.accelerator)
         return results
 
     def _step(self, device: torch.device, batch: dict[str, Any]) -> None:

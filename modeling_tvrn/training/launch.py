@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["make_accelerator"]
+__all__ = ["leave_group", "make_accelerator"]
 
 PATIENCE = timedelta(hours=6)  # the other processes wait while the main one saves
 
@@ -40,6 +41,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.trackers:
         accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in config.as_dict().items()})
     return accelerator
+
+
+def leave_group(accelerator: Accelerator) -> None:
+    """End trackers and the group of processes; no wrapper of the model may be referred to any more.
+
+    A wrapper (DistributedDataParallel's reducer) that outlives the group ends it when it is freed, and that hangs
+    now and then: it waits for gloo's threads with Python's lock held, which they need to drop their tensors.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 def _flat(value: Any) -> int | float | str | bool:

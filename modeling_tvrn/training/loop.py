@@ -23,7 +23,7 @@ from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
 from .exchange import average_gradients, broadcast_json
 from .feeding import make_loader, named_shards, open_captions
 from .interrupt import Interrupt
-from .launch import make_accelerator
+from .launch import leave_group, make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer, rate_factor
 from .output import write_results
@@ -58,7 +58,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     result = write_results(run)
     if run.accelerator.num_processes > 1:
         result = broadcast_json(result, run.accelerator.device)
-    run.accelerator.end_training()
+    run.leave_group()
     return result
 
 
@@ -152,6 +152,11 @@ class Training:
     def seconds(self) -> dict[str, float]:
         """Seconds of training without evaluations, the part of them spent waiting for data, and of evaluations."""
         return {**self.progress.seconds(), "waiting_for_data": self.waited}
+
+    def leave_group(self) -> None:
+        """End trackers and the group of processes; the run cannot go on afterwards."""
+        self.objective = self.accelerator.unwrap_model(self.objective)
+        leave_group(self.accelerator)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -321,7 +326,7 @@ class Training:
         name = self.interrupt.received or "another process's signal"
         if saved or self._save():
             self.progress.say("%s: saved after step %d; resume=auto goes on", name, self.step)
-            self.accelerator.end_training()
+            self.leave_group()
             raise SystemExit(0)
         logger.error("%s: stopped after step %d without a checkpoint of it", name, self.step)
         raise SystemExit(1)
