@@ -163,7 +163,7 @@ class Recurrence(nn.Module):
         """First half: (B, N, D) -> refined fragments (B, N, D) and the state at the last valid one (B, D)."""
         outputs, _ = self.gru(fragments)
         last = (mask.sum(dim=1) - 1).clamp_min(0)
-        state = outputs[torch.arange(len(outputs), device=outputs.device), last]
+        state = outputs[torch.arange(outputs.shape[0], device=outputs.device), last]
         return normalize(outputs + fragments), state
 
     def input_gates(self, contexts: Tensor) -> Tensor:

@@ -273,16 +273,20 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self.vision_model is None:
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
         check_pixels(pixel_values, getattr(self.vision_model.config, "num_channels", 3))
-        frozen = self.config.freeze_vision
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
-            output = self.vision_model(pixel_values=pixel_values.to(next(self.vision_model.parameters()).dtype))
-            grid = region_map(output, pixel_values, self.vision_model.config)
+        with torch.no_grad() if self.config.freeze_vision else contextlib.nullcontext():
+            return self._grid_regions(pixel_values)
+
+    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`extract_regions` without its checks."""
+        assert self.vision_model is not None
+        # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
+        output = self.vision_model(pixel_values=pixel_values.to(next(self.vision_model.parameters()).dtype))
+        grid = region_map(output, pixel_values, self.vision_model.config)
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
         rows, columns = grid.shape[-2:]
         features = grid.flatten(2).transpose(1, 2)
-        boxes = grid_boxes(rows, columns, device=grid.device).expand(len(grid), -1, -1)
+        boxes = grid_boxes(rows, columns, device=grid.device).expand(grid.shape[0], -1, -1)
         return features, boxes, torch.ones(features.shape[:2], dtype=torch.bool, device=grid.device)
 
     def extract_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -312,7 +316,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         Raises:
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
-        features, boxes, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
+        return self._encode_regions(*self._regions(pixel_values, region_features, region_boxes, region_mask))
+
+    def _encode_regions(self, features: Tensor, boxes: Tensor | None, mask: Tensor) -> EncodedImages:
+        """`encode_images` of what `_regions` gives."""
         regions = normalize(self.region_projection(self.image_dropout(features)))
         contexts = self._visual_contexts(regions, boxes, mask)
         joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
@@ -450,7 +457,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, or a text without a word to match.
         """
         given, mask, positions, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
-        words = self._words(given, mask)
+        return self._encode_words(self._words(given, mask), mask, positions, pooled)
+
+    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor) -> EncodedTexts:
+        """`encode_texts` of words (T, W, D), and what `_text_inputs` gives beside them."""
         extras: dict[str, Tensor] = {}
         summary = words
         if self.textual_refinement is not None:
@@ -586,11 +596,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         images = encode_images(pixel_values, region_features, region_boxes, region_mask)
         texts = encode_texts(input_ids, attention_mask, word_mask, text_features)
         terms = self.match_terms(images, texts, with_evidence=with_evidence)
-        logits = torch.stack(list(terms.values())).sum(dim=0)
+        logits = self.pair_logits(terms)
         loss, parts = None, None
         if return_loss:
             image_ids, text_image_ids = row_ids(len(images), len(texts), image_ids, text_image_ids, logits.device)
-            loss, parts = self._loss(terms, images.embeds, texts.embeds, image_ids, text_image_ids)
+            loss, parts = self.training_loss(terms, images.embeds, texts.embeds, image_ids, text_image_ids)
         return TVRNOutput(
             loss=loss,
             logits_per_image=logits,

@@ -103,7 +103,7 @@ class PairStage(nn.Module):
         Where the captions' tensors have one more dimension in front, (i, t, W, …), each image has its own t captions.
         """
         nodes, weights = self.nodes(images, texts, attention, refinement)
-        return self.head(nodes, weights).view(len(images), texts.word_mask.shape[-2])
+        return self.head(nodes, weights).view(images.tokens.shape[0], texts.word_mask.shape[-2])
 
     def nodes(
         self,
@@ -179,7 +179,8 @@ class PairStage(nn.Module):
             scores = images.context_keys @ texts.context_queries.flatten(1, 2).transpose(1, 2)
         else:
             scores = images.context_keys.flatten(0, 1) @ texts.context_queries.flatten(0, 1).T
-        scores = scores.view(len(images), regions, captions, words).transpose(1, 2)
+        # Not len(images): that is an int, and an exported graph would keep this one.
+        scores = scores.view(images.context_keys.shape[0], regions, captions, words).transpose(1, 2)
         alpha = attention.weights(scores, texts.word_mask, images.region_mask.unsqueeze(1))
         alpha = alpha.transpose(1, 2).flatten(2).transpose(1, 2)
         alpha = alpha * inverse_norm(alpha, images.context_gram)
@@ -193,7 +194,7 @@ class PairStage(nn.Module):
         refinement: Gate | Recurrence | None,
     ) -> tuple[Tensor, Tensor]:
         """Refined words T̃ (i, t, W or 2W, D) before normalisation, and 1/‖T̃‖ (i, t, W or 2W, 1)."""
-        shape = (len(images), *texts.words.shape[-3:])
+        shape = (images.tokens.shape[0], *texts.words.shape[-3:])
         if isinstance(refinement, Gate):
             assert texts.gates is not None
             gate, carried = self.expand(images, texts, attention).view(*shape[:-1], -1).chunk(2, dim=-1)

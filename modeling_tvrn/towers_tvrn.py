@@ -124,7 +124,7 @@ def region_map(output: Any, pixel_values: Tensor, config: PreTrainedConfig) -> T
         )
     rows, columns = grid
     patches = hidden[:, hidden.shape[1] - rows * columns :]
-    return patches.transpose(1, 2).reshape(len(hidden), -1, rows, columns)
+    return patches.transpose(1, 2).reshape(hidden.shape[0], -1, rows, columns)
 
 
 def _patch_grid(tokens: int, size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int] | None:
