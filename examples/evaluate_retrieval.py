@@ -40,7 +40,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ from modeling_tvrn.evaluation import (
     read_image_labels,
 )
 from modeling_tvrn.metrics import paired_bootstrap
-from modeling_tvrn.teachers import RegionCache, region_fingerprint, with_regions
+from modeling_tvrn.teachers import with_checked_regions
 from modeling_tvrn.teachers.fingerprint import digest
 
 
@@ -193,19 +193,8 @@ def write(options: argparse.Namespace, found: Any) -> None:
 
 def run_graded(options: argparse.Namespace) -> None:
     """The protocol of human grades, of each model by itself."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     records, pairs = read_records(options), GradedPairs.read(options.grades)
-    names = [*options.models, *options.compare]
-    regions = options.regions if len(options.regions) > 1 else options.regions * len(names)
-    reports = []
-    for number, name in enumerate(names):
-        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
-        processor = TVRNProcessor.from_pretrained(name)
-        inputs = from_cache(records, regions[number], name, processor) if regions else records
-        report = evaluate_graded(model, processor, inputs, pairs, options.batch_size)
-        reports.append(report.as_dict() | {"model": name})
-        print(f"\n{name}\n{report.table()}")
-    write(options, reports)
+    each_by_itself(options, records, lambda *system: evaluate_graded(*system, pairs, options.batch_size))
 
 
 def read_records(options: argparse.Namespace) -> Any:
@@ -218,34 +207,49 @@ def read_records(options: argparse.Namespace) -> Any:
 
 def run_unimodal(options: argparse.Namespace) -> None:
     """The protocol within one modality, of each model by itself."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = read_records(options) if options.data is not None else None
     pairs = SentencePairs.read(options.sentence_pairs) if options.sentence_pairs is not None else None
     labels = read_image_labels(options.image_labels) if options.image_labels is not None else None
-    names = [*options.models, *options.compare]
-    regions = options.regions if len(options.regions) > 1 else options.regions * len(names)
+    each_by_itself(options, records, lambda *system: evaluate_unimodal(*system, labels, pairs, options.batch_size))
+
+
+def each_by_itself(options: argparse.Namespace, records: Any, evaluated: Callable[..., Any]) -> None:
+    """Print and write the report that `evaluated(model, processor, inputs)` makes of each checkpoint."""
     reports = []
-    for number, name in enumerate(names):
-        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
-        processor = TVRNProcessor.from_pretrained(name)
-        inputs = from_cache(records, regions[number], name, processor) if regions else records
-        report = evaluate_unimodal(model, processor, inputs, labels, pairs, options.batch_size)
+    for name, *system in systems(options, records):
+        report = evaluated(*system)
         reports.append(report.as_dict() | {"model": name})
         print(f"\n{name}\n{report.table()}")
     write(options, reports)
 
 
+def systems(
+    options: argparse.Namespace, records: Any, which: slice = slice(None)
+) -> Iterator[tuple[str, TVRNModel, TVRNProcessor, Any]]:
+    """Checkpoints, those to compare with last: name, model, processor, records with its cached regions if there are.
+
+    A cache of another tower or preprocessing is refused.
+    """
+    names = [*options.models, *options.compare]
+    folders = options.regions if len(options.regions) > 1 else (options.regions or [None]) * len(names)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, folder in list(zip(names, folders, strict=True))[which]:
+        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
+        processor, inputs = TVRNProcessor.from_pretrained(name), records
+        if folder is not None:
+            exact = TVRNModel.from_pretrained(name, dtype=torch.float32)  # whose weights the cache names
+            inputs = with_checked_regions(records, folder, exact, processor)
+        yield name, model, processor, inputs
+
+
 def run(options: argparse.Namespace) -> None:
     """Everything but the command line."""
     records = read_records(options)
-    regions = (
-        options.regions if len(options.regions) > 1 else options.regions * len([*options.models, *options.compare])
-    )
-    report = measure(options, options.models, records, regions)
+    report = measure(options, records, slice(len(options.models)))
     print(report.table())
     written = report.as_dict()
     if options.compare:
-        baseline = measure(options, options.compare, records, regions[len(options.models) :])
+        baseline = measure(options, records, slice(len(options.models), None))
         comparison = paired_bootstrap(report.metrics, baseline.metrics)
         print(f"\nBaseline\n\n{baseline.table()}\n\nPaired bootstrap over queries, percent points\n")
         print(comparison.table())
@@ -253,18 +257,13 @@ def run(options: argparse.Namespace) -> None:
     write(options, written)
 
 
-def measure(options: argparse.Namespace, names: list[str], records: Any, regions: list[str]) -> EvaluationReport:
-    """Load some checkpoints and evaluate them, averaged where there are several."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    models = [TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device) for name in names]
-    processors = [TVRNProcessor.from_pretrained(name) for name in names]
-    inputs = [records] * len(names)
-    if regions:
-        inputs = [from_cache(records, *each) for each in zip(regions, names, processors, strict=False)]
+def measure(options: argparse.Namespace, records: Any, which: slice) -> EvaluationReport:
+    """Load some of the checkpoints and evaluate them, averaged where there are several."""
+    names, models, processors, inputs = zip(*systems(options, records, which), strict=True)
     return evaluate(
-        models,
-        processors,
-        tuple(inputs),
+        list(models),
+        list(processors),
+        inputs,
         options.protocol,
         batch_size=options.batch_size,
         chunk_size=options.chunk_size,
@@ -279,18 +278,6 @@ def measure(options: argparse.Namespace, names: list[str], records: Any, regions
         folder=options.blocks / digest(sorted(names))[:12] if options.blocks is not None else None,
         cxc_folder=options.cxc,
     )
-
-
-def from_cache(records: Any, directory: str, name: str, processor: TVRNProcessor) -> Any:
-    """The records with cached regions; a cache of another tower or preprocessing is refused."""
-    cache = RegionCache.load(directory)
-    model = TVRNModel.from_pretrained(name, dtype=torch.float32)  # whose weights the cache names
-    if model.vision_model is not None:
-        expected = region_fingerprint(model, processor)
-        # Boxes of a detector are no grid of the model's; how numbers were computed and stored is the user's choice.
-        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
-        cache = RegionCache.load(directory, {name: expected[name] for name in sections})
-    return with_regions(records, cache)
 
 
 def trained_seed(name: str) -> int | None:

@@ -27,7 +27,7 @@ from modeling_tvrn.evaluation import encode_dataset
 from modeling_tvrn.metrics import RetrievalMetrics
 from modeling_tvrn.plots import plot_shortlist
 from modeling_tvrn.scoring import EmbeddingScore, RaggedTexts, rank, search_then_rerank
-from modeling_tvrn.teachers import RegionCache, region_fingerprint, with_regions
+from modeling_tvrn.teachers import with_checked_regions
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 TOLERANCE = 0.3  # of rSum, percent points: what counts as no loss
@@ -58,9 +58,7 @@ def encoded(arguments: argparse.Namespace, model: TVRNModel) -> tuple[EncodedIma
     processor = TVRNProcessor.from_pretrained(arguments.model)
     records = load_pairs(arguments.data, arguments.split)
     if arguments.regions is not None:
-        expected = region_fingerprint(model, processor) if model.vision_model is not None else {}
-        made_by = {name: expected[name] for name in ("backbone", "preprocessing") if name in expected}
-        records = with_regions(records, RegionCache.load(arguments.regions, made_by))
+        records = with_checked_regions(records, arguments.regions, model, processor)
     images, texts, rows = encode_dataset(model, processor, records)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import encode_dataset
 from modeling_tvrn.metrics import RetrievalMetrics, paired_bootstrap, retrieval_metrics
-from modeling_tvrn.teachers import RegionCache, with_regions
+from modeling_tvrn.teachers import with_checked_regions
 
 BLOCK = 250  # captions scored between two movements of the bar
 
@@ -45,7 +45,7 @@ def score_terms(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[
     if arguments.images is not None:
         records = records.select(range(arguments.images))
     if arguments.regions:
-        records = with_regions(records, RegionCache.load(arguments.regions))
+        records = with_checked_regions(records, arguments.regions, model, processor)
     half = nullcontext() if arguments.float32 else torch.autocast("cpu", torch.bfloat16)
     with half:
         images, texts, rows = encode_dataset(model, processor, records)

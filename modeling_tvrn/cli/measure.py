@@ -90,6 +90,7 @@ def evaluate(
     from ..data import load_pairs
     from ..evaluation import PROTOCOLS
     from ..evaluation import evaluate as measure
+    from ..teachers import with_checked_regions
 
     if protocol not in PROTOCOLS:
         raise fail(f"--protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
@@ -100,7 +101,7 @@ def evaluate(
     report = measure(
         loaded,
         processor,
-        _from_cache(records, regions, loaded, processor) if regions is not None else records,
+        with_checked_regions(records, regions, loaded, processor) if regions is not None else records,
         protocol,
         batch_size=batch_size,
         shortlist_size=shortlist_size,
@@ -112,18 +113,6 @@ def evaluate(
     if output is not None:
         writable(output).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     say(written, report.table(), as_json)
-
-
-def _from_cache(records: Any, folder: Path, model: Any, processor: Any) -> Any:
-    """The records with cached regions; a cache of another tower or preprocessing is refused."""
-    from ..teachers import RegionCache, region_fingerprint, with_regions
-
-    cache = RegionCache.load(folder)
-    if model.vision_model is not None:
-        expected = region_fingerprint(model, processor)
-        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
-        cache = RegionCache.load(folder, {name: expected[name] for name in sections})
-    return with_regions(records, cache)
 
 
 def score(

@@ -4,7 +4,7 @@ from .extraction import RegionExtraction, resize_only
 from .false_negatives import false_negatives, near_duplicates
 from .fingerprint import StaleStoreError
 from .pooling import pool_boxes
-from .region_records import with_regions
+from .region_records import with_checked_regions, with_regions
 from .regions import RegionCache, region_fingerprint
 from .shards import BrokenShardError
 from .store import ArrayStore, StoreWriter
@@ -25,5 +25,6 @@ __all__ = [
     "pool_boxes",
     "region_fingerprint",
     "resize_only",
+    "with_checked_regions",
     "with_regions",
 ]

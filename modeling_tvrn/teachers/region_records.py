@@ -1,12 +1,13 @@
 """Records whose photographs are replaced by their cached regions; whatever reads records works on as before."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
 
 from .fingerprint import ItemId
-from .regions import RegionCache, image_ids_of
+from .regions import RegionCache, image_ids_of, region_fingerprint
 
 Record = dict[str, Any]
 # A record's fields beside its image, and the attribute in which map-style records keep each
@@ -33,6 +34,33 @@ def with_regions(records: Any, cache: RegionCache) -> "RegionRecords | RegionStr
         KeyError: If a map-style record's image is not in the cache, at once; of a stream, when it comes.
     """
     return RegionStream(records, cache) if image_ids_of(records) is None else RegionRecords(records, cache)
+
+
+def with_checked_regions(
+    records: Any, folder: str | os.PathLike[str], model: Any, processor: Any
+) -> "RegionRecords | RegionStream":
+    """`with_regions` of the cache in a folder, which must be of this model's tower and preprocessing.
+
+    How the numbers were computed and stored is left open, and so are a detector's boxes, which are no grid of the
+    model's. A model without a vision tower takes any regions.
+
+    Args:
+        records: Of `load_pairs`, map-style or a stream.
+        folder: Of a `RegionCache`.
+        model: A `TVRNModel` with its float32 weights: a cache names them by their hash.
+        processor: Its processor.
+
+    Raises:
+        FileNotFoundError: If there is no cache.
+        StaleStoreError: If it was made by another tower, preprocessing or grid; names what differs.
+        KeyError: As `with_regions`.
+    """
+    cache = RegionCache.load(folder)
+    if model.vision_model is not None:
+        expected = region_fingerprint(model, processor)
+        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
+        cache = RegionCache.load(folder, {name: expected[name] for name in sections})
+    return with_regions(records, cache)
 
 
 class RegionRecords:

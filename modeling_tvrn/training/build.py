@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, ViTImageProcessorPil
 from ..data import load_pairs
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
-from ..teachers import RegionCache, region_fingerprint, with_regions
+from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
 from .lora import add_adapters
 
@@ -50,18 +50,12 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
         return records
     folder = config.regions.replace("{split}", split)
     try:
-        cache = RegionCache.load(folder)
+        return with_checked_regions(records, folder, model, processor)
     except FileNotFoundError as error:
         raise ValueError(
             f"regions = {config.regions!r}: no region cache in {folder!r}; build it with examples/extract_regions.py "
             f"--split {split} --output {folder}, or drop regions to read the pictures"
         ) from error
-    if model.vision_model is not None:
-        expected = region_fingerprint(model, processor)
-        # How the numbers were computed is the user's choice, and a detector's boxes are no grid of the model's.
-        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
-        cache = RegionCache.load(folder, {name: expected[name] for name in sections})
-    return with_regions(records, cache)
 
 
 def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
