@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks_tvrn import check_sides
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts
+from .encoded_tvrn import CoarseImages, CoarseTexts, Encoded, EncodedImages, EncodedTexts
 from .layers_tvrn import FragmentAttention, Gate, Recurrence
 from .losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
 from .pair_tvrn import PairStage
@@ -48,7 +48,18 @@ class PairMatching:
         Raises:
             ValueError: If a side is empty, another model's, or `chunk_size` is below 1.
         """
-        return torch.stack(list(self.match_terms(images, texts, chunk_size, with_evidence).values())).sum(dim=0)
+        return self.pair_logits(self.match_terms(images, texts, chunk_size, with_evidence))
+
+    @staticmethod
+    def pair_logits(terms: dict[str, Tensor]) -> Tensor:
+        """The pair logits (I, T) of terms as `match_terms` gives them: their sum."""
+        return torch.stack(list(terms.values())).sum(dim=0)
+
+    def trained_logits(self, terms: dict[str, Tensor]) -> Tensor:
+        """What the pair losses see (I, T): the sum of the terms, or with `train_evidence_alone` the plain evidence."""
+        if self.config.train_evidence_alone:
+            return terms["evidence"] / self.config.evidence_scale
+        return self.pair_logits(terms)
 
     def match_terms(
         self,
@@ -67,10 +78,7 @@ class PairMatching:
                 "each."
             )
         check_sides(images, texts, self.config, with_evidence)
-        device = images.embeds.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            images, texts = images.to(dtype), texts.to(dtype)
+        images, texts = _autocast(images), _autocast(texts)
         terms = self._match_chunks(images, texts, chunk_size, with_evidence)
         if self.config.use_embedding_similarity:
             terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
@@ -96,19 +104,19 @@ class PairMatching:
                 "and the same number of texts for each image."
             )
         check_sides(images, texts, self.config)
-        device = images.tokens.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            images, texts = images.to(dtype), texts.to(dtype)
-        own = texts.trim().grouped(len(images))
-        terms = list(self._score_block(images, own, with_evidence=True))
+        images, own = _autocast(images), _autocast(texts).trim().grouped(len(images))
+        terms = dict(zip(self._fragment_terms(True), self._score_block(images, own, True), strict=True))
         if self.config.use_embedding_similarity:
-            terms.append(self.pair.embedding_similarity(images.embeds, own.embeds))
-        return torch.stack(terms).sum(dim=0)
+            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, own.embeds)
+        return self.pair_logits(terms)
 
     def pairs_at_once(self, texts: EncodedTexts) -> int:
         """Pairs of such texts that are best scored together: `config.pair_chunk_size`, or what suits the device."""
         return self.config.pair_chunk_size or _auto_chunk_size(texts, texts.words.shape[-1])
+
+    def _fragment_terms(self, with_evidence: bool) -> list[str]:
+        """The terms that see fragments, in the order of `_score_block`."""
+        return [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
 
     def _match_chunks(
         self,
@@ -118,7 +126,7 @@ class PairMatching:
         with_evidence: bool,
     ) -> dict[str, Tensor]:
         """The terms that see fragments, block by block; captions of one length share a chunk: little is padding."""
-        names = [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
+        names = self._fragment_terms(with_evidence)
         if not names:
             return {}
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
@@ -159,7 +167,7 @@ class PairMatching:
             self._score_block, images, texts, with_evidence, use_reentrant=False, preserve_rng_state=False
         )
 
-    def _loss(
+    def training_loss(
         self,
         terms: dict[str, Tensor],
         image_embeds: Tensor,
@@ -167,7 +175,16 @@ class PairMatching:
         image_ids: Tensor,
         text_image_ids: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses in use, and each of them, from the terms of the logits (I, T)."""
+        """The weighted sum of the losses in use, and each of them, detached.
+
+        Args:
+            terms: (I, T) each, as `match_terms` gives them.
+            image_embeds, text_embeds: (I, P) and (T, P) unit norm.
+            image_ids, text_image_ids: (I,) and (T,), what decides positives.
+
+        Raises:
+            ValueError: If no loss with a weight above 0 applies to these terms.
+        """
         config = self.config
         ids = (image_ids, text_image_ids)
         parts = self._pair_losses(terms, ids) if "evidence" in terms else {}
@@ -186,11 +203,7 @@ class PairMatching:
 
     def _pair_losses(self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The losses of the pair score, or of the evidence alone."""
-        config, parts = self.config, {}
-        if config.train_evidence_alone:
-            logits = terms["evidence"] / config.evidence_scale
-        else:
-            logits = torch.stack(list(terms.values())).sum(dim=0)
+        config, parts, logits = self.config, {}, self.trained_logits(terms)
         if config.matching_loss_weight:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
@@ -200,6 +213,14 @@ class PairMatching:
         if config.hardest_negative_loss_weight:
             parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
         return parts
+
+
+def _autocast(items: Encoded) -> Encoded:
+    """Items in the dtype of autocast, where it is on: converted once, not at every use."""
+    device = items.tensors()["embeds"].device.type
+    if not torch.is_autocast_enabled(device):
+        return items
+    return items.to(torch.get_autocast_dtype(device))
 
 
 def _auto_chunk_size(texts: EncodedTexts | CoarseTexts, width: int) -> int:

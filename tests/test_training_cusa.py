@@ -61,7 +61,7 @@ def test_what_gets_soft_labels_in_each_stage(
     data: Path, caches: dict, tmp_path: Path, stage: Stage, alone: bool
 ) -> None:
     """The embeddings' cosines always, the tokens' without their scale, and the score that the pair losses see."""
-    model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5}
+    model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5, "evidence_scale": 2.0}
     run = Training(config(data, caches, tmp_path, batch_captions_per_image=2, cusa_alpha=0.6, model=model))
     batch = next(iter(run.loaders[0]))
     with torch.no_grad():  # dissimilar on purpose: at their start the three are alike
@@ -89,7 +89,7 @@ def test_what_gets_soft_labels_in_each_stage(
         total = total + tokens.loss
         assert output["parts"]["cusa_tokens"].item() == pytest.approx(tokens.cross_modal.item(), rel=1e-4)
     if stage is Stage.EVIDENCE:
-        logits = terms["evidence"] if alone else sum(terms.values())
+        logits = terms["evidence"] / 2.0 if alone else sum(terms.values())
         total = total + CUSA(0.6, 0.0, 0.5, teacher_temperature=0.2)(*teachers, logits.sigmoid()[rows]).loss
     assert (output["loss"] - without["loss"]).item() == pytest.approx(total.item(), rel=1e-4)
     assert output["parts"]["cusa_uni_modal"].item() == pytest.approx(expected.uni_modal.item(), rel=1e-4)

@@ -215,15 +215,13 @@ def tvrn_similarities(model: Any) -> list[str]:
 def labelled_similarities(model: Any, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those similarities (I, T) from the terms of the pair logits: tokens without their scale, pairs as scores.
 
-    The score is the sigmoid of what the pair losses see: the evidence alone, or the sum of the terms.
+    The score is the sigmoid of what the pair losses see: the plain evidence alone, or the sum of the terms.
     """
     found = {}
     if "tokens" in terms:
         found["tokens"] = terms["tokens"] / model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
     if "evidence" in terms:
-        alone = model.config.train_evidence_alone
-        logits = terms["evidence"] if alone else torch.stack(list(terms.values())).sum(dim=0)
-        found["pairs"] = logits.sigmoid()
+        found["pairs"] = model.trained_logits(terms).sigmoid()
     return found
 
 

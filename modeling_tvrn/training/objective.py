@@ -134,8 +134,8 @@ class Objective(nn.Module):
             captions = gather_items(texts.select(own), text_counts)
             terms = model.match_terms(images, captions, with_evidence=stage is Stage.EVIDENCE)
             terms = {name: gather_rows(term[own], image_counts) for name, term in terms.items()}
-            logits = torch.stack([term.detach() for term in terms.values()]).sum(dim=0)
-            loss, parts = model._loss(terms, *embeds, *ids)
+            logits = model.pair_logits({name: term.detach() for name, term in terms.items()})
+            loss, parts = model.training_loss(terms, *embeds, *ids)
         else:
             loss = contrastive_loss(*embeds, model.logit_scale, *ids, label_smoothing=model.config.label_smoothing)
             parts = {"contrastive": loss.detach()}
