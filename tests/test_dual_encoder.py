@@ -31,12 +31,12 @@ from transformers import (
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.losses import CUSA
 from modeling_tvrn.training.dual_encoder import (
-    DifferentImages,
     DualEncoderConfig,
     DualEncoderTraining,
     UnimodalHeads,
     train_dual_encoder,
 )
+from modeling_tvrn.training.dual_encoder.data import DifferentImages
 from modeling_tvrn.training.exchange import processes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,7 +2,8 @@
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
     leaves (losses,
-metrics, teachers, data, processing, plots) import none of ours; processing may read the configuration. Shipped files
+metrics, teachers, data, processing, plots, durable) import none of ours; processing may read the configuration, and
+teachers write their files with durable. Shipped files
 are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
 """
 
@@ -24,7 +25,7 @@ ALWAYS_REQUIRED = {
     *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
-LEAVES = {"losses", "metrics", "teachers", "data", "processing", "plots"}
+LEAVES = {"losses", "metrics", "teachers", "data", "processing", "plots", "durable"}
 BASE = {"configuration", "modeling", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", *EVERYTHING_SHIPPED},
@@ -34,9 +35,10 @@ MAY_IMPORT = {
     "processing": {"configuration"},
     "losses": set(),
     "metrics": set(),
-    "teachers": set(),
+    "teachers": {"durable"},
     "data": set(),
     "plots": set(),
+    "durable": set(),
     "scoring": BASE,
     "explain": BASE,
     "hub": BASE,

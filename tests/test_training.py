@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_makers import TINY_BERT, TINY_VIT
 from transformers import AutoModel, AutoProcessor
 
 from modeling_tvrn.data import load_pairs
@@ -26,14 +27,6 @@ from modeling_tvrn.training.loop import Training
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS, SHAPES = ("red", "green", "blue", "white", "black"), ("circle", "square", "star", "cross")
 SIZES = {"hidden_size": 18, "projection_size": 11, "similarity_size": 9}
-TINY_BERT = {
-    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 19,
-    "max_position_embeddings": 24,
-}  # fmt: skip
-TINY_VIT = {
-    "model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "intermediate_size": 19,
-}  # fmt: skip
 
 Configure = Callable[..., TrainingConfig]
 
@@ -327,7 +320,7 @@ def test_pictures_train_a_tower_from_scratch_and_a_query_is_drawn(configure: Con
     config = configure(
         data="scenes",
         data_options=options,
-        model={"vision_config": TINY_VIT},
+        model={"vision_config": {**TINY_VIT, "image_size": 32}},
         query=query,
         epochs=1,
         region_dropout=0.3,
@@ -345,7 +338,7 @@ def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configu
 
     keys = {
         "data": "scenes", "data_options": {"count": 12, "image_size": 32}, "epochs": 1,
-        "model": {"vision_config": TINY_VIT, "freeze_vision": True, "dropout": 0.0},
+        "model": {"vision_config": {**TINY_VIT, "image_size": 32}, "freeze_vision": True, "dropout": 0.0},
     }  # fmt: skip
     regions = str(tmp_path / "{split}")
     with pytest.raises(ValueError, match="no region cache in .*train.*extract_regions"):

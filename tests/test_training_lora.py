@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_makers import TINY_BERT, tiny_config, write_scan
 from transformers import AutoModel
 
 peft = pytest.importorskip("peft", reason='low-rank adapters come with pip install ".[lora]"')
@@ -14,22 +15,15 @@ from modeling_tvrn.training import TrainingConfig  # noqa: E402
 from modeling_tvrn.training.loop import Training  # noqa: E402
 from modeling_tvrn.training.lora import merged_state  # noqa: E402
 
-BERT = {
-    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 19,
-    "max_position_embeddings": 24,
-}  # fmt: skip
+BERT = {**TINY_BERT, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from training_makers import write_scan
-
     return write_scan(tmp_path_factory.mktemp("scan"))
 
 
 def configure(data: Path, output: Path, **keys: Any) -> TrainingConfig:
-    from training_makers import tiny_config
-
     base = {"epochs": 1, "text_lora_rank": 3, "tower_learning_rate": 1e-2, "model": {"text_config": BERT}}
     return tiny_config(data, output, **{**base, **keys})
 

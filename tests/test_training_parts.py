@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_makers import TINY_BERT
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.training import TrainingConfig
@@ -16,10 +17,7 @@ from modeling_tvrn.training.optim import WeightAverage, make_optimizer, paramete
 from modeling_tvrn.training.text_cache import CachedTextProcessor
 from modeling_tvrn.training.watch import PATIENCE, TrainingStopped, Watch
 
-TINY_BERT = {
-    "model_type": "bert", "vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 19, "max_position_embeddings": 24,
-}  # fmt: skip
+BERT = {**TINY_BERT, "vocab_size": 40}
 CAPTIONS = ["a red dog runs", "two cats", "one large green bird on a tree", "the dog sleeps near two cats"]
 
 
@@ -155,7 +153,7 @@ def test_the_reported_matching_loss_stands_above_its_floor() -> None:
 
 
 def test_towers_and_new_parts_have_their_own_rates_and_only_matrices_decay() -> None:
-    model = tiny_model(text_config=TINY_BERT)
+    model = tiny_model(text_config=BERT)
     config = TrainingConfig(learning_rate=0.1, tower_learning_rate=0.01, weight_decay=0.5)
     found = {id(weight): group for group in parameter_groups(model, config) for weight in group["params"]}
     assert len(found) == sum(1 for _ in model.parameters())
@@ -168,7 +166,7 @@ def test_towers_and_new_parts_have_their_own_rates_and_only_matrices_decay() -> 
 
 
 def test_a_frozen_tower_is_not_given_to_the_optimizer() -> None:
-    model = tiny_model(text_config=TINY_BERT, freeze_text=True)
+    model = tiny_model(text_config=BERT, freeze_text=True)
     trained = {
         id(weight) for group in make_optimizer(model, TrainingConfig()).param_groups for weight in group["params"]
     }
@@ -245,7 +243,7 @@ def test_scores_that_stay_all_the_same_stop_the_run_and_one_such_batch_does_not(
 
 def frozen_text_model() -> tuple[TVRNModel, TVRNProcessor]:
     processor = TVRNProcessor.from_captions(CAPTIONS)
-    model = tiny_model(text_config=TINY_BERT, freeze_text=True, dropout=0.0)
+    model = tiny_model(text_config=BERT, freeze_text=True, dropout=0.0)
     return model.eval(), processor
 
 
@@ -275,6 +273,6 @@ def test_the_cached_processor_hands_images_to_the_processor_and_refuses_unknown_
 def test_a_text_tower_that_learns_is_not_cached() -> None:
     processor = TVRNProcessor.from_captions(CAPTIONS)
     with pytest.raises(ValueError, match="need a frozen text tower; this model has one that learns"):
-        CachedTextProcessor.build(tiny_model(text_config=TINY_BERT), processor, CAPTIONS)
+        CachedTextProcessor.build(tiny_model(text_config=BERT), processor, CAPTIONS)
     with pytest.raises(ValueError, match="need a frozen text tower; this model has none"):
         CachedTextProcessor.build(SimpleNamespace(text_model=None), processor, CAPTIONS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from teacher_makers import write_caches
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training_makers import Processes, tiny_config, write_scan
+from training_makers import TINY_BERT, Processes, tiny_config, write_scan
 
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.training import TrainingConfig, train
@@ -33,10 +33,7 @@ KEYS = {
     "max_steps": 5, "logging_steps": 1, "adam_epsilon": 1e-3, "learning_rate": 2e-2, "keep_checkpoints": 0,
     "evaluation_steps": 100, "evaluate_embeddings": False, "max_grad_norm": 0.5,
 }  # fmt: skip
-BERT = {
-    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 19,
-    "max_position_embeddings": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+BERT = {**TINY_BERT, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "saf": {"batch_size": 8, "model": {"similarity_head": "saf"}},
     "sgr": {"batch_size": 9, "model": {"similarity_head": "sgr", "refinement": "gru"}},

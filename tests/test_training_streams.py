@@ -8,20 +8,12 @@ from typing import Any
 import pytest
 import torch
 from data_makers import captions, write_row_groups
-from training_makers import Processes, tiny_config
+from training_makers import TINY_BERT, TINY_VIT, Processes, tiny_config
 
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.snapshots import read_snapshot
 
-BERT = {
-    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 19,
-    "max_position_embeddings": 24,
-}  # fmt: skip
-VIT = {
-    "model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "intermediate_size": 19,
-}  # fmt: skip
 STEPS = 7  # of 6 captions: 48 captions are an epoch, so that it ends on the way
 
 
@@ -43,7 +35,7 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tower")
     tokenizer = TVRNProcessor.from_captions(text for number in range(22) for text in captions(number)).tokenizer
     tokenizer.save_pretrained(folder)
-    fields = {name: value for name, value in BERT.items() if name != "model_type"}
+    fields = {name: value for name, value in TINY_BERT.items() if name != "model_type"}
     BertModel(BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
 
@@ -51,7 +43,7 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure(data: Path, output: Path, tower: Path, **keys: Any) -> TrainingConfig:
     base: dict[str, Any] = {
         "streaming": True, "stream_shards_at_once": 2, "stream_rows_at_once": 4, "max_steps": STEPS, "batch_size": 6,
-        "data_options": {}, "text": str(tower), "model": {"vision_config": VIT, "vision_grid_size": None},
+        "data_options": {}, "text": str(tower), "model": {"vision_config": TINY_VIT, "vision_grid_size": None},
         "save_steps": 2, "evaluation_steps": 4, "image_size": 16, "word_dropout": 0.2,
     }  # fmt: skip
     return tiny_config(data, output, **{**base, **keys})

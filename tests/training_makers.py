@@ -16,6 +16,14 @@ from modeling_tvrn.training import TrainingConfig
 
 WORDS = ("red", "green", "blue", "circle", "square", "star", "left", "right")
 SIZES = {"hidden_size": 10, "projection_size": 7, "similarity_size": 6, "word_embedding_size": 9}
+TINY_BERT = {
+    "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 19,
+    "max_position_embeddings": 24,
+}  # fmt: skip
+TINY_VIT = {
+    "model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 19,
+}  # fmt: skip
 
 
 def write_scan(folder: Path, images: int = 14, captions_per_image: int = 2) -> Path:

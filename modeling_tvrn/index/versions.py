@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..teachers.shards import publish
+from ..durable import publish
 
 POINTER, LOCK, VERSIONS = "current.json", "build.lock", "versions"
 FORMAT, FORMAT_VERSION = "tvrn-index", 1

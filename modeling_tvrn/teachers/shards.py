@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from ..durable import publish
 from .fingerprint import ItemId
 
 _DTYPES = {
@@ -123,22 +124,6 @@ def write_shard(path: Path, ids: Sequence[ItemId], build: str, arrays: Mapping[s
     finally:
         temporary.unlink(missing_ok=True)
     return Shard.open(path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Put a written file in its place: synced first, so that after a power cut it is there whole or not at all."""
-    _sync(temporary)
-    os.replace(temporary, path)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_header(path: Path, size: int) -> tuple[dict, int]:

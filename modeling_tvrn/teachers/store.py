@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import publish
 from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
 from .id_index import IdIndex
-from .shards import BrokenShardError, MappedShard, Shard, publish, shard_name, write_shard
+from .shards import BrokenShardError, MappedShard, Shard, shard_name, write_shard
 
 logger = logging.getLogger(__name__)
 

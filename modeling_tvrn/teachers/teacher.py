@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MODALITIES = ("image", "text")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 # Trained on captions padded to the full length, without a mask: padded shorter they give other vectors.
-_PADDED_TO_THE_FULL = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
+PADDED_TO_THE_FULL = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
 _LARGEST_LENGTH = 100_000  # a tokenizer without a limit says 1e30
 
 
@@ -289,7 +289,7 @@ def _preparation(
     return TextPreparation(
         tokenizer,
         max_length or own,
-        full_length=config.model_type in _PADDED_TO_THE_FULL,
+        full_length=config.model_type in PADDED_TO_THE_FULL,
         lower_case=bool(settings.get("do_lower_case", False)),
     )
 

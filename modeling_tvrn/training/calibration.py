@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..evaluation import encode_dataset
+from ..losses import positive_mask
 
 __all__ = ["balanced_shift", "calibrate"]
 
@@ -65,8 +65,8 @@ def calibrate(model: Any, processor: Any, records: Any) -> float | None:
     some = records.select(range(min(CALIBRATION_IMAGES, len(records))))
     images, texts, rows = encode_dataset(model, processor, some, progress=False)
     logits = model.match(images, texts)
-    positives = F.one_hot(torch.as_tensor(rows), len(images)).T.bool().to(logits.device)
-    shift = balanced_shift(logits, positives)
+    positives = positive_mask(torch.arange(len(images)), torch.as_tensor(rows))
+    shift = balanced_shift(logits, positives.to(logits.device))
     model.pair.embedding_shift.add_(shift)
     logger.info("calibrated on %d validation images: logits shifted by %.2f", len(images), shift)
     return shift

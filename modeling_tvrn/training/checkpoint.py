@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..durable import flush
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
 from .lora import merged_state
-from .snapshots import WRITING_FAILED, flush_folder
+from .snapshots import WRITING_FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,10 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
     model.save_pretrained(aside, state_dict=merged_state(model))
     processor.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
         os.replace(path, target / path.name)
     aside.rmdir()
-    flush_folder(target)
+    flush(target)
 
 
 class BestModel:

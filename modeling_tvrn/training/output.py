@@ -22,7 +22,7 @@ from .checkpoint import save_model
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
-    from .loop import Training
+    from .run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ TOP_RESULTS = 10
 TOKENIZED_AT_ONCE = 4096
 
 
-def write_results(run: Training) -> dict[str, Any]:
+def write_results(run: Run) -> dict[str, Any]:
     """Measure the model that was kept and write everything that goes beside it.
 
     Every process calls it: they share the scoring, and the main one writes.
@@ -60,7 +60,7 @@ def write_results(run: Training) -> dict[str, Any]:
     return {**results, "table": table}
 
 
-def final_report(run: Training, model: Any) -> EvaluationReport:
+def final_report(run: Run, model: Any) -> EvaluationReport:
     """The kept model's evaluation on the whole validation split: made while training, or made now."""
     if run.best.report is not None and run.validation.is_whole:
         return run.best.report
@@ -68,7 +68,7 @@ def final_report(run: Training, model: Any) -> EvaluationReport:
         return run.validation.final(model)
 
 
-def collect_results(run: Training, model: Any, report: EvaluationReport) -> dict[str, Any]:
+def collect_results(run: Run, model: Any, report: EvaluationReport) -> dict[str, Any]:
     """The content of results.json: plain JSON values."""
     evaluation = report.as_dict()
     return {
@@ -111,7 +111,7 @@ def describe_records(records: Any, processor: Any) -> dict[str, Any]:
     }
 
 
-def draw_query(run: Training, model: Any, query: str) -> None:
+def draw_query(run: Run, model: Any, query: str) -> None:
     """Search the validation pictures for a text and draw the first ones found, where there are pictures."""
     pictures = run.pictures
     if "image" not in pictures[0]:

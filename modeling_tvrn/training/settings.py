@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import re
 import types
@@ -14,9 +15,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "validate"]
+__all__ = ["build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "validate"]
 
 Settings = TypeVar("Settings")
+
+
+def setting(default: Any, section: str, help: str, **limits: Any) -> Any:
+    """A field with its help text and its limits (minimum, above, maximum, below, choices) in the metadata."""
+    metadata = {"help": help, "section": section, **limits}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Loader(yaml.SafeLoader):

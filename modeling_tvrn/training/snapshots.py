@@ -22,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..durable import flush
+
 logger = logging.getLogger(__name__)
 
-__all__ = ["Snapshot", "Snapshots", "flush_folder", "read_snapshot"]
+__all__ = ["Snapshot", "Snapshots", "read_snapshot"]
 
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -127,7 +129,7 @@ class Snapshots:
         if target.exists():  # of a former run, or broken: a folder with content can't be renamed over
             os.rename(target, target.with_name(OLD + target.name))
         os.rename(aside, target)
-        flush_folder(self.folder)
+        flush(self.folder)
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
@@ -201,19 +203,5 @@ def _write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": listed}, indent=1), encoding="utf-8")
     for path in [*files, folder / MANIFEST]:
-        _flush(path)
-    flush_folder(folder)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(path: str | os.PathLike[str]) -> None:
-    """Make the names in a folder last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(folder)

@@ -19,7 +19,7 @@ from .streams import StreamBatches, gather_positions
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
-    from .loop import Training
+    from .run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ FREE_KEYS = {
 COUNTERS = ("step", "phase_number", "phase_epoch", "phase_step", "epoch", "epoch_step")
 
 
-def capture(run: Training) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def capture(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a checkpoint holds: JSON values, and tensors by file. Every process calls it, the main one writes."""
     states = gather_bytes(get_random_state(run.accelerator.device), run.accelerator.device)
     moments = flat_optimizer_state(run.optimizer.state_dict())
@@ -68,7 +68,7 @@ def capture(run: Training) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
     return state, tensors
 
 
-def resume(run: Training) -> bool:
+def resume(run: Run) -> bool:
     """Go on where the configured checkpoint was made; False where `resume` is auto and there is none.
 
     Raises:
@@ -88,7 +88,7 @@ def resume(run: Training) -> bool:
     return True
 
 
-def _find(run: Training, wanted: str) -> Snapshot | None:
+def _find(run: Run, wanted: str) -> Snapshot | None:
     """The checkpoint that the main process chose, read by every process."""
     if wanted != "auto":
         snapshot = read_snapshot(wanted)
@@ -110,7 +110,7 @@ def _find(run: Training, wanted: str) -> Snapshot | None:
     return read_snapshot(said["path"])
 
 
-def _check_settings(run: Training, snapshot: Snapshot) -> None:
+def _check_settings(run: Run, snapshot: Snapshot) -> None:
     state = snapshot.state
     found = differences(state["config"], compared(run.config))
     if state["data"] != run.data_hash:
@@ -132,7 +132,7 @@ def _check_settings(run: Training, snapshot: Snapshot) -> None:
         )
 
 
-def _restore(run: Training, snapshot: Snapshot) -> None:
+def _restore(run: Run, snapshot: Snapshot) -> None:
     state, tensors = snapshot.state, snapshot.tensors
     for name in COUNTERS:
         setattr(run, name, state["counters"][name])
@@ -164,7 +164,7 @@ def _restore(run: Training, snapshot: Snapshot) -> None:
         set_random_state(own, run.accelerator.device)
 
 
-def _restore_stream(run: Training, positions: list[list[int]] | None) -> None:
+def _restore_stream(run: Run, positions: list[list[int]] | None) -> None:
     """Where each process's stream goes on; among another number of processes the epoch begins again."""
     phase = run.phases[run.phase_number]
     if not isinstance(phase.batches, StreamBatches):

@@ -1,0 +1,125 @@
+"""Keys of a run that contradict one another: refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+__all__ = ["check_cusa", "check_together"]
+
+
+def check_together(config: TrainingConfig) -> None:
+    """Refuse keys that contradict one another.
+
+    Raises:
+        ValueError: names the keys, their values, and what to set instead.
+    """
+    _check_schedule(config)
+    if config.streaming:
+        _check_streaming(config)
+    _check_towers(config)
+    check_cusa(config)
+
+
+def _check_schedule(config: TrainingConfig) -> None:
+    """Batches and phases."""
+    if config.batch_captions_per_image > config.batch_size // 2:
+        raise ValueError(
+            f"batch_captions_per_image = {config.batch_captions_per_image} leaves a batch of batch_size = "
+            f"{config.batch_size} with one image and no negatives; use at most {config.batch_size // 2}"
+        )
+    if config.scheduler == "step" and not config.decay_epochs:
+        raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
+    if config.token_epochs and not config.use_token_similarity:
+        raise ValueError(
+            f"token_epochs = {config.token_epochs} but model.use_token_similarity = False: nothing would be trained "
+            "in them; set token_epochs=0"
+        )
+    if config.keep_head_start and not config.head_start_epochs:
+        raise ValueError(
+            "keep_head_start = True needs head_start_epochs of at least 1, got 0: the embeddings would stay as "
+            "they were drawn"
+        )
+
+
+def _check_towers(config: TrainingConfig) -> None:
+    """Towers, what is frozen of them, and what is cached of their outputs."""
+    for side in ("vision", "text"):
+        rank = getattr(config, f"{side}_lora_rank")
+        if rank is not None and config.model.get(f"freeze_{side}", False):
+            raise ValueError(
+                f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
+                f"model.freeze_{side}=false (the tower's own weights stay as they are)"
+            )
+    if config.cache_text_features and not config.model.get("freeze_text", False):
+        raise ValueError(
+            "cache_text_features = True needs model.freeze_text = True, got False; "
+            "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
+        )
+    if config.vision is not None and config.model.get("vision_config") is not None:
+        raise ValueError(
+            f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
+            "(a pretrained one, or a configuration to start from scratch)"
+        )
+    has_tower = config.vision is not None or config.model.get("vision_config") is not None
+    if config.regions is not None and has_tower and not config.model.get("freeze_vision", False):
+        raise ValueError(
+            f"regions = {config.regions!r} holds the outputs of a frozen tower, but model.freeze_vision = False; "
+            "set model.freeze_vision=true, or drop regions so that the tower learns from the pictures"
+        )
+    if config.cache_text_features and config.text is None:
+        raise ValueError(
+            "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
+            "name one with text=…, or drop cache_text_features"
+        )
+
+
+def _check_streaming(config: TrainingConfig) -> None:
+    """Refuse what needs to know the whole training split beforehand."""
+    if config.max_steps is None:
+        raise ValueError("streaming = True needs max_steps, got None: the length of a stream is not known")
+    wholes = {
+        "head_start_epochs": 0, "token_epochs": 0, "max_train_images": None, "regions": None,
+        "cache_text_features": False, "batch_captions_per_image": 1, "cusa": False,
+    }  # fmt: skip
+    for name, needed in wholes.items():
+        if getattr(config, name) != needed:
+            raise ValueError(
+                f"streaming = True and {name} = {getattr(config, name)!r}, which needs the whole training split; "
+                f"set {name}={_shown(needed)}, or streaming=false"
+            )
+    if config.text is None and config.model.get("text_config") is None:
+        raise ValueError(
+            "streaming = True needs a text tower, got text = None: a vocabulary from scratch needs all captions; "
+            "name one with text=…"
+        )
+    if config.scheduler == "step":
+        raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
+
+
+def check_cusa(settings: Any) -> None:
+    """Refuse keys of CUSA that contradict one another; of any settings that have them."""
+    given = {name: getattr(settings, name) for name in ("cusa_image_teacher", "cusa_text_teacher")}
+    if not settings.cusa:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{' and '.join(named)} given, but cusa = False; set cusa=true, or drop the caches")
+        return
+    if missing := [name for name, value in given.items() if value is None]:
+        raise ValueError(
+            f"cusa = True needs {' and '.join(missing)}; build them with examples/cache_teachers.py and give "
+            "their folders"
+        )
+    if not settings.cusa_alpha + settings.cusa_beta > 0:
+        raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")
+    if not settings.cusa_lowest_temperature <= settings.cusa_student_temperature <= 0.99:
+        raise ValueError(
+            f"cusa_student_temperature = {settings.cusa_student_temperature} is outside its bounds, "
+            f"{settings.cusa_lowest_temperature} (cusa_lowest_temperature) to 0.99"
+        )
+
+
+def _shown(value: Any) -> str:
+    """As YAML writes it."""
+    return "null" if value is None else str(value).lower()

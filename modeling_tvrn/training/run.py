@@ -1,0 +1,129 @@
+"""Everything that a run consists of, set up or taken up again from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from ..data import PairCollator
+from .build import build_model, build_processor, load_records, with_cached_regions
+from .checkpoint import BestModel
+from .config import TrainingConfig
+from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
+from .feeding import make_loader, open_captions
+from .interrupt import Interrupt
+from .launch import leave_group, make_accelerator
+from .objective import Objective
+from .optim import WeightAverage, make_optimizer
+from .progress import Progress
+from .snapshots import Snapshots
+from .state import data_hash, resume
+from .text_cache import CachedTextProcessor
+from .validation import Validation
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Run"]
+
+
+class Run:
+    """Data, processor, model, optimizer, what watches over them, and where the run is.
+
+    Attributes:
+        model: the TVRNModel in training; `best` tells which of its states the folder holds.
+        step: optimizer steps made.
+        phase_number, phase_epoch, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
+        progress: bar, logs and `history`.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.started = time.perf_counter()
+        self.accelerator = make_accelerator(config)
+        self.train_records = load_records(config, config.train_split)
+        self.validation_records = load_records(config, config.validation_split)
+        self.processor = build_processor(config, self.train_records)
+        set_seed(config.seed)
+        self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
+        self.trained_parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        if self.accelerator.num_processes > 1:
+            set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
+        self._read_caches()
+        self.captions = open_captions(config, self.train_records, self.accelerator)
+        self.phases, self.image_names = self.captions.phases, self.captions.image_names
+        self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
+        self.step, self.epoch, self.epoch_step = 0, 0, 0
+        self.phase_number, self.phase_epoch, self.phase_step = 0, 0, 0
+        self.waited = 0.0
+        self._prepare()
+        self.gradient_norm: Tensor | None = None
+        self.validation = Validation(config, self.validation_records, self.input_processor)
+        self.best = BestModel(config.output_dir, self.accelerator.is_main_process)
+        self.watch = Watch(self.image_names)
+        self.progress = Progress(self.accelerator, self.total_steps, config.logging_steps)
+        self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
+        self.interrupt = Interrupt(self.accelerator.device)
+        self.data_hash = data_hash(self.train_records)
+        self.snapshots = Snapshots(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
+        if not resume(self):
+            self._warn_of_former_run()
+
+    def _warn_of_former_run(self) -> None:
+        self.best.warn()
+        if steps := self.snapshots.steps():
+            logger.warning(
+                "%s holds checkpoints of a former run, up to step %d; they go at this run's first checkpoint "
+                "(resume=auto goes on with them instead)",
+                self.snapshots.folder,
+                steps[-1],
+            )
+
+    def _read_caches(self) -> None:
+        """Regions from their cache and, if asked for, the text tower's outputs in memory."""
+        config = self.config
+        self.pictures = self.validation_records
+        made_by = self.model, self.processor
+        self.train_records = with_cached_regions(config, config.train_split, self.train_records, *made_by)
+        self.validation_records = with_cached_regions(
+            config, config.validation_split, self.validation_records, *made_by
+        )
+        self.input_processor: Any = self.processor
+        if config.cache_text_features:
+            everything = [*self.train_records.captions, *self.validation_records.captions]
+            with self.accelerator.autocast():
+                self.input_processor = CachedTextProcessor.build(
+                    self.model.eval(), self.processor, (caption for captions in everything for caption in captions)
+                )
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
+        self.collator: Any = PairCollator(self.input_processor)
+        if self.cusa is not None:
+            self.cusa.to(self.accelerator.device)
+            teachers = open_teachers(config, self.train_records)
+            self.collator = TeacherCollator(self.collator, *teachers, check=config.streaming)
+        objective = Objective(self.model, config.word_dropout, config.region_dropout, self.cusa)
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config, self.cusa))
+        # The cached mode goes backwards several times a step and averages the gradients itself.
+        whole = config.tower_batch_size is None
+        self.objective: Any = self.accelerator.prepare(objective) if whole else objective
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.loaders = [
+            make_loader(self.captions, phase.batches, self.collator, config, self.accelerator) for phase in self.phases
+        ]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training without evaluations, the part of them spent waiting for data, and of evaluations."""
+        return {**self.progress.seconds(), "waiting_for_data": self.waited}
+
+    def leave_group(self) -> None:
+        """End trackers and the group of processes; the run cannot go on afterwards."""
+        self.objective = self.accelerator.unwrap_model(self.objective)
+        leave_group(self.accelerator)
