@@ -42,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="flickr8k", help="what load_pairs reads")
     parser.add_argument("--regions", required=True, help="region caches, {split} in their path")
     parser.add_argument("--text", help="frozen text tower (default: words and a BiGRU from scratch)")
+    parser.add_argument(
+        "--word-state-size", type=int, default=256, help="a direction of the BiGRU; 0: words' mean alone"
+    )
     parser.add_argument("--image-teacher", required=True, help="teacher cache of the training photographs")
     parser.add_argument("--text-teacher", required=True, help="teacher cache of the training captions")
     parser.add_argument("--sentence-pairs", help="parquet or CSV with sentence1, sentence2, score")

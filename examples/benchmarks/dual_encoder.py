@@ -27,12 +27,17 @@ from modeling_tvrn.losses import contrastive_loss
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.teachers import RegionCache
 
+WORD_SIZE = 300
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="flickr8k", help="what load_pairs reads")
     parser.add_argument("--regions", required=True, help="region caches, {split} in their path")
     parser.add_argument("--text", help="frozen text tower (default: words and a BiGRU from scratch)")
+    parser.add_argument(
+        "--word-state-size", type=int, default=256, help="a direction of the BiGRU; 0: words' mean alone"
+    )
     parser.add_argument("--plain", action="store_true", help="linear maps, no dropout, no label smoothing")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=256)
@@ -73,17 +78,22 @@ class Projection(nn.Module):
 
 
 class Words(nn.Module):
-    """Mean word embedding and mean state of a BiGRU over (T, W) ids, 0 = padding -> (T, 300 + 512)."""
+    """Mean word embedding and mean state of a BiGRU over (T, W) ids, 0 = padding -> (T, 300 + 2 · size).
 
-    def __init__(self, vocabulary: int, dropout: float, size: int = 256):
+    With size 0 the mean word embedding alone, (T, 300): what TVRN's own embeddings read of words from scratch.
+    """
+
+    def __init__(self, vocabulary: int, dropout: float, size: int):
         super().__init__()
-        self.embeddings = nn.Embedding(vocabulary, 300, padding_idx=0)
+        self.embeddings = nn.Embedding(vocabulary, WORD_SIZE, padding_idx=0)
         self.dropout = nn.Dropout(dropout)
-        self.gru = nn.GRU(300, size, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(WORD_SIZE, size, batch_first=True, bidirectional=True) if size else None
 
     def forward(self, ids: Tensor) -> Tensor:
         mask = (ids != 0).unsqueeze(-1)
         embedded = self.embeddings(ids)
+        if self.gru is None:
+            return embedded.sum(dim=1) / mask.sum(dim=1)
         packed = nn.utils.rnn.pack_padded_sequence(
             self.dropout(embedded), mask.sum(dim=(1, 2)), batch_first=True, enforce_sorted=False
         )
@@ -94,9 +104,11 @@ class Words(nn.Module):
 class DualEncoder(nn.Module):
     def __init__(self, image_size: int, text_size: int, vocabulary: int | None, arguments: argparse.Namespace):
         super().__init__()
-        self.words = Words(vocabulary, arguments.text_dropout) if vocabulary else None
+        state = arguments.word_state_size
+        self.words = Words(vocabulary, arguments.text_dropout, state) if vocabulary else None
         self.image = Projection(image_size, arguments.image_dropout, arguments)
-        self.text = Projection(300 + 512 if vocabulary else text_size, arguments.text_dropout, arguments)
+        size = WORD_SIZE + 2 * state if vocabulary else text_size
+        self.text = Projection(size, arguments.text_dropout, arguments)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(20.0)]))
 
     def embed_texts(self, texts: Tensor) -> Tensor:
