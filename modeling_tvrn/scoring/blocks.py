@@ -21,7 +21,7 @@ from .finished import FinishedBlocks, run_fingerprint
 from .models import Gallery, PairModel, at_hand, check_models, evaluating, model_device, precision
 from .plan import DEFAULT_MEMORY_BUDGET, BlockPlan, plan_blocks
 from .processes import Processes
-from .threads import match_on_cores
+from .threads import keep_freed_memory, match_on_cores
 
 Folder = str | os.PathLike[str]
 
@@ -260,6 +260,7 @@ def _scored(
     processes.check_same("galleries or settings", shape)
     pairs = len(images) * len(texts) // processes.count
     progress = options.progress and processes.rank == 0
+    keep_freed_memory()
     with evaluating(model), precision(model, options.dtype, device), pair_bar(pairs, progress) as bar:
         with processes.together():
             blocks = ScoredBlocks(model, (images, texts), plan, options, bar)

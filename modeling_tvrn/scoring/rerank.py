@@ -18,6 +18,7 @@ from .gathered import ChosenPairs, score_pairs
 from .models import Gallery, PairModel, evaluating, model_device, precision, wide
 from .plan import DEFAULT_MEMORY_BUDGET
 from .processes import Processes
+from .threads import keep_freed_memory
 
 SHORTLIST_QUERIES = 1024  # queries whose cosines with the whole gallery are held at once, if the memory budget allows
 COSINE_BYTES = 24  # a cosine in float32, and what finding the largest of them takes
@@ -115,6 +116,7 @@ def search_then_rerank(
     processes.check_same("galleries or settings", f"{len(images)} × {len(texts)}, shortlist of {shortlist_size}")
     device = model_device(model) or images.embeds.device
     started = time.perf_counter()
+    keep_freed_memory()
     with evaluating(model), precision(model, dtype, device):
         left, right = images.embeds, texts.embeds
         captions_of = _nearest(left, right, shortlist_size, memory_budget, processes)

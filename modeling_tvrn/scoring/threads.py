@@ -1,4 +1,4 @@
-"""A block's captions dealt out to a CPU's cores, each of which scores its share on its own.
+"""A block dealt out to a CPU's cores, each of which scores its share on its own, in memory that is used again.
 
 The tensors of a chunk are small, so that they stay in a core's cache; split over the cores operator by operator, each
 part is too small to be worth the meeting at its end. One core a share meets once a block instead.
@@ -16,6 +16,8 @@ from .models import AveragedModel, PairModel, match
 
 LEAST_PAIRS = 2048  # a core: fewer are done before its thread is at work
 MOST_THREADS = 16  # beyond, Python's own lock would keep them waiting
+LEAST_IMAGES = 4  # a core, so that its chunks hold several
+LARGEST_THRESHOLD = 32 * 2**20  # bytes; the C library (glibc) learns no larger one
 
 
 def match_on_cores(model: PairModel, images: Any, texts: Any, chunk_size: int | None = None) -> Tensor:
@@ -28,21 +30,39 @@ def match_on_cores(model: PairModel, images: Any, texts: Any, chunk_size: int | 
     known = isinstance(model, torch.nn.Module | AveragedModel)
     if count < 2 or not known or images.embeds.device.type != "cpu" or torch.is_grad_enabled():
         return match(model, images, texts, chunk_size)
-    shares = [torch.arange(start, len(texts), count) for start in range(count)]
+    shares = _shares(images, texts, count)
     half, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-    def score(share: Tensor) -> Tensor:
+    def score(share: tuple[Any, Any]) -> Tensor:
         torch.set_num_threads(1)  # of this thread
         # Both modes belong to a thread. Each would empty the other's cache of converted weights.
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=half, cache_enabled=False):
-            return match(model, images, texts.select(share), chunk_size)
+            return match(model, *share, chunk_size)
 
     try:
         with ThreadPoolExecutor(count) as pool:
             parts = list(pool.map(score, shares))
     finally:
         torch.set_num_threads(threads)  # what threads started from now on begin with
-    scores = parts[0].new_empty(len(images), len(texts))
-    for share, part in zip(shares, parts, strict=True):
-        scores[:, share] = part
-    return scores
+    return torch.cat(parts, dim=0 if len(parts[0]) < len(images) else 1)
+
+
+def _shares(images: Any, texts: Any, count: int) -> list[tuple[Any, Any]]:
+    """Some of the images and all captions, or if there are few images all of these and some of the captions.
+
+    Of more captions, those that are scored together differ less in length: less is padding.
+    """
+    whole = len(images) if len(images) >= LEAST_IMAGES * count else len(texts)
+    rows = [slice(whole * k // count, whole * (k + 1) // count) for k in range(count)]
+    if whole == len(images):
+        return [(images.select(each), texts) for each in rows]
+    return [(images, texts.select(each)) for each in rows]
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep what a chunk frees for the next one, up to 64 MiB a thread.
+
+    It gives free memory beyond twice the largest block that was ever freed back to the system, and a chunk then gets
+    it anew, page by page: that has taken 40 % of a chunk's time. So it is shown a large block, which is never written.
+    """
+    torch.empty(LARGEST_THRESHOLD - 2**16, dtype=torch.uint8, device="cpu")
