@@ -1,0 +1,48 @@
+"""Random inputs of a model's two sides, ragged as real ones: to trace it with, and to compare what came of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..modeling_tvrn import TVRNModel
+
+
+def sample_images(
+    model: TVRNModel, pixel_shape: tuple[int, ...] | None, images: int, regions: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Pixels of that shape, or where it is None region features with boxes and a mask with holes."""
+    if pixel_shape is not None:
+        return {"pixel_values": torch.randn(images, *pixel_shape, generator=generator)}
+    corners = torch.rand(images, regions, 2, 2, generator=generator).sort(dim=2).values
+    features = torch.randn(images, regions, model.config.region_feature_size, generator=generator).abs()
+    inputs = {"region_features": features, "region_boxes": corners.flatten(2)}
+    if model.geometry is None:
+        del inputs["region_boxes"]
+    return {**inputs, "region_mask": _mask(images, regions, generator)}
+
+
+def sample_texts(model: TVRNModel, texts: int, words: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Token ids; each text attends to its first tokens, the first of all to every one, and some are no words."""
+    lengths = torch.randint(1, words + 1, (texts, 1), generator=generator)
+    lengths[0] = words
+    attended = torch.arange(words) < lengths
+    word = _mask(texts, words, generator) & attended
+    word[torch.arange(texts), lengths.squeeze(1) - 1] = True
+    return {
+        "input_ids": torch.randint(1, vocabulary_size(model), (texts, words), generator=generator),
+        "attention_mask": attended.long(),
+        "word_mask": word.long(),
+    }
+
+
+def vocabulary_size(model: TVRNModel) -> int:
+    """Token ids are below it."""
+    return int(getattr(model.config.text_config, "vocab_size", model.config.vocab_size))
+
+
+def _mask(items: int, fragments: int, generator: torch.Generator) -> Tensor:
+    """Each item keeps some fragments, the first item all of them."""
+    mask = torch.rand(items, fragments, generator=generator) < 0.7
+    mask[0], mask[:, fragments // 2] = True, True
+    return mask

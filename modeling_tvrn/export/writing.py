@@ -1,0 +1,280 @@
+"""A model to three ONNX files with everything beside them that running them needs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from ..modeling_tvrn import TVRNModel
+from ..pixels_tvrn import pixel_table
+from ..words_tvrn import check_length, special_ids
+from .graphs import Graph, exportable, image_graph, pair_graph, text_graph
+from .parity import compare
+from .report import ExportReport, Parity
+from .samples import sample_images, sample_texts, vocabulary_size
+from .tvrn_onnx import MANIFEST, OnnxModel
+
+logger = logging.getLogger(__name__)
+
+# Sizes traced: all different and above 1, so that none is taken for another or for a constant.
+IMAGES, REGIONS, TEXTS, WORDS = 3, 5, 4, 7
+LARGEST_FILE = 1.8e9  # bytes; protobuf ends at 2 GiB, beyond that weights lie in a file of their own
+TOLERANCE = 1e-4
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(
+    model: TVRNModel,
+    processor: Any,
+    directory: str | os.PathLike[str],
+    *,
+    image_input: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> ExportReport:
+    """Write image side, text side and pair stage as ONNX files; the numbers of items, regions and words stay open.
+
+    The folder also gets the processor's files, `tvrn_onnx.json` (names, types and shapes of inputs and outputs, how
+    pictures and captions become inputs) and `tvrn_onnx.py`, which runs all that without torch and transformers. It is
+    there whole or not at all; an earlier export in it is replaced.
+
+    Args:
+        model: In float32.
+        processor: Its processor.
+        directory: New or empty, or an earlier export.
+        image_input: "pixels" (default for a model with a vision tower) or "regions".
+        tolerance: Largest difference from the model under onnxruntime, absolute up to values of 1 and relative beyond.
+
+    Raises:
+        ImportError: If the extra is missing.
+        ValueError: If the model is not in float32, a part can't be exported, its processor gives no fixed size of
+            pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
+    """
+    _need_extra()
+    _check_precision(model)
+    target = _check_directory(Path(directory))
+    pixel_shape = _pixel_shape(model, processor, image_input)
+    copied = exportable(model).cpu()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        whole = Path(folder) / target.name
+        whole.mkdir()
+        manifest = _write_graphs(copied, pixel_shape, whole)
+        manifest |= {"pixels": _pixel_recipe(processor, pixel_shape), "tokens": _token_recipe(processor)}
+        _write_beside(whole, processor, manifest)
+        parity = compare(model, pixel_shape, OnnxModel(whole))
+        _check_parity(parity, tolerance)
+        manifest["largest_difference"] = max(each.worst for each in parity)
+        _write_manifest(whole, manifest)
+        if target.exists():
+            shutil.rmtree(target)
+        whole.replace(target)
+    sizes = {name: _megabytes(target, name) for name in manifest["files"]["float32"].values()}
+    return ExportReport(target, sizes, parity, manifest["pixels"] is not None, manifest["tokens"] is not None)
+
+
+def _need_extra() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'the export needs {", ".join(missing)}: pip install "modeling-tvrn[export]"')
+
+
+def _check_precision(model: TVRNModel) -> None:
+    found = sorted({str(weight.dtype) for weight in model.parameters()} - {"torch.float32"})
+    if found:
+        raise ValueError(
+            f"The model has weights in {', '.join(found)}; an export is made in float32: load it with "
+            "from_pretrained(..., dtype=torch.float32), and quantise the graphs with quantize_onnx."
+        )
+
+
+def _check_directory(directory: Path) -> Path:
+    directory = directory.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; expected the name of a folder.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise ValueError(f"{directory} holds something else than an export; expected a new or an empty folder.")
+    return directory
+
+
+def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> tuple[int, ...] | None:
+    """(3, H, W) of what the processor makes of any picture; None for region features."""
+    if image_input is None:
+        image_input = "regions" if model.vision_model is None else "pixels"
+    if image_input not in ("pixels", "regions"):
+        raise ValueError(f'image_input is {image_input!r}; expected "pixels" or "regions".')
+    if image_input == "regions":
+        return None
+    if model.vision_model is None:
+        raise ValueError('image_input="pixels", but this model has no vision tower; leave it out, or give "regions".')
+    if processor.image_processor is None:
+        raise ValueError(
+            'The processor reads no pictures; give one with an image processor, or image_input="regions".'
+        )
+    probes = [PIL.Image.new("RGB", size) for size in ((640, 480), (333, 500))]
+    shapes = {tuple(processor(images=[probe])["pixel_values"].shape[1:]) for probe in probes}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{type(processor.image_processor).__name__} makes pictures of different shapes {sorted(shapes)}; a graph "
+            "needs one: set its size to a height and a width or do_center_crop=True, or build the processor with "
+            "TVRNProcessor.from_backbones(..., image_size=...)."
+        )
+    return shapes.pop()
+
+
+def _write_graphs(model: TVRNModel, pixel_shape: tuple[int, ...] | None, folder: Path) -> dict[str, Any]:
+    """The three files, and what the manifest says of them."""
+    generator = torch.Generator().manual_seed(0)
+    images = sample_images(model, pixel_shape, IMAGES, REGIONS, generator)
+    texts = sample_texts(model, TEXTS, WORDS, generator)
+    about: dict[str, Any] = {}
+    about["image"], encoded = _write_graph("image", image_graph(model, pixel_shape), images, folder)
+    about["text"], more = _write_graph("text", text_graph(model), texts, folder)
+    encoded |= more
+    about["pair"], _ = _write_graph("pair", pair_graph(model, encoded), encoded, folder)
+    ids = next(each for each in about["text"]["inputs"] if each["name"] == "input_ids")
+    ids["below"] = vocabulary_size(model)
+    from .. import __version__
+
+    return {
+        "made_with": {"modeling_tvrn": __version__, "torch": torch.__version__},
+        "model_fingerprint": model.fingerprint(),
+        "graphs": about,
+        "files": {"float32": {part: f"{part}.onnx" for part in about}},
+    }
+
+
+@torch.no_grad()
+def _write_graph(
+    part: str, graph: Graph, samples: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One file; what the manifest says of it, and what the part gives for the samples."""
+    inputs = {name: samples[name] for name in graph.axes}
+    outputs = graph.module(inputs)
+    named = {
+        name: {place: axis for place, axis in enumerate(axes) if isinstance(axis, str)}
+        for name, axes in graph.axes.items()
+    }
+    # Whether a size of 1 works as well, which no exporter promises, is seen when the graphs are compared.
+    shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in named.items()}
+    weights = sum(weight.nbytes for weight in graph.module.state_dict().values())
+    logger.info("exporting the %s graph", part)
+    with _quiet():
+        try:
+            # Not left to torch.onnx.export, which would try another way and fix a size if this one fails.
+            program = torch.export.export(
+                graph.module, (), {"inputs": inputs}, dynamic_shapes={"inputs": shapes}, strict=False
+            )
+            torch.onnx.export(
+                program,
+                f=folder / f"{part}.onnx",
+                dynamo=True,
+                dynamic_shapes={"inputs": named},
+                input_names=list(inputs),
+                output_names=list(outputs),
+                external_data=weights > LARGEST_FILE,
+                verbose=False,
+            )
+        except Exception as error:  # whatever the exporters raise, a user can do one thing about it
+            raise ValueError(_cannot_export(part, graph, error)) from error
+    about = {"inputs": _described(graph.axes, inputs), "outputs": _described(graph.outputs(outputs), outputs)}
+    return about, outputs
+
+
+def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
+    config = cast(TVRNModel, graph.module.model).config
+    tower: Any = {"image": config.vision_config, "text": config.text_config}.get(part)
+    what = f"The {part} side" if part != "pair" else "The pair stage"
+    of = f" with its tower {tower.model_type!r}" if tower is not None else ""
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"{what} of this model{of} cannot be exported: {type(error).__name__}: {reason} "
+        + ('Export it without the tower: image_input="regions".' if part == "image" and tower is not None else "")
+    ).strip()
+
+
+def _described(axes: dict[str, tuple[str | int, ...]], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    types = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+    return [{"name": name, "dtype": types[name], "shape": list(shape)} for name, shape in axes.items()]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of what is none of a user's business (torchvision's operators, their own deprecations)."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(level)
+
+
+def _pixel_recipe(processor: Any, pixel_shape: tuple[int, ...] | None) -> dict[str, Any] | None:
+    """How pictures become pixels, as data; None where the image processor has a way of its own."""
+    table = pixel_table(processor.image_processor) if pixel_shape is not None else None
+    if table is None:
+        return None
+    return {
+        "size": table.size,
+        "crop": table.crop,
+        "resample": None if table.resample is None else int(table.resample),
+        "values": np.asarray(table.values, np.float64).tolist(),
+    }
+
+
+def _token_recipe(processor: Any) -> dict[str, Any] | None:
+    """How captions become token ids with tokenizer.json; None where there is no such file."""
+    tokenizer = processor.tokenizer
+    if tokenizer is None or not tokenizer.is_fast:
+        return None
+    return {
+        "max_length": check_length(processor.max_text_length, tokenizer),
+        "special_ids": special_ids(tokenizer),
+        "pad_id": tokenizer.pad_token_id,
+        "pad_token": tokenizer.pad_token,
+    }
+
+
+def _write_beside(folder: Path, processor: Any, manifest: dict[str, Any]) -> None:
+    """The processor, and the code that runs the graphs without torch."""
+    processor.save_pretrained(folder)
+    package = resources.files("modeling_tvrn")
+    code = (package / "export" / "tvrn_onnx.py").read_text("utf-8")
+    # Beside the graphs there is no package: what it imports from ours lies next to it.
+    (folder / "tvrn_onnx.py").write_text(code.replace("from ..pixels_tvrn", "from pixels_tvrn"), "utf-8")
+    (folder / "pixels_tvrn.py").write_text((package / "pixels_tvrn.py").read_text("utf-8"), "utf-8")
+    _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+
+
+def _check_parity(parity: tuple[Parity, ...], tolerance: float) -> None:
+    worst = max(parity, key=lambda each: each.worst)
+    if not worst.worst <= tolerance:
+        raise ValueError(
+            f"The exported graphs differ from the model by {worst.worst:.1e}, more than tolerance={tolerance:g} "
+            f"({worst}); nothing was written. Report it with the versions of torch and onnxruntime."
+        )
+
+
+def _megabytes(folder: Path, name: str) -> float:
+    return sum(path.stat().st_size for path in folder.glob(f"{name}*")) / 1e6
