@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training_makers import TINY_BERT, Processes, tiny_config, write_scan
 
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.training import TrainingConfig, train
+from modeling_tvrn.training import TrainingConfig, sharding, train
 from modeling_tvrn.training.batches import CaptionBatches, Shares
 from modeling_tvrn.training.exchange import (
     average_gradients,
@@ -26,6 +28,7 @@ from modeling_tvrn.training.exchange import (
     processes,
 )
 from modeling_tvrn.training.loop import Training
+from modeling_tvrn.training.snapshots import read_snapshot
 
 # No dropout, whose draws differ between processes. A large epsilon: some weights' true gradient is 0, and Adam would
 # make steps of full size of its last bits.
@@ -130,50 +133,135 @@ def test_dropout_leaves_out_the_same_in_both_passes_of_the_towers(data: Path, tm
     compared(found[1], found[0], 1e-9, 1e-9)
 
 
-def sharded(config: TrainingConfig, name: str) -> dict[str, Any]:
-    """Three steps of the objective with its weights sharded over the processes by FSDP; gradients and weights."""
-    from torch.distributed.fsdp import fully_shard
+SHARDED: dict[str, dict[str, Any]] = {
+    "sgr, accumulated": {"batch_size": 6, "gradient_accumulation_steps": 2, "model": {"similarity_head": "sgr"}},
+    "a last batch of two captions": {"batch_size": 13},
+    "phases, embeddings kept, means of weights": {
+        "batch_size": 14, "head_start_epochs": 1, "keep_head_start": True, "ema_decay": 0.9,
+        "model": {"use_refined_features": False},
+    },
+    "soft labels": {"batch_size": 8, "batch_captions_per_image": 2, "cusa": True, "cusa_teacher_temperature": 0.2},
+}  # fmt: skip
 
+
+def sharded_keys(data: Path, folder: Path, **keys: Any) -> dict[str, Any]:
+    """A run with a text tower whose layers are gathered one by one."""
+    model = {"dropout": 0.0, "image_dropout": 0.0, "text_dropout": 0.0, "text_config": BERT, **keys.pop("model", {})}
+    if keys.get("cusa"):
+        keys |= write_caches(folder, load_pairs(data, "train", captions_per_image=2))
+    return {**KEYS, "shard": True, "tower_learning_rate": 2e-2, **keys, "model": model}
+
+
+def observed_parts(config: TrainingConfig, name: str) -> dict[str, Any]:
+    """`observed` of a sharded run; what its parameters are while training, and what it ends with."""
     torch.set_default_dtype(torch.float64)
-    run = Training(config)  # with tower_batch_size it wraps nothing
-    objective, losses, tensors = run.objective, [], {}
-    if processes() > 1:
-        for layer in objective.model.text_model.encoder.layer:
-            fully_shard(layer)
-        fully_shard(objective)  # the rest: parts of it are used through methods of the model, not by calling them
-    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    for _, batch in zip(range(3), run.loaders[0], strict=False):
-        optimizer.zero_grad()
-        output = objective(batch)
-        output["loss"].backward()
-        losses.append(output["loss"].item())
+    sharding.OWN_GROUP = 1
+    run = Training(config)
+    update, tensors = run._update, {}
+
+    def then_look() -> Tensor | None:
         if not tensors:
-            named = objective.model.named_parameters()
-            tensors = {f"gradient/{key}": whole(value.grad) for key, value in named if value.grad is not None}
-        optimizer.step()
-    tensors |= {f"weight/{key}": whole(value.detach()) for key, value in objective.model.named_parameters()}
+            named = run.model.named_parameters()
+            found = {f"gradient/{key}": value.grad for key, value in named if value.grad is not None}
+            tensors.update({key: sharding.whole(value).clone() for key, value in found.items()})
+        return update()
+
+    run._update = then_look  # type: ignore[method-assign]
+    run.fit()
+    ends = {f"weight/{key}": sharding.whole(value.detach()) for key, value in run.model.named_parameters()}
+    if run.average is not None:
+        ends |= {f"mean/{key}": sharding.whole(value) for key, value in run.average.means().items()}
     if run.accelerator.is_main_process:
-        save_file(tensors, f"{name}.safetensors")
-    kinds = {type(value).__name__ for value in objective.parameters()}
-    return {"losses": losses, "world": processes(), "kinds": sorted(kinds)}
+        save_file(tensors | ends, f"{name}.safetensors")
+    losses = [event["loss"] for event in run.progress.history if "loss" in event]
+    parts = [type(value).__name__ for value in run.objective.parameters()]
+    layers = [type(layer).__name__ for layer in run.model.text_model.encoder.layer]
+    return {"losses": losses, "world": processes(), "parts": parts, "layers": layers, "rsum": run.best.rsum}
 
 
-def whole(value: Any) -> Tensor:
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-
-
-def test_weights_sharded_by_fsdp_learn_the_same(data: Path, tmp_path: Path) -> None:
-    keys = {**KEYS, "batch_size": 13, "tower_batch_size": 100, "model": {"dropout": 0.0, "similarity_head": "sgr"}}
-    keys["model"] |= {"image_dropout": 0.0, "text_dropout": 0.0, "text_config": BERT}
+@pytest.mark.parametrize("variant", SHARDED)
+def test_weights_in_parts_learn_what_whole_ones_do(data: Path, tmp_path: Path, variant: str) -> None:
+    keys = sharded_keys(data, tmp_path, **SHARDED[variant])
     runner, found = Processes(tmp_path), {}
-    for count in (1, 2, 3):
+    counts = (1, 3) if variant == "a last batch of two captions" else (1, 2)
+    for count in counts:
         name = str(tmp_path / str(count))
-        results = runner.run(sharded, tiny_config(data, tmp_path / "run", **keys), name, count=count)
+        results = runner.run(observed_parts, tiny_config(data, tmp_path / name, **keys), name, count=count)
         assert [result["world"] for result in results] == [count] * count
-        assert results[0]["kinds"] == (["Parameter"] if count == 1 else ["DTensor"])
+        assert set(results[0]["parts"]) == ({"Parameter"} if count == 1 else {"DTensor"})
+        assert set(results[0]["layers"]) == ({"BertLayer"} if count == 1 else {"FSDPBertLayer"})
         found[count] = results[0], load_file(f"{name}.safetensors")
-    for count in (2, 3):
-        compared(found[count], found[1], 1e-9, 1e-9)
+    bounds = (1e-9, 1e-9) if variant != "soft labels" else (2e-4, 1e-5)
+    compared(found[counts[1]], found[1], *bounds)
+    assert found[counts[1]][0]["rsum"] == pytest.approx(found[1][0]["rsum"], abs=1e-6)
+
+
+def fit_parts(config: TrainingConfig, stop_after: int | None = None) -> dict[str, Any]:
+    """A sharded run, killed in the middle of a step if wanted."""
+    sharding.OWN_GROUP = 1
+    run = Training(config)
+    update = run._update
+
+    def then_die() -> Tensor | None:
+        if run.step == stop_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update()
+
+    run._update = then_die  # type: ignore[method-assign]
+    run.fit()
+    return {"best": [run.best.step, run.best.rsum]}
+
+
+def test_a_run_of_parts_goes_on_with_the_same_bits_and_among_whole_ones(data: Path, tmp_path: Path) -> None:
+    keys = sharded_keys(data, tmp_path, **SHARDED["phases, embeddings kept, means of weights"])
+    keys |= {"word_dropout": 0.2, "max_steps": 8, "save_steps": 2, "keep_checkpoints": 9, "evaluation_steps": 3}
+    runner = Processes(tmp_path)
+    whole = tiny_config(data, tmp_path / "whole", **keys)
+    expected = runner.run(fit_parts, whole, count=2)
+    killed = tiny_config(data, tmp_path / "killed", resume="auto", **keys)
+    for step in (1, 4, 5):  # before the first checkpoint, in the head start's and the evidence's steps
+        assert -signal.SIGKILL in runner.finish(runner.start(fit_parts, killed, step, count=2))
+    assert runner.run(fit_parts, killed, count=2) == expected
+    first, other = (
+        {
+            f"{file}/{name}": value
+            for file, named in read_snapshot(folder / "checkpoints" / "step-00000008").tensors.items()
+            for name, value in named.items()
+        }
+        for folder in (tmp_path / "whole", tmp_path / "killed")
+    )
+    assert first.keys() == other.keys() and any(name.startswith("average/") for name in first)
+    assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
+    best = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", tmp_path / "killed")]
+    assert all(torch.equal(value, best[1][name]) for name, value in best[0].items())
+    assert {value.shape for value in best[0].values()} >= {(12, 12)}  # whole, not a part
+    # a checkpoint of parts is one like any other: whole weights go on with it
+    path = tmp_path / "whole" / "checkpoints" / "step-00000006"
+    changed = tiny_config(data, tmp_path / "other", resume=str(path), **{**keys, "shard": False, "word_dropout": 0.2})
+    runner.run(fit_parts, changed, count=2)
+    end = read_snapshot(tmp_path / "other" / "checkpoints" / "step-00000008").tensors["model"]
+    for name, value in end.items():
+        torch.testing.assert_close(value, first[f"model/{name}"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tower_batch_size": 4}, "shard = True and tower_batch_size = 4.*set tower_batch_size=null"),
+        ({"mixed_precision": "fp16"}, "shard = True and mixed_precision = 'fp16'.*use mixed_precision=bf16"),
+    ],
+)
+def test_what_weights_in_parts_cannot_do_is_refused(
+    data: Path, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(data, tmp_path, shard=True, **keys)
+
+
+def test_a_launcher_s_own_sharding_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate's configuration asks for FSDP.*shard=true"):
+        Training(tiny_config(data, tmp_path / "run"))
 
 
 def trained(config: TrainingConfig) -> dict[str, Any]:

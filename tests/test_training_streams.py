@@ -1,5 +1,6 @@
 """Training from a stream of pictures: killed anywhere, it ends with the bits of a run that was not."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -10,11 +11,17 @@ import torch
 from data_makers import captions, write_row_groups
 from training_makers import TINY_BERT, TINY_VIT, Processes, tiny_config
 
+from modeling_tvrn.data import ShuffledStream
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
+from modeling_tvrn.training.batches import Stage
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.snapshots import read_snapshot
 
 STEPS = 7  # of 6 captions: 48 captions are an epoch, so that it ends on the way
+PHASES = {  # ends of phases where it is saved, and where it is not
+    "head_start_steps": 2, "token_steps": 3, "head_start_batch_size": 9, "token_batch_size": 7,
+    "gradient_accumulation_steps": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +77,15 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0)])
+@pytest.mark.parametrize(
+    ("count", "workers", "keys"), [(1, 0, PHASES), (1, 2, {}), (1, 2, PHASES), (2, 0, PHASES), (3, 0, {})]
+)
 def test_a_killed_stream_goes_on_with_the_same_bits(
-    data: Path, text_tower: Path, tmp_path: Path, count: int, workers: int
+    data: Path, text_tower: Path, tmp_path: Path, count: int, workers: int, keys: dict[str, Any]
 ) -> None:
     runner = Processes(tmp_path)
-    whole = runner.run(fit, configure(data, tmp_path / "whole", text_tower), count=count)
-    killed = configure(data, tmp_path / "killed", text_tower, resume="auto", num_workers=workers)
+    whole = runner.run(fit, configure(data, tmp_path / "whole", text_tower, **keys), count=count)
+    killed = configure(data, tmp_path / "killed", text_tower, resume="auto", num_workers=workers, **keys)
     kills = 0
     for step in (2, 4, 5, STEPS):
         codes = runner.finish(runner.start(fit, killed, step, count=count))
@@ -89,14 +98,43 @@ def test_a_killed_stream_goes_on_with_the_same_bits(
     assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
 
 
+def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
+    data: Path, text_tower: Path, tmp_path: Path
+) -> None:
+    run = Training(configure(data, tmp_path / "run", text_tower, **PHASES))
+    phases, group = run.phases, PHASES["gradient_accumulation_steps"]
+    assert [(phase.stage, len(phase.batches)) for phase in phases] == [
+        (Stage.EMBEDDINGS, 2 * group), (Stage.TOKENS, 3 * group), (Stage.EVIDENCE, (STEPS - 5) * group),
+    ]  # fmt: skip
+    read = [list(phases[0].batches)]
+    for former, phase in itertools.pairwise(phases):
+        phase.batches.follow(former.batches)
+        read.append(list(phase.batches))
+    assert [{len(batch) for batch in batches} for batches in read] == [{9}, {7}, {6}]
+    found = [item for batches in read for batch in batches for item in batch]
+    stream = ShuffledStream(run.train_records, 0, shards_at_once=2, rows_at_once=4)
+    assert [(item.pair.image_id, item.caption_number) for item in found] == [
+        (item.pair.image_id, item.caption_number) for item, _ in itertools.islice(stream.items(), len(found))
+    ]
+    run, seen = Training(configure(data, tmp_path / "fitted", text_tower, **PHASES)), []
+    forward = run._forward_backward
+    run._forward_backward = lambda batch, stage, *rest: seen.append(stage) or forward(batch, stage, *rest)
+    run.fit()
+    assert seen == [phase.stage for phase in phases for _ in range(len(phase.batches))]
+    assert run.step == STEPS and run.best.rsum is not None
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"max_steps": None}, "streaming = True needs max_steps"),
         (
             {"head_start_epochs": 1},
-            "head_start_epochs = 1, which needs the whole training split; set head_start_epochs=0",
+            "head_start_epochs = 1 and streaming = True.*set head_start_epochs=0 and give head_start_steps",
         ),
+        ({"head_start_steps": 4, "token_steps": 3}, "leave nothing of max_steps = 7, which counts all phases"),
+        ({"keep_head_start": True}, "keep_head_start = True needs head_start_steps of at least 1"),
+        ({"regions": "cache"}, "regions = 'cache', which needs the whole training split; set regions=null"),
         ({"text": None}, "needs a text tower, got text = None"),
         ({"scheduler": "step", "decay_epochs": [1]}, "no epochs for scheduler = 'step'"),
     ],

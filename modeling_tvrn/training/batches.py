@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
     from .streams import StreamBatches
 
-__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "Stage", "phases"]
+__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "Stage", "phases", "plans"]
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -169,19 +169,52 @@ class Phase:
         return math.ceil(len(self.batches) / self.accumulation)
 
 
-def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
-    """The head start and the tokens' epochs, where the configuration has them, and those in which pairs are scored."""
+@dataclass(frozen=True)
+class Plan:
+    """What the configuration says of a phase.
 
-    def phase(stage: Stage, epochs: int, batch_size: int | None, learning_rate: float | None) -> Phase:
-        size, rate = batch_size or config.batch_size, (learning_rate or config.learning_rate) / config.learning_rate
-        batches = CaptionBatches(image_rows, size, config.batch_captions_per_image, config.seed)
-        return Phase(batches, epochs, stage, rate, config.gradient_accumulation_steps)
+    Attributes:
+        length: epochs; of a stream, optimizer steps.
+        batch_size: captions a batch.
+        rate: what the configured learning rate is multiplied by.
+    """
 
-    # Without epochs of their own the tokens learn in the head start.
-    first = Stage.EMBEDDINGS if config.token_epochs or not config.use_token_similarity else Stage.TOKENS
-    all_phases = [
-        phase(first, config.head_start_epochs, config.head_start_batch_size, config.head_start_learning_rate),
-        phase(Stage.TOKENS, config.token_epochs, config.token_batch_size, config.token_learning_rate),
-        phase(Stage.EVIDENCE, config.epochs, None, None),
+    stage: Stage
+    length: int
+    batch_size: int
+    rate: float
+
+
+def plans(config: TrainingConfig) -> list[Plan]:
+    """The head start and the tokens' phase, where there are any, and the one in which pairs are scored."""
+    head_start, tokens, evidence = config.head_start_epochs, config.token_epochs, config.epochs
+    if config.streaming:
+        head_start, tokens = config.head_start_steps, config.token_steps
+        evidence = (config.max_steps or 0) - head_start - tokens
+
+    def plan(stage: Stage, length: int, batch_size: int | None, learning_rate: float | None) -> Plan:
+        rate = (learning_rate or config.learning_rate) / config.learning_rate
+        return Plan(stage, length, batch_size or config.batch_size, rate)
+
+    # Without a phase of their own the tokens learn in the head start.
+    first = Stage.EMBEDDINGS if tokens or not config.use_token_similarity else Stage.TOKENS
+    found = [
+        plan(first, head_start, config.head_start_batch_size, config.head_start_learning_rate),
+        plan(Stage.TOKENS, tokens, config.token_batch_size, config.token_learning_rate),
+        plan(Stage.EVIDENCE, evidence, None, None),
     ]
-    return [each for each in all_phases if each.epochs]
+    return [each for each in found if each.length]
+
+
+def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
+    """The phases of a run over captions whose images are known."""
+    return [
+        Phase(
+            CaptionBatches(image_rows, plan.batch_size, config.batch_captions_per_image, config.seed),
+            plan.length,
+            plan.stage,
+            plan.rate,
+            config.gradient_accumulation_steps,
+        )
+        for plan in plans(config)
+    ]

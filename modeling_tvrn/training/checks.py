@@ -20,6 +20,8 @@ def check_together(config: TrainingConfig) -> None:
     if config.streaming:
         _check_streaming(config)
     _check_towers(config)
+    if config.shard:
+        _check_sharding(config)
     check_cusa(config)
 
 
@@ -32,15 +34,27 @@ def _check_schedule(config: TrainingConfig) -> None:
         )
     if config.scheduler == "step" and not config.decay_epochs:
         raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
-    if config.token_epochs and not config.use_token_similarity:
+    unit, other = ("steps", "epochs") if config.streaming else ("epochs", "steps")
+    for phase in ("head_start", "token"):
+        if length := getattr(config, f"{phase}_{other}"):
+            raise ValueError(
+                f"{phase}_{other} = {length} and streaming = {config.streaming}: a stream's phases are counted in "
+                f"steps, others in epochs; set {phase}_{other}=0 and give {phase}_{unit}"
+            )
+    if (length := getattr(config, f"token_{unit}")) and not config.use_token_similarity:
         raise ValueError(
-            f"token_epochs = {config.token_epochs} but model.use_token_similarity = False: nothing would be trained "
-            "in them; set token_epochs=0"
+            f"token_{unit} = {length} but model.use_token_similarity = False: nothing would be trained in them; set "
+            f"token_{unit}=0"
         )
-    if config.keep_head_start and not config.head_start_epochs:
+    if config.head_start_region_dropout is not None and not getattr(config, f"head_start_{unit}"):
         raise ValueError(
-            "keep_head_start = True needs head_start_epochs of at least 1, got 0: the embeddings would stay as "
-            "they were drawn"
+            f"head_start_region_dropout = {config.head_start_region_dropout} but head_start_{unit} = 0: there is no "
+            f"head start; give head_start_{unit}, or use region_dropout"
+        )
+    if config.keep_head_start and not getattr(config, f"head_start_{unit}"):
+        raise ValueError(
+            f"keep_head_start = True needs head_start_{unit} of at least 1, got 0: the embeddings would stay as they "
+            "were drawn"
         )
 
 
@@ -76,13 +90,32 @@ def _check_towers(config: TrainingConfig) -> None:
         )
 
 
+def _check_sharding(config: TrainingConfig) -> None:
+    """What cannot be done with weights that are in parts."""
+    if config.tower_batch_size is not None:
+        raise ValueError(
+            f"shard = True and tower_batch_size = {config.tower_batch_size}: towers that go backwards several times a "
+            "step need whole weights; set tower_batch_size=null, or shard=false"
+        )
+    if config.mixed_precision == "fp16":
+        raise ValueError(
+            "shard = True and mixed_precision = 'fp16': the scaler of losses looks for infinite gradients in its own "
+            "part alone; use mixed_precision=bf16, or shard=false"
+        )
+
+
 def _check_streaming(config: TrainingConfig) -> None:
     """Refuse what needs to know the whole training split beforehand."""
     if config.max_steps is None:
         raise ValueError("streaming = True needs max_steps, got None: the length of a stream is not known")
+    if config.head_start_steps + config.token_steps >= config.max_steps:
+        raise ValueError(
+            f"head_start_steps = {config.head_start_steps} and token_steps = {config.token_steps} leave nothing of "
+            f"max_steps = {config.max_steps}, which counts all phases, to the pair score; raise max_steps"
+        )
     wholes = {
-        "head_start_epochs": 0, "token_epochs": 0, "max_train_images": None, "regions": None,
-        "cache_text_features": False, "batch_captions_per_image": 1, "cusa": False,
+        "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,
+        "cusa": False,
     }  # fmt: skip
     for name, needed in wholes.items():
         if getattr(config, name) != needed:

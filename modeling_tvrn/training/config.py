@@ -135,6 +135,12 @@ class TrainingConfig:
         "highest rate of the tokens' epochs, which have their own warm-up and decay (null: learning_rate)",
         above=0.0,
     )
+    head_start_steps: int = setting(
+        0, "schedule", "streaming: optimizer steps of the head start, in place of head_start_epochs", minimum=0
+    )
+    token_steps: int = setting(
+        0, "schedule", "streaming: optimizer steps after these, in place of token_epochs", minimum=0
+    )
     keep_head_start: bool = setting(
         False, "schedule", "after its own epochs leave the embeddings as they are, and the tokens after theirs"
     )
@@ -183,6 +189,13 @@ class TrainingConfig:
         0.0,
         "regularisation",
         "probability that a region is left out of matching (one at least stays)",
+        minimum=0.0,
+        below=1.0,
+    )
+    head_start_region_dropout: float | None = setting(
+        None,
+        "regularisation",
+        "region_dropout of the head start, whose embeddings read the mean region (null: region_dropout)",
         minimum=0.0,
         below=1.0,
     )
@@ -244,6 +257,12 @@ class TrainingConfig:
     )
     seed: int = setting(0, "run", "what initial weights, order of the data and dropout follow from", minimum=0)
     mixed_precision: str = setting("no", "run", "precision of the forward pass", choices=("no", "bf16", "fp16"))
+    shard: bool = setting(
+        False,
+        "run",
+        "divide weights, gradients and moments among the processes (FSDP2) instead of holding them in each; a "
+        "single process has nothing to divide",
+    )
     cpu: bool = setting(False, "run", "stay on the CPU even where there is an accelerator")
     logging_steps: int = setting(50, "run", "optimizer steps between two logged lines and tracked values", minimum=1)
     trackers: list[str] = setting([], "run", "where values are tracked", choices=("tensorboard", "trackio"))

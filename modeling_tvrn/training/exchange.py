@@ -23,6 +23,7 @@ from ..encoded_tvrn import EncodedItems
 __all__ = [
     "average_gradients",
     "broadcast_json",
+    "everywhere",
     "gather_bytes",
     "gather_counts",
     "gather_items",
@@ -166,6 +167,15 @@ def gather_bytes(own: Tensor, device: torch.device) -> list[Tensor]:
         return [own]
     [sizes] = gather_counts(len(own), device=device)
     return list(_Gather.apply(own.to(device), sizes).cpu().split(sizes))
+
+
+def everywhere(flag: Tensor) -> bool:
+    """Whether a flag () is true in all processes."""
+    if processes() == 1:
+        return bool(flag)
+    least = flag.to(torch.int32)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least)
 
 
 def broadcast_json(value: Any, device: torch.device) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import CaptionDataset, StreamItems
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from .config import TrainingConfig
 
-__all__ = ["Captions", "make_loader", "named_shards", "open_captions"]
+__all__ = ["Captions", "make_loader", "named_shards", "open_captions", "pixel_format", "to_device"]
 
 
 @dataclass
@@ -74,6 +76,21 @@ def make_loader(
         # drawn afterwards depend on how often the run was resumed.
         generator=torch.Generator().manual_seed(config.seed),
     )
+
+
+def pixel_format(model: Any) -> torch.memory_format:
+    """How pixels lie in memory for the model's vision tower: a convolutional one is faster with the channels last."""
+    layers = model.vision_model.modules() if model.vision_model is not None else ()
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
+    return torch.channels_last if convolutions > 1 else torch.contiguous_format  # a transformer has one, of patches
+
+
+def to_device(batch: dict[str, Any], device: torch.device, pixels: torch.memory_format) -> dict[str, Any]:
+    """A batch on the device, its pixels in that memory format."""
+    batch = send_to_device(batch, device, non_blocking=True)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=pixels)
+    return batch
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["leave_group", "make_accelerator"]
+__all__ = ["check_precision", "leave_group", "make_accelerator", "refuse_other_sharding"]
 
 PATIENCE = timedelta(hours=6)  # the other processes wait while the main one saves
 
@@ -22,11 +23,13 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The device, precision and trackers of a run.
 
     Raises:
-        ValueError: a tracker is not installed.
+        ValueError: a tracker is not installed, the launcher's configuration asks for another way of dividing the model
+            than this package's, or the device lacks the precision.
     """
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
+    refuse_other_sharding()
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
@@ -38,9 +41,38 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
+    check_precision(accelerator)
     if config.trackers:
         accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in config.as_dict().items()})
     return accelerator
+
+
+def refuse_other_sharding() -> None:
+    """Refuse `accelerate launch` with FSDP, DeepSpeed or Megatron: on CPUs accelerate would pass over them in silence.
+
+    Raises:
+        ValueError: says which, and what divides the weights instead.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate's configuration asks for {name}, but every pair of a global batch is scored by methods "
+                "of the model that its wrappers do not see; use `distributed_type: MULTI_GPU`, as in "
+                "examples/configs/accelerate/, and shard=true, which divides weights and moments by FSDP2"
+            )
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that accelerate would pass over in silence.
+
+    Raises:
+        ValueError: fp16 on a CPU, which would be float32.
+    """
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
+        raise ValueError(
+            f"mixed_precision = {accelerator.mixed_precision!r} is not to be had on {accelerator.device.type}: use "
+            "mixed_precision=bf16, or no"
+        )
 
 
 def leave_group(accelerator: Accelerator) -> None:

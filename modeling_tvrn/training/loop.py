@@ -9,18 +9,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .batches import Phase, Stage
 from .config import TrainingConfig
-from .exchange import average_gradients, broadcast_json
-from .feeding import named_shards
+from .exchange import average_gradients, broadcast_json, everywhere
+from .feeding import named_shards, to_device
 from .optim import rate_factor
 from .output import write_results
 from .run import Run
+from .sharding import change_trained, own_part, whole
 from .state import capture
+from .streams import StreamBatches
 from .validation import flat_recalls, summary
 from .watch import TrainingStopped
 
@@ -82,13 +83,23 @@ class Training(Run):
     def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
         self._set_rates(phase)
+        self._set_region_dropout(phase)
         if self.config.keep_head_start and phase is not self.phases[0]:
-            self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE)
+            change_trained(self.objective, lambda: self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE))
         last = phase is self.phases[-1]
         while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
             self._run_epoch(phase, loader)
         if not last:
             self.phase_number, self.phase_epoch, self.phase_step = self.phase_number + 1, 0, 0
+            following = self.phases[self.phase_number].batches
+            if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
+                following.follow(phase.batches)
+
+    def _set_region_dropout(self, phase: Phase) -> None:
+        config, objective = self.config, self.accelerator.unwrap_model(self.objective)
+        has_head_start = config.head_start_epochs or config.head_start_steps
+        own = config.head_start_region_dropout if has_head_start and phase is self.phases[0] else None
+        objective.region_dropout = config.region_dropout if own is None else own
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""
@@ -117,7 +128,7 @@ class Training(Run):
                 return
             if "image_names" in batch:
                 self.captions.names.add(batch["image_ids"], batch.pop("image_names"))
-            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            batch = to_device(batch, self.accelerator.device, self.pixel_format)
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
@@ -146,6 +157,12 @@ class Training(Run):
             if complete:
                 average_gradients([weight for weight in self.objective.parameters() if weight.requires_grad])
             return output
+        if self.is_sharded:
+            self.objective.set_requires_gradient_sync(complete)
+            with self.accelerator.autocast():
+                output = self.objective(batch, stage=stage)
+            backward(output["loss"])
+            return output
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.objective):
             output = self.objective(batch, stage=stage)
             backward(output["loss"])
@@ -156,6 +173,7 @@ class Training(Run):
         norm = None
         if self.config.max_grad_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.max_grad_norm)
+            norm = whole(norm) if norm is not None else None
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.cusa is not None:
@@ -176,6 +194,8 @@ class Training(Run):
         self.step += 1
         self.epoch_step += 1
         self.phase_step += 1
+        if isinstance(phase.batches, StreamBatches):
+            phase.batches.forget_before(self.phase_step * phase.accumulation)
         if self.average is not None:
             self.average.update()
         values: dict[str, float | Tensor] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
@@ -206,8 +226,8 @@ class Training(Run):
 
     def _check_weights(self) -> None:
         """Refuse weights that are no numbers: the step before this one may have broken them unseen."""
-        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
-        if not finite:
+        finite = torch.stack([own_part(weight).isfinite().all() for weight in self.model.parameters()]).all()
+        if not everywhere(finite):
             raise TrainingStopped(
                 f"weights are NaN or infinite after step {self.step}; lower the learning rate, or set max_grad_norm"
             )
@@ -240,9 +260,10 @@ class Training(Run):
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             # the random state comes back: how often a run is evaluated does not change what it learns
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            model = self.whole_copy.of(self.model) if self.is_sharded else self.model
             with self.accelerator.autocast(), torch.random.fork_rng(devices):
-                report = self.validation.run(self.model)
-            better = self.best.offer(self.step, report, self.model, self.processor)
+                report = self.validation.run(model)
+            better = self.best.offer(self.step, report, model, self.processor)
         self.objective.train()
         seconds = time.perf_counter() - started
         epoch = self.epoch + self.epoch_step / self.phases[-1].steps_per_epoch

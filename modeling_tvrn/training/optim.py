@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .sharding import own_part, part_like
+
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
@@ -89,8 +91,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self._weights: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._means = [weight.detach().clone() for weight in self._weights]
+        self._weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        self._means = [weight.clone() for weight in self._weights]
 
     def means(self) -> dict[str, torch.Tensor]:
         """The means, numbered as the trainable parameters are."""
@@ -101,14 +103,15 @@ class WeightAverage:
         """Go on from what `means` gave after so many steps."""
         self.steps = steps
         for number, mean in enumerate(self._means):
-            mean.copy_(means[str(number)])
+            mean.copy_(part_like(means[str(number)], mean))
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the weights after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self._means, self._weights, 1.0 - decay)
+        own = [own_part(mean) for mean in self._means], [own_part(weight) for weight in self._weights]
+        torch._foreach_lerp_(*own, 1.0 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

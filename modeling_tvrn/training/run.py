@@ -15,12 +15,13 @@ from .build import build_model, build_processor, load_records, with_cached_regio
 from .checkpoint import BestModel
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
-from .feeding import make_loader, open_captions
+from .feeding import make_loader, open_captions, pixel_format
 from .interrupt import Interrupt
 from .launch import leave_group, make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer
 from .progress import Progress
+from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
 from .state import data_hash, resume
 from .text_cache import CachedTextProcessor
@@ -110,10 +111,15 @@ class Run:
             teachers = open_teachers(config, self.train_records)
             self.collator = TeacherCollator(self.collator, *teachers, check=config.streaming)
         objective = Objective(self.model, config.word_dropout, config.region_dropout, self.cusa)
+        self.is_sharded = config.shard and self.accelerator.num_processes > 1
+        if self.is_sharded:
+            self.whole_copy = WholeCopy(self.model)
+            shard(objective, self.accelerator.device)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config, self.cusa))
         # The cached mode goes backwards several times a step and averages the gradients itself.
-        whole = config.tower_batch_size is None
-        self.objective: Any = self.accelerator.prepare(objective) if whole else objective
+        wrapped = config.tower_batch_size is None and not self.is_sharded
+        self.objective: Any = self.accelerator.prepare(objective) if wrapped else objective
+        self.pixel_format = pixel_format(self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.loaders = [
             make_loader(self.captions, phase.batches, self.collator, config, self.accelerator) for phase in self.phases

@@ -14,6 +14,7 @@ from ..data import PairStream
 from ..evaluation.provenance import versions
 from .exchange import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
+from .sharding import part_like, whole_tensors
 from .snapshots import Snapshot, read_snapshot
 from .streams import StreamBatches, gather_positions
 
@@ -27,7 +28,7 @@ __all__ = ["capture", "data_hash", "differences", "resume"]
 
 # What may change between a run and its continuation: none of it reaches the weights.
 FREE_KEYS = {
-    *("resume", "resume_changed", "save_steps", "keep_checkpoints", "output_dir", "num_workers", "cpu"),
+    *("resume", "resume_changed", "save_steps", "keep_checkpoints", "output_dir", "num_workers", "cpu", "shard"),
     *("logging_steps", "trackers", "query", "evaluation_batch_size", "evaluation_chunk_size"),
 }
 COUNTERS = ("step", "phase_number", "phase_epoch", "phase_step", "epoch", "epoch_step")
@@ -36,16 +37,16 @@ COUNTERS = ("step", "phase_number", "phase_epoch", "phase_step", "epoch", "epoch
 def capture(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a checkpoint holds: JSON values, and tensors by file. Every process calls it, the main one writes."""
     states = gather_bytes(get_random_state(run.accelerator.device), run.accelerator.device)
-    moments = flat_optimizer_state(run.optimizer.state_dict())
+    keep = run.accelerator.is_main_process or not run.is_sharded
     tensors = {
-        "model": whole_state(run.model),
-        "optimizer": moments,
+        "model": whole_tensors(whole_state(run.model), keep),
+        "optimizer": whole_tensors(flat_optimizer_state(run.optimizer.state_dict()), keep),
         "random": {f"process-{number:05d}": state for number, state in enumerate(states)},
     }
     if run.cusa is not None:
-        tensors["cusa"] = whole_state(run.cusa)
+        tensors["cusa"] = whole_tensors(whole_state(run.cusa), keep)
     if run.average is not None:
-        tensors["average"] = run.average.means()
+        tensors["average"] = whole_tensors(run.average.means(), keep)
     settings = compared(run.config)
     state = {
         "counters": {name: getattr(run, name) for name in COUNTERS},
@@ -64,7 +65,8 @@ def capture(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     }
     batches = run.phases[run.phase_number].batches
     if isinstance(batches, StreamBatches):
-        state["stream"] = gather_positions(batches, run.step * run.phases[0].accumulation, run.accelerator.device)
+        number = run.phase_step * run.phases[run.phase_number].accumulation
+        state["stream"] = gather_positions(batches, number, run.accelerator.device)
     return state, tensors
 
 
@@ -150,7 +152,8 @@ def _restore(run: Run, snapshot: Snapshot) -> None:
         load_whole_state(run.cusa, tensors["cusa"], str(snapshot.path))
     # The groups are this run's: rates and decays come from the configuration, and were compared with it.
     groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict(nested_optimizer_state(tensors["optimizer"], groups))
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    run.optimizer.load_state_dict(nested_optimizer_state(tensors["optimizer"], groups, weights))
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if run.average is not None and "average" in tensors:
@@ -171,12 +174,15 @@ def _restore_stream(run: Run, positions: list[list[int]] | None) -> None:
         return
     if positions is None:
         raise ValueError("the checkpoint was made with streaming = False; set streaming=false, or start anew")
-    run.epoch, run.phase_epoch, run.epoch_step = 0, 0, run.step
+    # A phase is an epoch; the last one goes on where it was made longer.
+    ended = phase is not run.phases[-1] and run.phase_step == phase.steps_per_epoch
+    run.phase_epoch = int(ended)
+    run.epoch, run.epoch_step = run.phase_number + run.phase_epoch, 0 if ended else run.phase_step
     if len(positions) == run.accelerator.num_processes:
         position = positions[run.accelerator.process_index]
     else:
         position = [max(epoch for epoch, *_ in positions), 0, 0]
-    phase.batches.restore(run.step * phase.accumulation, position)
+    phase.batches.restore(run.phase_step * phase.accumulation, position)
 
 
 # -- settings and data ----------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def load_whole_state(model: nn.Module, stored: dict[str, Tensor], source: str) -
             "continue with the configuration it was made with, or set resume=null to start anew"
         )
     for name, value in own.items():
-        value.copy_(stored[name])
+        value.copy_(part_like(stored[name], value))
 
 
 def flat_optimizer_state(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -251,10 +257,14 @@ def flat_optimizer_state(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def nested_optimizer_state(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `load_state_dict` of the optimizer takes."""
+def nested_optimizer_state(
+    tensors: dict[str, Tensor], groups: list[dict[str, Any]], weights: list[Tensor]
+) -> dict[str, Any]:
+    """What `load_state_dict` of the optimizer over these weights takes: moments divided as the weights are."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        weight = weights[int(number)]
+        is_moment = value.shape == weight.shape
+        state.setdefault(int(number), {})[name] = part_like(value, weight) if is_moment else value
     return {"state": state, "param_groups": groups}

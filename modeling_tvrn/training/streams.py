@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..data import RawItem, ShuffledStream
-from .batches import Phase, ShareCollator, Stage
+from .batches import Phase, ShareCollator, plans
 from .exchange import gather_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ KEPT_NAMES = 100_000
 
 
 class StreamBatches(Sampler[list[RawItem]]):
-    """One process's share of each batch of a stream; all passes over the data together count as one epoch.
+    """One process's share of each batch of a phase of a stream; all its passes over the data count as one epoch.
 
     The raw items are read here, in the main process, and decoded in the loader's workers, so that the order does not
     depend on the number of workers.
@@ -33,7 +34,7 @@ class StreamBatches(Sampler[list[RawItem]]):
     Args:
         stream: this process's shards, shuffled.
         batch_size: captions of a batch for this process.
-        batches: batches of the whole run.
+        batches: batches of the phase.
     """
 
     def __init__(self, stream: ShuffledStream, batch_size: int, batches: int) -> None:
@@ -59,16 +60,23 @@ class StreamBatches(Sampler[list[RawItem]]):
             self._shards[number] = sorted({item.shard for item, _ in batch})
             yield [item for item, _ in batch]
 
-    def position(self, number: int) -> Sequence[int]:
-        """Where the stream is after so many batches; what lies before is forgotten."""
-        for former in [known for known in self._positions if known < number]:
+    def forget_before(self, number: int) -> None:
+        """So many batches were trained on: where the stream was before them is of no use any more."""
+        for former in itertools.takewhile(lambda known: known < number, list(self._positions)):
             del self._positions[former]
             self._shards.pop(former, None)
+
+    def position(self, number: int) -> Sequence[int]:
+        """Where the stream is after so many batches."""
         return self._positions[number]
 
     def restore(self, number: int, position: Sequence[int]) -> None:
         """Say where the stream was after so many batches of an earlier process."""
         self._positions = {number: position}
+
+    def follow(self, former: StreamBatches) -> None:
+        """Begin where another phase's batches ended."""
+        self.restore(0, former.position(former.batches))
 
     def shards_in_work(self) -> list[str]:
         """The shards of the batches that were read and perhaps not yet trained on."""
@@ -107,21 +115,25 @@ class ImageNames(Mapping[int, str]):
 
 
 def stream_phases(config: TrainingConfig, records: Any, accelerator: Accelerator) -> list[Phase]:
-    """The one phase of a run over a stream.
+    """The phases of a run over a stream, each of which goes on where the one before it ended.
 
     Raises:
         ValueError: there are more processes than captions in a batch.
     """
     process, processes = accelerator.process_index, accelerator.num_processes
-    bounds = [config.batch_size * number // processes for number in (process, process + 1)]
-    if config.batch_size < processes:
-        raise ValueError(f"batch_size = {config.batch_size} leaves some of {processes} processes nothing; raise it")
     stream = ShuffledStream(
         records, config.seed, process, processes, config.stream_shards_at_once, config.stream_rows_at_once
     )
-    group = config.gradient_accumulation_steps
-    batches = StreamBatches(stream, bounds[1] - bounds[0], (config.max_steps or 1) * group)
-    return [Phase(batches, 1, Stage.EVIDENCE, 1.0, group)]
+    group, found = config.gradient_accumulation_steps, []
+    for plan in plans(config):
+        if plan.batch_size < processes:
+            raise ValueError(
+                f"{plan.batch_size} captions a batch of the stage {plan.stage} leave some of {processes} processes "
+                "nothing; raise batch_size, or the stage's own"
+            )
+        first, end = (plan.batch_size * number // processes for number in (process, process + 1))
+        found.append(Phase(StreamBatches(stream, end - first, plan.length * group), 1, plan.stage, plan.rate, group))
+    return found
 
 
 def gather_positions(batches: StreamBatches, number: int, device: torch.device) -> list[list[int]]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ...data import CaptionDataset, load_pairs
 from ...teachers.teacher import PADDED_TO_THE_FULL
 from ..cusa import CUSATerms, TeacherCollator, open_teachers
-from ..launch import leave_group
+from ..launch import check_precision, leave_group, refuse_other_sharding
 from .config import DualEncoderConfig
 from .data import DifferentImages, DualEncoderCollator
 from .evaluation import evaluate_dual_encoder
@@ -49,11 +49,13 @@ class DualEncoderTraining:
 
     def __init__(self, config: DualEncoderConfig) -> None:
         self.config = config
+        refuse_other_sharding()
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision=config.mixed_precision,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
+        check_precision(self.accelerator)
         set_seed(config.seed)
         self.model, self.processor = load_dual_encoder(config.checkpoint)
         self.collator = DualEncoderCollator(self.processor, self.model.config.model_type in PADDED_TO_THE_FULL)
