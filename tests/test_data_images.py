@@ -61,11 +61,30 @@ def test_other_programs_formats_are_not_opened():
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(image_format):
+    """Wherever the format keeps it: images that hold none are not searched for it."""
     image = PIL.Image.new("RGB", (20, 10), "red")
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    assert decode_image(saved(image, "JPEG", exif=exif)).size == (10, 20)
+    assert decode_image(saved(image, image_format, exif=exif)).size == (10, 20)
+
+
+def test_orientation_in_xmp_is_applied():
+    xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="8"/>'
+    content = saved(PIL.Image.new("RGB", (20, 10), "red"), "JPEG", xmp=xmp)
+    assert decode_image(content).size == (10, 20)
+
+
+@pytest.mark.parametrize("image_format", ["BMP", "PPM", "PNG"])
+def test_a_decoded_image_does_not_depend_on_its_file(tmp_path, image_format):
+    """Pillow maps files whose pixels are not compressed into memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    path = tmp_path / "picture"
+    path.write_bytes(saved(PIL.Image.fromarray(pixels), image_format))
+    image = decode_image(path)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert np.array_equal(np.asarray(image), pixels) and type(image) is PIL.Image.Image
 
 
 def test_modes_become_rgb():
