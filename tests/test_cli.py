@@ -14,7 +14,10 @@ from hub_makers import CAPTIONS, pixel_model, region_model, results, save
 from typer.testing import CliRunner
 
 from modeling_tvrn.cli import app
+from modeling_tvrn.cli.common import load
+from modeling_tvrn.data import load_pairs
 from modeling_tvrn.hub import Check, DoctorReport, Pushed
+from modeling_tvrn.teachers import RegionCache
 
 VERBS = [command.name for command in app.registered_commands]
 HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "numpy", "PIL", "accelerate"}
@@ -259,7 +262,7 @@ def test_demo_announces_its_address(model: Path, pairs: Path, tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_train_then_evaluate(tmp_path: Path) -> None:
-    """What `evaluate` measures of the folder is what the run wrote into its results.json."""
+    """`evaluate` reads what `train` wrote; in bfloat16 too it knows its own region cache."""
     config = {
         "data": "scenes", "data_options": {"count": 12, "image_size": 32}, "epochs": 1, "batch_size": 25,
         "model": {"vision_config": TINY_VIT, "hidden_size": 18, "projection_size": 11, "similarity_size": 9},
@@ -275,3 +278,7 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     assert "chance" in outcome.stdout
     report = json.loads(output.read_text())
     assert report["protocol"] == "validation" and report["data"] == "scenes"
+    loaded, processor = load(str(tmp_path / "run"), "cpu")
+    RegionCache.build(loaded, processor, load_pairs("scenes", "validation"), tmp_path / "regions", progress=False)
+    tvrn(*arguments, "--regions", tmp_path / "regions", "--dtype", "bfloat16", "--output", output)
+    assert json.loads(output.read_text())["models"][0]["dtype"] == "bfloat16"

@@ -53,3 +53,18 @@ def test_with_gradients_the_scores_have_them(galleries):
     model, images, texts = galleries
     with torch.enable_grad():
         assert on_cores.match_on_cores(model, images, texts).requires_grad
+
+
+def test_cores_share_the_images_and_copy_no_caption(galleries, monkeypatch):
+    """Copies of a block's captions for every core once took more memory than all else."""
+    model, _, texts = galleries
+    images = model.encode_images(**regions(12))
+    whole = model.match(images, texts)
+    given = []
+    plain = type(model).match
+    monkeypatch.setattr(type(model), "match", lambda *sides, **keys: given.append(sides[1:]) or plain(*sides, **keys))
+    torch.testing.assert_close(on_cores.match_on_cores(model, images, texts), whole, rtol=0, atol=1e-5)
+    assert sorted(len(share) for share, _ in given) == [4, 4, 4]
+    for share, captions in given:
+        assert captions.words.data_ptr() == texts.words.data_ptr()
+        assert share.tokens.untyped_storage().data_ptr() == images.tokens.untyped_storage().data_ptr()

@@ -11,9 +11,12 @@ Three ways to score the same random images and captions with the same weights:
 - `loop+projections`: the same loop with the key and query projections of the attention inside, as the authors'
   released code has them (107 MFLOP a pair that depend on one side only).
 
-It prints ms a pair, GFLOP/s (counted as in `flops_per_pair`), the share of this machine's matrix product rate
-measured in the same run, the largest difference of the scores, and the peak memory of scoring 1 and 16 times as many
-captions (Linux).
+It prints ms a pair, GFLOP/s (counted as in `flops_per_pair`, without padding), the share of this machine's matrix
+product rate measured in the same run, the largest difference of the scores, and how much memory scoring takes beyond
+the gallery, for 1 and 4 times as many captions (Linux).
+
+On a machine that others use at the same time, `--cpu-time` counts the CPU seconds of this process, shared among its
+threads, in place of wall time: for the products, the loops and the pairs alike.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +36,7 @@ from torch.nn import functional as F
 
 from modeling_tvrn import TVRNConfig, TVRNModel
 from modeling_tvrn.layers_tvrn import grid_boxes, masked_softmax, normalize
-from modeling_tvrn.scoring.threads import match_on_cores
+from modeling_tvrn.scoring.threads import keep_freed_memory, match_on_cores
 
 IMAGE_BLOCK = 100
 
@@ -41,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--captions", type=int, default=96)
+    parser.add_argument("--captions", type=int, default=512, help="a block of `rank` has as many")
     parser.add_argument("--loop-captions", type=int, default=24, help="captions of the slow loops")
     parser.add_argument(
         "--words", type=int, default=14, help="mean length; captions have between half and 1.5 times as many"
@@ -49,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--similarity-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds by threads, instead of wall time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -133,33 +138,36 @@ def score_caption(model: TVRNModel, images, caption, keys: Tensor, queries: Tens
     return pair.head.logit((weights.unsqueeze(-1) * nodes).sum(dim=1) / weights.sum(dim=1, keepdim=True)).squeeze(-1)
 
 
-def median_seconds(function, repeats: int) -> tuple[float, Tensor]:
+def median_seconds(function, repeats: int, clock: Callable[[], float]) -> tuple[float, Tensor]:
     result = function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times), result
 
 
-def gemm_rate(dtype: torch.dtype, repeats: int) -> float:
+def gemm_rate(dtype: torch.dtype, repeats: int, clock: Callable[[], float]) -> float:
     """GFLOP/s of a 2048 × 1024 × 1024 matrix product."""
     left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    seconds, _ = median_seconds(lambda: [left @ right for _ in range(20)], repeats)
+    seconds, _ = median_seconds(lambda: [left @ right for _ in range(20)], repeats, clock)
     return 20 * 2 * 2048 * 1024 * 1024 / seconds / 1e9
 
 
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> None:
     model = build(arguments)
+    keep_freed_memory()
     images, texts, words = encode(model, arguments, arguments.captions)
     contexts, text_contexts = _contexts(model, images, texts)
     few = texts.select(slice(0, arguments.loop_captions))
-    rates = {dtype: gemm_rate(dtype, arguments.repeats) for dtype in (torch.float32, torch.bfloat16)}
+    clock = (lambda: time.process_time() / arguments.threads) if arguments.cpu_time else time.perf_counter
+    rates = {dtype: gemm_rate(dtype, arguments.repeats, clock) for dtype in (torch.float32, torch.bfloat16)}
     flops = flops_per_pair(words, 36, arguments.hidden_size, arguments.similarity_size)
     machine = platform.processor() or platform.machine()
-    print(f"{machine}, {arguments.threads} threads, torch {torch.__version__}, seed {arguments.seed}")
+    kind = "CPU seconds by threads" if arguments.cpu_time else "wall time"
+    print(f"{machine}, {arguments.threads} threads, torch {torch.__version__}, seed {arguments.seed}, {kind}")
     print(
         f"{flops / 1e6:.1f} MFLOP a pair at {words:.1f} words; matrix products: "
         + ", ".join(f"{str(dtype).removeprefix('torch.')} {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
@@ -169,13 +177,14 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds, scores = median_seconds(
             lambda inside=inside: loop_over_captions(model, images, contexts, few, text_contexts, inside),
             max(arguments.repeats // 2, 1),
+            clock,
         )
         runs[name] = (seconds / scores.numel(), scores, torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         sides = images.to(dtype), texts.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             for name, function in (("pairs", model.match), ("pairs, a core a share", partial(match_on_cores, model))):
-                seconds, scores = median_seconds(partial(function, *sides), arguments.repeats)
+                seconds, scores = median_seconds(partial(function, *sides), arguments.repeats, clock)
                 runs[f"{name} {str(dtype).removeprefix('torch.')}"] = (seconds / scores.numel(), scores, dtype)
     _report(runs, rates, flops)
     _report_memory(arguments)
@@ -199,24 +208,11 @@ def _report(runs: dict, rates: dict, flops: float) -> None:
 
 
 def _report_memory(arguments: argparse.Namespace) -> None:
-    """Peak resident memory of fresh processes: 16 times as many pairs may cost their scores, no more."""
-    for factor in (1, 16):
-        command = [
-            sys.executable,
-            __file__,
-            "--memory-of",
-            str(factor * arguments.captions),
-            "--hidden-size",
-            str(arguments.hidden_size),
-        ]
-        command += [
-            "--similarity-size",
-            str(arguments.similarity_size),
-            "--images",
-            "100",
-            "--threads",
-            str(arguments.threads),
-        ]
+    """Peak resident memory of fresh processes: 4 times as many pairs may cost their scores, no more."""
+    for factor in (1, 4):
+        command = [sys.executable, __file__, "--memory-of", str(factor * arguments.captions)]
+        for name in ("hidden_size", "similarity_size", "images", "threads"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak = json.loads(output)
         print(f"{peak['pairs']:7d} pairs: {peak['scoring_mib']:.0f} MiB above the encoded gallery")
@@ -226,10 +222,11 @@ def _report_memory(arguments: argparse.Namespace) -> None:
 def measure_memory(arguments: argparse.Namespace) -> None:
     model = build(arguments)
     images, texts, _ = encode(model, arguments, arguments.memory_of)
-    model.match(images, texts.select(slice(0, 32)))  # the matrix library's own buffers
+    keep_freed_memory()
+    match_on_cores(model, images, texts.select(slice(0, 64)))  # the matrix library's own buffers
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the encoding's
     before = _resident_kib("VmRSS")
-    scores = model.match(images, texts)
+    scores = match_on_cores(model, images, texts)
     print(json.dumps({"pairs": scores.numel(), "scoring_mib": (_resident_kib("VmHWM") - before) / 1024}))
 
 

@@ -98,10 +98,14 @@ def evaluate(
         raise fail("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
     records = load_pairs(data, split)
     loaded, processor = load(model, device, dtype)
+    if regions is not None:
+        # A cache names the weights of its tower as they are in full precision.
+        exact = loaded if dtype == "float32" else load(model, "cpu")[0]
+        records = with_checked_regions(records, regions, exact, processor)
     report = measure(
         loaded,
         processor,
-        with_checked_regions(records, regions, loaded, processor) if regions is not None else records,
+        records,
         protocol,
         batch_size=batch_size,
         shortlist_size=shortlist_size,
