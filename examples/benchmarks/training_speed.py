@@ -14,6 +14,9 @@ clipping and AdamW. A line a variant:
 - `pair stage`, `one-sided`: forward and backward of the two alone, as shares of the step; `rest`: what is left,
   losses, clipping, optimizer and everything between (below 0 where the two alone were slower than within the step);
 - `compiled`: with `torch.compile` of the pair stage, after steps that are not timed.
+
+With `--threads 1` on a CPU all times, those of the matrix products as well, are the process's CPU time, which other
+jobs on the machine change little.
 """
 
 import argparse
@@ -54,15 +57,16 @@ class Clock:
     def __init__(self, device: str, repeats: int) -> None:
         self.device = device
         self.repeats = repeats
+        self.now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def __call__(self, function: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(self.repeats):
             self.wait()
-            started = time.perf_counter()
+            started = self.now()
             function()
             self.wait()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(self.now() - started)
         return statistics.median(seconds)
 
     def wait(self) -> None:

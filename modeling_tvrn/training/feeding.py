@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import CaptionDataset, StreamItems
+from ..data import CaptionDataset, StreamItems, keep_picture_memory
 from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
 from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
 from .watch import TrainingStopped
@@ -60,6 +60,8 @@ def make_loader(
 ) -> DataLoader[Any]:
     """A loader of this process's share of each batch."""
     workers = config.num_workers
+    if not workers:
+        keep_picture_memory()  # this process decodes
     if isinstance(batches, StreamBatches):
         parts: tuple[Any, Any, Any] = captions.items, batches, StreamCollator(collator)
     else:
@@ -70,6 +72,7 @@ def make_loader(
         batch_sampler=parts[1],
         collate_fn=parts[2],
         num_workers=workers,
+        worker_init_fn=keep_picture_memory,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         # The loader draws a seed for its workers at each pass; from the global generator, that would make what is
