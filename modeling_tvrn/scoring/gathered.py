@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..metrics.ranking import check_scores
 from .models import AveragedModel, Gallery, PairModel, at_hand, match
 from .processes import Processes
+from .threads import cores_for, each_on_a_core
 
 LENGTH_RATIO = 1.25  # captions gathered together differ in length by at most this: what is wasted on padding
 
@@ -132,11 +133,16 @@ def _aligned(
         most = chunk_size or _pairs_at_once(model, part)
         column_of = np.zeros(len(pairs), dtype=np.int64)
         column_of[places] = local
-        for batch in processes.mine(batches(pairs.rows, places, most)):
+
+        def score(batch: _Batch, part: Any = part, column_of: np.ndarray = column_of) -> Tensor:
             block = at_hand(model, images.select(torch.from_numpy(batch.rows)), dtype)
-            own = part.select(torch.from_numpy(column_of[batch.places].ravel()))
-            scores = _match_aligned(model, block, own)
-            yield batch.places[batch.real], scores[torch.from_numpy(batch.real).to(scores.device)]
+            scores = _match_aligned(model, block, part.select(torch.from_numpy(column_of[batch.places].ravel())))
+            return scores[torch.from_numpy(batch.real).to(scores.device)]
+
+        own = list(processes.mine(batches(pairs.rows, places, most)))
+        cores = cores_for(model, images, sum(int(batch.real.sum()) for batch in own))
+        for batch, scores in zip(own, each_on_a_core(score, own, cores), strict=True):
+            yield batch.places[batch.real], scores
 
 
 def batches(rows: np.ndarray, places: np.ndarray, most: int) -> Iterator[_Batch]:

@@ -6,14 +6,16 @@ part is too small to be worth the meeting at its end. One core a share meets onc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .models import AveragedModel, PairModel, match
 
+Item = TypeVar("Item")
 LEAST_PAIRS = 2048  # a core: fewer are done before its thread is at work
 MOST_THREADS = 16  # beyond, Python's own lock would keep them waiting
 LEAST_IMAGES = 4  # a core, so that its chunks hold several
@@ -25,26 +27,40 @@ def match_on_cores(model: PairModel, images: Any, texts: Any, chunk_size: int | 
 
     On another device than the CPU, for few pairs, or for a model that is no `torch.nn.Module` it is `match` itself.
     """
-    threads = torch.get_num_threads()
-    count = min(threads, MOST_THREADS, len(texts), len(images) * len(texts) // LEAST_PAIRS)
-    known = isinstance(model, torch.nn.Module | AveragedModel)
-    if count < 2 or not known or images.embeds.device.type != "cpu" or torch.is_grad_enabled():
+    count = min(cores_for(model, images, len(images) * len(texts)), len(texts))
+    if count < 2:
         return match(model, images, texts, chunk_size)
-    shares = _shares(images, texts, count)
+    parts = list(each_on_a_core(lambda share: match(model, *share, chunk_size), _shares(images, texts, count), count))
+    return torch.cat(parts, dim=0 if len(parts[0]) < len(images) else 1)
+
+
+def cores_for(model: PairModel, images: Any, pairs: int) -> int:
+    """On how many cores so many pairs are scored side by side; 1 where torch's own threads do better."""
+    known = isinstance(model, torch.nn.Module | AveragedModel)
+    if not known or images.embeds.device.type != "cpu" or torch.is_grad_enabled():
+        return 1
+    return max(1, min(torch.get_num_threads(), MOST_THREADS, pairs // LEAST_PAIRS))
+
+
+def each_on_a_core(function: Callable[[Item], Tensor], items: Iterable[Item], count: int) -> Iterator[Tensor]:
+    """`function` of each item, in their order, `count` at a time, each with one thread of torch's."""
+    if count < 2:
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
     half, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-    def score(share: tuple[Any, Any]) -> Tensor:
+    def run(item: Item) -> Tensor:
         torch.set_num_threads(1)  # of this thread
         # Both modes belong to a thread. Each would empty the other's cache of converted weights.
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=half, cache_enabled=False):
-            return match(model, *share, chunk_size)
+            return function(item)
 
     try:
         with ThreadPoolExecutor(count) as pool:
-            parts = list(pool.map(score, shares))
+            yield from pool.map(run, items)
     finally:
         torch.set_num_threads(threads)  # what threads started from now on begin with
-    return torch.cat(parts, dim=0 if len(parts[0]) < len(images) else 1)
 
 
 def _shares(images: Any, texts: Any, count: int) -> list[tuple[Any, Any]]:
