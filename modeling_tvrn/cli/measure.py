@@ -96,7 +96,7 @@ def evaluate(
         raise fail(f"--protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     if exhaustive and shortlist_size is None:
         raise fail("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
-    records = load_pairs(data, split)
+    records: Any = load_pairs(data, split)
     loaded, processor = load(model, device, dtype)
     if regions is not None:
         # A cache names the weights of its tower as they are in full precision.
