@@ -237,7 +237,8 @@ def systems(
         model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
         processor, inputs = TVRNProcessor.from_pretrained(name), records
         if folder is not None:
-            exact = TVRNModel.from_pretrained(name, dtype=torch.float32)  # whose weights the cache names
+            # whose weights the cache names
+            exact = model if options.dtype == "float32" else TVRNModel.from_pretrained(name, dtype=torch.float32)
             inputs = with_checked_regions(records, folder, exact, processor)
         yield name, model, processor, inputs
 

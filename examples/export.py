@@ -25,11 +25,10 @@ import torch
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.export import OnnxModel, export_onnx, quantize_onnx
+from modeling_tvrn.export.quantizing import PARTS
 from modeling_tvrn.export.tvrn_onnx import cat, select
 from modeling_tvrn.metrics import RetrievalMetrics, retrieval_metrics
-from modeling_tvrn.teachers import RegionCache, with_regions
-
-PARTS = ("image", "text", "pair")
+from modeling_tvrn.teachers import with_checked_regions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,17 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
         print("int8: " + ", ".join(f"{name} {size:.1f} MB" for name, size in found["int8_megabytes"].items()))
         precisions.append("int8")
     if options.data is not None:
-        records = load_records(options)
+        records = load_records(options, model, processor)
         found["recall"] = {precision: measure(options, precision, processor, records) for precision in precisions}
     if options.report is not None:
         options.report.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def load_records(options: argparse.Namespace) -> Any:
-    """Photographs, or their regions, with captions."""
+def load_records(options: argparse.Namespace, model: TVRNModel, processor: TVRNProcessor) -> Any:
+    """Photographs, or their regions, with captions; regions of another tower or preprocessing are refused."""
     records = load_pairs(options.data, options.split, verify=False)
     if options.regions is not None:
-        records = with_regions(records, RegionCache.load(options.regions))
+        records = with_checked_regions(records, options.regions, model, processor)
     return records.select(range(options.images)) if options.images is not None else records
 
 

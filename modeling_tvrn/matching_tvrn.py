@@ -104,10 +104,13 @@ class PairMatching:
                 "and the same number of texts for each image."
             )
         check_sides(images, texts, self.config)
-        images, own = _autocast(images), _autocast(texts).trim().grouped(len(images))
-        terms = dict(zip(self._fragment_terms(True), self._score_block(images, own, True), strict=True))
+        return self._block_logits(_autocast(images), _autocast(texts).trim().grouped(len(images)))
+
+    def _block_logits(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        """The pair logits (i, t) of one block, nothing checked or cut."""
+        terms = dict(zip(self._fragment_terms(True), self._score_block(images, texts, True), strict=True))
         if self.config.use_embedding_similarity:
-            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, own.embeds)
+            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
         return self.pair_logits(terms)
 
     def pairs_at_once(self, texts: EncodedTexts) -> int:

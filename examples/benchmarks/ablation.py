@@ -16,6 +16,7 @@ import time
 
 import torch
 from safetensors.torch import load_file
+from terms import match_blocks
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -32,7 +33,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no semantic alignment": {"use_semantic_alignment": False},
     "SGR head": {"similarity_head": "sgr"},
 }
-BLOCK = 250  # captions scored at once
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,11 +73,8 @@ def score(run: Training, images: int) -> tuple[dict[str, Tensor], list[int]]:
     with run.accelerator.autocast():
         records = run.validation_records.select(range(images))
         encoded, texts, rows = encode_dataset(model, run.input_processor, records, progress=False)
-        blocks = [
-            model.match_terms(encoded, texts.select(slice(start, start + BLOCK)))
-            for start in range(0, len(texts), BLOCK)
-        ]
-    return {name: torch.cat([block[name] for block in blocks], dim=1).float() for name in blocks[0]}, rows.tolist()
+        terms = match_blocks(model, encoded, texts)
+    return {name: term.float() for name, term in terms.items()}, rows.tolist()
 
 
 def main() -> None:

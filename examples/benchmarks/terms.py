@@ -49,10 +49,14 @@ def score_terms(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[
     half = nullcontext() if arguments.float32 else torch.autocast("cpu", torch.bfloat16)
     with half:
         images, texts, rows = encode_dataset(model, processor, records)
-        blocks = []
-        for start in tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions"):
-            blocks.append(model.match_terms(images, texts.select(slice(start, start + BLOCK))))
-    return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}, rows.tolist()
+        return match_blocks(model, images, texts), rows.tolist()
+
+
+def match_blocks(model: TVRNModel, images, texts) -> dict[str, Tensor]:
+    """Each term's whole matrix (I, T), some captions at a time."""
+    starts = tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions")
+    blocks = [model.match_terms(images, texts.select(slice(start, start + BLOCK))) for start in starts]
+    return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
 
 
 def main() -> None:
@@ -68,7 +72,8 @@ def main() -> None:
         print(f"{' + '.join(names):34}" + "".join(f"{value:7.1f}" for value in recalls) + f"{found.rsum:8.1f}")
     whole, coarse = tuple(sorted(terms)), tuple(sorted(set(terms) - {"evidence"}))
     if coarse and coarse != whole:
-        print("evidence adds:", paired_bootstrap(metrics[whole], metrics[coarse], seed=arguments.seed))
+        print("what the evidence adds:")
+        print(paired_bootstrap(metrics[whole], metrics[coarse], seed=arguments.seed).table())
     print(f"{time.process_time() - started:.0f} CPU s")
 
 

@@ -155,16 +155,9 @@ class _Pairs(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensors) -> Tensors:
-        model = self.model
         images = EncodedImages(**_fields("images", inputs, EncodedImages))
         texts = EncodedTexts(**_fields("texts", inputs, EncodedTexts))
-        evidence = model.pair(images, texts, model.attention, model.textual_refinement)
-        logits = model.config.evidence_scale * evidence
-        if model.config.use_token_similarity:
-            logits = logits + model.pair.token_similarity(images, texts)
-        if model.config.use_embedding_similarity:
-            logits = logits + model.pair.embedding_similarity(images.embeds, texts.embeds)
-        return {"logits": logits}
+        return {"logits": self.model._block_logits(images, texts)}
 
 
 def _tensors(side: str, encoded: EncodedImages | EncodedTexts) -> Tensors:

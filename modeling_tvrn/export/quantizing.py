@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .tvrn_onnx import MANIFEST
-from .writing import LARGEST_FILE
+from .writing import LARGEST_FILE, megabytes, write_manifest
 
 PARTS = ("image", "text", "pair")
 # Matrix products by weights, among them every linear layer; convolutions would lose more than they win this way.
@@ -46,10 +46,8 @@ def quantize_onnx(directory: str | os.PathLike[str], parts: Sequence[str] = PART
         files[part] = f"{part}.int8.onnx"
         _quantize(folder / manifest["files"]["float32"][part], folder / files[part])
     manifest["files"]["int8"] = files
-    partial = folder / f"{MANIFEST}.part"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    partial.replace(folder / MANIFEST)
-    return {files[part]: (folder / files[part]).stat().st_size / 1e6 for part in parts}
+    write_manifest(folder, manifest)
+    return {files[part]: megabytes(folder, files[part]) for part in parts}
 
 
 def _quantize(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ..durable import publish
 from ..modeling_tvrn import TVRNModel
 from ..pixels_tvrn import pixel_table
 from ..words_tvrn import check_length, special_ids, tokenize
@@ -83,11 +84,11 @@ def export_onnx(
         parity = compare(model, pixel_shape, exported)
         _check_parity(parity, tolerance)
         manifest["largest_difference"] = max(each.worst for each in parity)
-        _write_manifest(whole, manifest)
+        write_manifest(whole, manifest)
         if target.exists():
             shutil.rmtree(target)
         whole.replace(target)
-    sizes = {name: _megabytes(target, name) for name in manifest["files"]["float32"].values()}
+    sizes = {name: megabytes(target, name) for name in manifest["files"]["float32"].values()}
     return ExportReport(target, sizes, parity, manifest["pixels"] is not None, manifest["tokens"] is not None)
 
 
@@ -280,11 +281,14 @@ def _write_beside(folder: Path, processor: Any, manifest: dict[str, Any]) -> Non
     # Beside the graphs there is no package: what it imports from ours lies next to it.
     (folder / "tvrn_onnx.py").write_text(code.replace("from ..pixels_tvrn", "from pixels_tvrn"), "utf-8")
     (folder / "pixels_tvrn.py").write_text((package / "pixels_tvrn.py").read_text("utf-8"), "utf-8")
-    _write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Put the manifest in its place, whole."""
+    partial = folder / f"{MANIFEST}.part"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    publish(partial, folder / MANIFEST)
 
 
 def _check_parity(parity: tuple[Parity, ...], tolerance: float) -> None:
@@ -296,5 +300,6 @@ def _check_parity(parity: tuple[Parity, ...], tolerance: float) -> None:
         )
 
 
-def _megabytes(folder: Path, name: str) -> float:
+def megabytes(folder: Path, name: str) -> float:
+    """Of a graph's file and, where its weights lie beside it, of theirs."""
     return sum(path.stat().st_size for path in folder.glob(f"{name}*")) / 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,16 +134,20 @@ def _aligned(
         most = chunk_size or _pairs_at_once(model, part)
         column_of = np.zeros(len(pairs), dtype=np.int64)
         column_of[places] = local
-
-        def score(batch: _Batch, part: Any = part, column_of: np.ndarray = column_of) -> Tensor:
-            block = at_hand(model, images.select(torch.from_numpy(batch.rows)), dtype)
-            scores = _match_aligned(model, block, part.select(torch.from_numpy(column_of[batch.places].ravel())))
-            return scores[torch.from_numpy(batch.real).to(scores.device)]
-
+        score = partial(_score_batch, model, images, part, column_of, dtype)
         own = list(processes.mine(batches(pairs.rows, places, most)))
         cores = cores_for(model, images, sum(int(batch.real.sum()) for batch in own))
         for batch, scores in zip(own, each_on_a_core(score, own, cores), strict=True):
             yield batch.places[batch.real], scores
+
+
+def _score_batch(
+    model: PairModel, images: Gallery, texts: Any, column_of: np.ndarray, dtype: torch.dtype | None, batch: _Batch
+) -> Tensor:
+    """Scores of a batch's own pairs, without what fills it up; `column_of` tells a pair's row in `texts`."""
+    block = at_hand(model, images.select(torch.from_numpy(batch.rows)), dtype)
+    scores = _match_aligned(model, block, texts.select(torch.from_numpy(column_of[batch.places].ravel())))
+    return scores[torch.from_numpy(batch.real).to(scores.device)]
 
 
 def batches(rows: np.ndarray, places: np.ndarray, most: int) -> Iterator[_Batch]:

@@ -154,6 +154,7 @@ class Phase:
     Attributes:
         stage: what its steps train.
         rate: what the configured learning rate is multiplied by.
+        region_dropout: probability that a region is left out of a step.
         accumulation: batches an optimizer step.
     """
 
@@ -161,6 +162,7 @@ class Phase:
     epochs: int
     stage: Stage
     rate: float = 1.0
+    region_dropout: float = 0.0
     accumulation: int = 1
 
     @property
@@ -177,12 +179,14 @@ class Plan:
         length: epochs; of a stream, optimizer steps.
         batch_size: captions a batch.
         rate: what the configured learning rate is multiplied by.
+        region_dropout: probability that a region is left out of a step.
     """
 
     stage: Stage
     length: int
     batch_size: int
     rate: float
+    region_dropout: float
 
 
 def plans(config: TrainingConfig) -> list[Plan]:
@@ -192,16 +196,29 @@ def plans(config: TrainingConfig) -> list[Plan]:
         head_start, tokens = config.head_start_steps, config.token_steps
         evidence = (config.max_steps or 0) - head_start - tokens
 
-    def plan(stage: Stage, length: int, batch_size: int | None, learning_rate: float | None) -> Plan:
+    def plan(
+        stage: Stage,
+        length: int,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        region_dropout: float | None = None,
+    ) -> Plan:
         rate = (learning_rate or config.learning_rate) / config.learning_rate
-        return Plan(stage, length, batch_size or config.batch_size, rate)
+        dropout = config.region_dropout if region_dropout is None else region_dropout
+        return Plan(stage, length, batch_size or config.batch_size, rate, dropout)
 
     # Without a phase of their own the tokens learn in the head start.
     first = Stage.EMBEDDINGS if tokens or not config.use_token_similarity else Stage.TOKENS
     found = [
-        plan(first, head_start, config.head_start_batch_size, config.head_start_learning_rate),
+        plan(
+            first,
+            head_start,
+            config.head_start_batch_size,
+            config.head_start_learning_rate,
+            config.head_start_region_dropout,
+        ),
         plan(Stage.TOKENS, tokens, config.token_batch_size, config.token_learning_rate),
-        plan(Stage.EVIDENCE, evidence, None, None),
+        plan(Stage.EVIDENCE, evidence),
     ]
     return [each for each in found if each.length]
 
@@ -214,6 +231,7 @@ def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
             plan.length,
             plan.stage,
             plan.rate,
+            plan.region_dropout,
             config.gradient_accumulation_steps,
         )
         for plan in plans(config)

@@ -83,7 +83,7 @@ class Training(Run):
     def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
         self._set_rates(phase)
-        self._set_region_dropout(phase)
+        self.accelerator.unwrap_model(self.objective).region_dropout = phase.region_dropout
         if self.config.keep_head_start and phase is not self.phases[0]:
             change_trained(self.objective, lambda: self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE))
         last = phase is self.phases[-1]
@@ -94,12 +94,6 @@ class Training(Run):
             following = self.phases[self.phase_number].batches
             if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
                 following.follow(phase.batches)
-
-    def _set_region_dropout(self, phase: Phase) -> None:
-        config, objective = self.config, self.accelerator.unwrap_model(self.objective)
-        has_head_start = config.head_start_epochs or config.head_start_steps
-        own = config.head_start_region_dropout if has_head_start and phase is self.phases[0] else None
-        objective.region_dropout = config.region_dropout if own is None else own
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""

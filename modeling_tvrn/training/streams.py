@@ -132,7 +132,8 @@ def stream_phases(config: TrainingConfig, records: Any, accelerator: Accelerator
                 "nothing; raise batch_size, or the stage's own"
             )
         first, end = (plan.batch_size * number // processes for number in (process, process + 1))
-        found.append(Phase(StreamBatches(stream, end - first, plan.length * group), 1, plan.stage, plan.rate, group))
+        batches = StreamBatches(stream, end - first, plan.length * group)
+        found.append(Phase(batches, 1, plan.stage, plan.rate, plan.region_dropout, group))
     return found
 
 
