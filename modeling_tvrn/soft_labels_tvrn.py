@@ -2,7 +2,9 @@
 Shipped.
 
 Huang, Nie, Wang, Shang, AAAI 2024. A batch is N pairs, one caption a row: an image that stands in the batch twice has
-two rows. The diagonal is kept on both sides. Labels carry no gradient.
+two rows. The paper keeps the diagonal on both sides; `exclude_self` leaves it out of both, so that a row says which
+*other* items are near: with it, a row peaked enough to tell them apart puts most of its weight on the item itself,
+which the contrastive loss teaches already. Labels carry no gradient.
 """
 
 import logging
@@ -22,12 +24,13 @@ TEACHER_COMBINATIONS = ("own", "mean", "geometric_mean")
 UNIFORM, ONE_HOT = 0.999, 0.01
 
 
-def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0) -> Tensor:
+def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0, exclude_self: bool = False) -> Tensor:
     """Each item's distribution over the batch by its teacher: softmax of the cosines over the temperature.
 
     Args:
         teacher_embeds: (N, D), any norm above 0.
         teacher_temperature: Above 0.
+        exclude_self: Over the other items alone: 0 on the diagonal.
 
     Returns:
         (N, N) rows that sum to 1, without gradient; float32 (float64 for float64 vectors).
@@ -36,11 +39,15 @@ def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0) -> Ten
         ValueError: On another shape, NaN, a vector of zeros, or a bad temperature.
     """
     _check_temperature("teacher_temperature", teacher_temperature)
-    return (_cosines("teacher_embeds", teacher_embeds.detach()) / teacher_temperature).softmax(dim=1)
+    return _rows(_cosines("teacher_embeds", teacher_embeds.detach()), teacher_temperature, exclude_self)
 
 
 def cross_modal_soft_label_loss(
-    similarity: Tensor, image_soft_labels: Tensor, text_soft_labels: Tensor, student_temperature: Tensor | float
+    similarity: Tensor,
+    image_soft_labels: Tensor,
+    text_soft_labels: Tensor,
+    student_temperature: Tensor | float,
+    exclude_self: bool = False,
 ) -> Tensor:
     """CSA: ½ KL(image labels ‖ softmax(similarity / τ)) + ½ KL(text labels ‖ softmax(similarityᵀ / τ)).
 
@@ -48,6 +55,7 @@ def cross_modal_soft_label_loss(
         similarity: (N, N), rows images, columns texts: cosines of a dual encoder, or matching scores of TVRN.
         image_soft_labels, text_soft_labels: (N, N), rows that sum to 1; of images for rows, of texts for columns.
         student_temperature: τ, above 0.
+        exclude_self: The student's rows leave out the pair itself, as the labels must.
 
     Returns:
         Scalar; KL summed over a row, averaged over rows; float32 (float64 for float64 similarities).
@@ -55,8 +63,9 @@ def cross_modal_soft_label_loss(
     Raises:
         ValueError: On shapes that differ, NaN, labels that are no distributions, or a bad temperature.
     """
-    image_part = _divergence("image_soft_labels", image_soft_labels, similarity, student_temperature)
-    text_part = _divergence("text_soft_labels", text_soft_labels, similarity.T, student_temperature)
+    student = student_temperature, exclude_self
+    image_part = _divergence("image_soft_labels", image_soft_labels, similarity, *student)
+    text_part = _divergence("text_soft_labels", text_soft_labels, similarity.T, *student)
     return (image_part + text_part) / 2
 
 
@@ -67,6 +76,7 @@ def uni_modal_soft_label_loss(
     text_soft_labels: Tensor,
     image_temperature: Tensor | float,
     text_temperature: Tensor | float,
+    exclude_self: bool = False,
 ) -> Tensor:
     """USA: ½ KL(image labels ‖ softmax(image similarity / τ_I)) + ½ KL(text labels ‖ softmax(text similarity / τ_T)).
 
@@ -74,6 +84,7 @@ def uni_modal_soft_label_loss(
         image_similarity, text_similarity: (N, N) cosines within one modality, of the student's uni-modal embeddings.
         image_soft_labels, text_soft_labels: (N, N), rows that sum to 1.
         image_temperature, text_temperature: τ_I and τ_T, above 0.
+        exclude_self: The student's rows leave out the item itself, as the labels must.
 
     Returns:
         Scalar; KL summed over a row, averaged over rows; float32 (float64 for float64 similarities).
@@ -81,8 +92,9 @@ def uni_modal_soft_label_loss(
     Raises:
         ValueError: On shapes that differ, NaN, labels that are no distributions, or a bad temperature.
     """
-    image_part = _divergence("image_soft_labels", image_soft_labels, image_similarity, image_temperature)
-    text_part = _divergence("text_soft_labels", text_soft_labels, text_similarity, text_temperature)
+    images, texts = (image_similarity, image_temperature), (text_similarity, text_temperature)
+    image_part = _divergence("image_soft_labels", image_soft_labels, *images, exclude_self)
+    text_part = _divergence("text_soft_labels", text_soft_labels, *texts, exclude_self)
     return (image_part + text_part) / 2
 
 
@@ -108,6 +120,9 @@ class CUSA(nn.Module):
         teacher_temperature: Of both teachers, fixed.
         teachers: Whose cosines label the cross-modal part. `"own"`: images' for rows, texts' for columns. `"mean"` and
             `"geometric_mean"` (the square root of the product, negative products clipped to 0) of both, for both.
+        exclude_self: Labels and students over the other items alone (the paper keeps the diagonal).
+        center_teachers: Cosines about the batch's mean vector. Features that are never negative, such as pooled CNN
+            maps, all point one way; without their mean they tell items apart.
 
     Raises:
         ValueError: On a negative weight, both weights 0, a temperature outside its bounds, or an unknown combination.
@@ -122,6 +137,8 @@ class CUSA(nn.Module):
         uni_modal_temperature_bounds: tuple[float, float] = (0.10, 1.00),
         teacher_temperature: float = 1.0,
         teachers: str = "own",
+        exclude_self: bool = False,
+        center_teachers: bool = False,
     ) -> None:
         super().__init__()
         _check_weights(alpha, beta)
@@ -130,6 +147,7 @@ class CUSA(nn.Module):
         _check_temperature("teacher_temperature", teacher_temperature)
         self.alpha, self.beta, self.teachers = alpha, beta, teachers
         self.teacher_temperature = teacher_temperature
+        self.exclude_self, self.center_teachers = exclude_self, center_teachers
         self.bounds: Mapping[str, tuple[float, float]] = {
             "student_temperature": temperature_bounds,
             "image_temperature": uni_modal_temperature_bounds,
@@ -180,16 +198,18 @@ class CUSA(nn.Module):
                 f"CUSA with alpha={self.alpha} and beta={self.beta} came without {', '.join(missing)}; pass it, or "
                 "set the weight of the part that needs it (alpha: similarity, beta: embeddings) to 0."
             )
-        cosines = _teacher_cosines(image_teacher_embeds, text_teacher_embeds)
+        _check_pairs(image_teacher_embeds, text_teacher_embeds, least=3 if self.exclude_self else 2)
+        cosines = self._teacher_cosines(image_teacher_embeds, text_teacher_embeds)
         self._look_at_entropy(*cosines)
         parts: dict[str, Tensor] = {}
         if similarity is not None and self.alpha:
-            labels = self._rows(*self._combined(*cosines))
-            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, self.student_temperature)
+            labels = self._labels(*self._combined(*cosines))
+            student = self.student_temperature, self.exclude_self
+            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, *student)
         if image_embeds is not None and text_embeds is not None and self.beta:
             students = _cosines("image_embeds", image_embeds), _cosines("text_embeds", text_embeds)
-            temperatures = self.image_temperature, self.text_temperature
-            parts["uni_modal"] = uni_modal_soft_label_loss(*students, *self._rows(*cosines), *temperatures)
+            student = self.image_temperature, self.text_temperature, self.exclude_self
+            parts["uni_modal"] = uni_modal_soft_label_loss(*students, *self._labels(*cosines), *student)
         weights = {"cross_modal": self.alpha, "uni_modal": self.beta}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}
@@ -201,8 +221,8 @@ class CUSA(nn.Module):
         if self._has_looked_at_entropy:
             return
         self._has_looked_at_entropy = True
-        for side, rows in zip(("image", "text"), self._rows(*teacher_cosines), strict=True):
-            entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows))
+        for side, rows in zip(("image", "text"), self._labels(*teacher_cosines), strict=True):
+            entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows) - self.exclude_self)
             low, high = entropies.min().item(), entropies.max().item()
             if low > UNIFORM or high < ONE_HOT:
                 logger.warning(
@@ -221,11 +241,14 @@ class CUSA(nn.Module):
             both = (image_cosines * text_cosines).clamp(min=0).sqrt()
         return both, both
 
-    def _rows(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
-        image_labels, text_labels = (
-            (cosines / self.teacher_temperature).softmax(dim=1) for cosines in (image_cosines, text_cosines)
-        )
-        return image_labels, text_labels
+    @torch.no_grad()
+    def _teacher_cosines(self, image_teacher_embeds: Tensor, text_teacher_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        images = _cosines("image_teacher_embeds", image_teacher_embeds, self.center_teachers)
+        return images, _cosines("text_teacher_embeds", text_teacher_embeds, self.center_teachers)
+
+    def _labels(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.teacher_temperature, self.exclude_self
+        return _rows(image_cosines, *settings), _rows(text_cosines, *settings)
 
     def _check_bounds(self) -> None:
         for name, (low, high) in self.bounds.items():
@@ -237,24 +260,34 @@ class CUSA(nn.Module):
                 )
 
 
-def _teacher_cosines(image_teacher_embeds: Tensor, text_teacher_embeds: Tensor) -> tuple[Tensor, Tensor]:
+def _check_pairs(image_teacher_embeds: Tensor, text_teacher_embeds: Tensor, least: int) -> None:
     if len(image_teacher_embeds) != len(text_teacher_embeds):
         raise ValueError(
             f"There are {len(image_teacher_embeds)} image and {len(text_teacher_embeds)} text teacher vectors; "
             "expected one of each for every pair of the batch: repeat an image's vector for each of its captions."
         )
-    if len(image_teacher_embeds) == 1:
+    if len(image_teacher_embeds) < least:
+        found = {1: "one pair", 2: "two pairs"}.get(len(image_teacher_embeds), "no pairs")
         raise ValueError(
-            "CUSA got a batch of one pair, expected at least two: alone, a pair's loss is 0 whatever the model says. "
-            "Use a larger batch."
+            f"CUSA got a batch of {found}, expected at least {'three with exclude_self' if least == 3 else 'two'}: "
+            "with fewer, the loss is 0 whatever the model says. Use a larger batch."
         )
-    with torch.no_grad():
-        images = _cosines("image_teacher_embeds", image_teacher_embeds)
-        return images, _cosines("text_teacher_embeds", text_teacher_embeds)
 
 
-def _cosines(name: str, embeds: Tensor) -> Tensor:
-    """(N, N) cosines of (N, D) vectors, in float32 at least."""
+def _rows(cosines: Tensor, temperature: float, exclude_self: bool) -> Tensor:
+    """(N, N) distributions over the batch, or over the others of it."""
+    scores = cosines / temperature
+    return (_without_self(scores) if exclude_self else scores).softmax(dim=1)
+
+
+def _without_self(scores: Tensor) -> Tensor:
+    """(N, N) with a diagonal so low that a softmax gives it 0; finite, as 0 · -inf of a divergence is NaN."""
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(own, torch.finfo(scores.dtype).min)
+
+
+def _cosines(name: str, embeds: Tensor, about_mean: bool = False) -> Tensor:
+    """(N, N) cosines of (N, D) vectors, in float32 at least; of what is left without their mean direction."""
     if embeds.ndim != 2 or 0 in embeds.shape:
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (items, size), neither of them 0.")
     norms = embeds.detach().norm(dim=1)
@@ -268,10 +301,14 @@ def _cosines(name: str, embeds: Tensor) -> Tensor:
     # Autocast would multiply in bfloat16, whose step near 1 is the size of the differences that labels are made of.
     with torch.autocast(embeds.device.type, enabled=False):
         unit = F.normalize(at_least_float32(embeds), dim=1)
+        if about_mean:
+            unit = F.normalize(unit - unit.mean(dim=0), dim=1)
         return unit @ unit.T
 
 
-def _divergence(name: str, labels: Tensor, similarity: Tensor, temperature: Tensor | float) -> Tensor:
+def _divergence(
+    name: str, labels: Tensor, similarity: Tensor, temperature: Tensor | float, exclude_self: bool
+) -> Tensor:
     """KL(labels ‖ softmax(similarity / temperature)), summed over a row and averaged over rows."""
     _check_temperature("temperature", temperature)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or labels.shape != similarity.shape:
@@ -288,7 +325,15 @@ def _divergence(name: str, labels: Tensor, similarity: Tensor, temperature: Tens
             f"{labels.sum(dim=1).max().item():.4g}, least entry {labels.min().item():.4g}), and its similarity must "
             "be finite; make labels with soft_labels(), and look for NaN in the embeddings."
         )
-    return F.kl_div((similarity / temperature).log_softmax(dim=1), labels, reduction="batchmean")
+    scores = similarity / temperature
+    if exclude_self:
+        if labels.diagonal().any():
+            raise ValueError(
+                f"{name} gives items up to {labels.diagonal().max().item():.4g} of their own row, but exclude_self "
+                "leaves them out of it; make the labels with soft_labels(…, exclude_self=True)."
+            )
+        scores = _without_self(scores)
+    return F.kl_div(scores.log_softmax(dim=1), labels, reduction="batchmean")
 
 
 def _check_temperature(name: str, temperature: Tensor | float) -> None:

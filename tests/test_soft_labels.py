@@ -49,8 +49,24 @@ def divergence_oracle(labels, similarity, temperature: float) -> float:
     return total / len(labels)
 
 
-def cusa_oracle(given: dict[str, np.ndarray], teachers: str, temperature: float = 0.45) -> tuple[float, float]:
-    images, texts = (cosine_rows(given[f"{side}_teacher_embeds"]) for side in ("image", "text"))
+def about_mean(vectors: np.ndarray) -> np.ndarray:
+    unit = np.array([vector / math.sqrt(sum(vector * vector)) for vector in vectors])
+    return unit - sum(unit) / len(unit)
+
+
+def without_self(rows) -> list[list[float]]:
+    return [[value for column, value in enumerate(row) if column != number] for number, row in enumerate(rows)]
+
+
+def cusa_oracle(
+    given: dict[str, np.ndarray],
+    teachers: str,
+    temperature: float = 0.45,
+    exclude_self: bool = False,
+    center_teachers: bool = False,
+) -> tuple[float, float]:
+    vectors = [given[f"{side}_teacher_embeds"] for side in ("image", "text")]
+    images, texts = (cosine_rows(about_mean(side) if center_teachers else side) for side in vectors)
     own = labels_oracle(images), labels_oracle(texts)
     cross = own
     if teachers != "own":
@@ -60,15 +76,19 @@ def cusa_oracle(given: dict[str, np.ndarray], teachers: str, temperature: float 
         both = [[combine(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(images, texts, strict=True)]
         cross = labels_oracle(both), labels_oracle(both)
     similarity = given["similarity"]
-    csa = [
-        divergence_oracle(cross[0], similarity, temperature),
-        divergence_oracle(cross[1], similarity.T, temperature),
-    ]
-    usa = [
-        divergence_oracle(own[k], cosine_rows(given[f"{side}_embeds"]), temperature)
-        for k, side in enumerate(("image", "text"))
-    ]
+    students = [similarity, similarity.T, *(cosine_rows(given[f"{side}_embeds"]) for side in ("image", "text"))]
+    if exclude_self:
+        # Rows are distributions over the others: the softmax runs over one entry less.
+        students = [without_self(rows) for rows in students]
+        cross, own = ([softmax_row_again(rows) for rows in pair] for pair in (cross, own))
+    csa = [divergence_oracle(cross[k], students[k], temperature) for k in (0, 1)]
+    usa = [divergence_oracle(own[k], students[2 + k], temperature) for k in (0, 1)]
     return sum(csa) / 2, sum(usa) / 2
+
+
+def softmax_row_again(rows) -> list[list[float]]:
+    """Distributions over the others alone: without the own share, and sums of 1 again."""
+    return [[value / sum(row) for value in row] for row in without_self(rows)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.07])
@@ -80,11 +100,12 @@ def test_soft_labels_are_the_softmax_of_the_teachers_cosines(temperature: float)
     assert (labels.argmax(dim=1) == torch.arange(N)).all()  # the diagonal is kept
 
 
+@pytest.mark.parametrize("variant", [{}, {"exclude_self": True}, {"center_teachers": True}])
 @pytest.mark.parametrize("teachers", ["own", "mean", "geometric_mean"])
-def test_cusa_equals_its_formulas(teachers: str) -> None:
+def test_cusa_equals_its_formulas(teachers: str, variant: dict[str, bool]) -> None:
     given = batch(1)
-    csa, usa = cusa_oracle(given, teachers)
-    result = CUSA(alpha=0.6, beta=0.3, teachers=teachers)(**tensors(given))
+    csa, usa = cusa_oracle(given, teachers, **variant)
+    result = CUSA(alpha=0.6, beta=0.3, teachers=teachers, **variant)(**tensors(given))
     assert result.cross_modal.item() == pytest.approx(csa, rel=1e-6)  # the learned temperatures are float32
     assert result.uni_modal.item() == pytest.approx(usa, rel=1e-6)
     assert result.loss.item() == pytest.approx(0.6 * csa + 0.3 * usa, rel=1e-6)
@@ -115,8 +136,9 @@ def test_a_student_that_agrees_with_its_teachers_has_no_loss_and_no_gradient() -
     assert disagreeing > 0.01
 
 
-def test_gradients_are_exact_and_reach_embeddings_similarities_and_temperatures() -> None:
-    cusa, given = CUSA().double(), tensors(batch(4))
+@pytest.mark.parametrize("variant", [{}, {"exclude_self": True, "center_teachers": True}])
+def test_gradients_are_exact_and_reach_embeddings_similarities_and_temperatures(variant: dict[str, bool]) -> None:
+    cusa, given = CUSA(**variant).double(), tensors(batch(4))
     students = tuple(given[name].requires_grad_() for name in INPUTS[2:])
     teachers = [given[name] for name in INPUTS[:2]]
     assert torch.autograd.gradcheck(lambda *students: cusa(*teachers, *students).loss, students)
@@ -129,6 +151,34 @@ def test_gradients_are_exact_and_reach_embeddings_similarities_and_temperatures(
             losses.append(cusa(**given).loss.item())
         parameter.data = value
         assert parameter.grad.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5)
+
+
+def test_labels_of_the_others_say_nothing_of_the_item_itself() -> None:
+    """However near an item's own similarity, or its own label: both are left out."""
+    given = tensors(batch(11))
+    labels = soft_labels(given["text_teacher_embeds"], 0.2, exclude_self=True)
+    assert not labels.diagonal().any()
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(N, dtype=torch.float64))
+    similarity = given["similarity"].requires_grad_()
+    loss = cross_modal_soft_label_loss(similarity, labels, labels, 0.3, exclude_self=True)
+    (gradient,) = torch.autograd.grad(loss, similarity)
+    assert not gradient.diagonal().any()
+    assert gradient[~torch.eye(N, dtype=torch.bool)].all()
+    moved = cross_modal_soft_label_loss(similarity + 9 * torch.eye(N), labels, labels, 0.3, exclude_self=True)
+    torch.testing.assert_close(moved, loss)
+    with pytest.raises(ValueError, match=r"image_soft_labels gives items up to 0\.\d+ of their own row"):
+        cross_modal_soft_label_loss(similarity, soft_labels(given["image_teacher_embeds"]), labels, 0.3, True)
+
+
+def test_features_of_one_sign_tell_items_apart_about_their_mean(caplog) -> None:
+    """Pooled CNN maps are never negative: all cosines are near 1, and every row is uniform."""
+    given = tensors(batch(12))
+    given["image_teacher_embeds"] = 30.0 + given["image_teacher_embeds"]
+    with caplog.at_level(logging.WARNING):
+        CUSA(center_teachers=True)(**given)
+        assert not caplog.records
+        CUSA()(**given)
+    assert "every row of the image teacher is uniform" in caplog.text
 
 
 def test_teachers_never_receive_a_gradient() -> None:
@@ -249,6 +299,8 @@ def test_a_batch_of_one_is_refused() -> None:
     """Its labels are 1 and its loss 0, whatever the model says."""
     with pytest.raises(ValueError, match="batch of one pair, expected at least two"):
         CUSA()(**{name: value[:1] for name, value in tensors(batch()).items()})
+    with pytest.raises(ValueError, match="batch of two pairs, expected at least three with exclude_self"):
+        CUSA(exclude_self=True)(**{name: value[:2] for name, value in tensors(batch()).items()})
 
 
 @pytest.mark.parametrize(("temperature", "word"), [(50.0, "uniform"), (0.002, "one-hot")])

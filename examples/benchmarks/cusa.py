@@ -55,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--student-temperature", type=float, default=0.45, help="where the learned ones start")
     parser.add_argument("--lowest-temperature", type=float, default=0.1)
     parser.add_argument("--teachers", default="own", choices=["own", "mean", "geometric_mean"])
+    parser.add_argument("--exclude-self", action="store_true", help="labels of the other items alone")
+    parser.add_argument("--center-teachers", action="store_true", help="the teachers' cosines about their mean")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -122,7 +124,7 @@ def train(material: Material, row: str, seed: int, arguments: argparse.Namespace
     if row != "baseline":
         cusa = CUSA(
             *(alpha, beta, arguments.student_temperature, (low, 0.99), (low, 1.0)),
-            *(arguments.teacher_temperature, arguments.teachers),
+            *(arguments.teacher_temperature, arguments.teachers, arguments.exclude_self, arguments.center_teachers),
         )
     learned = [*model.parameters(), *heads.parameters(), *(cusa.parameters() if cusa is not None else ())]
     decayed, flat = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim < 2]

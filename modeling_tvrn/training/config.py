@@ -224,6 +224,12 @@ class TrainingConfig:
         "whose cosines label the cross-modal part: each side's own teacher, or both by their mean",
         choices=("own", "mean", "geometric_mean"),
     )
+    cusa_exclude_self: bool = setting(
+        False, "cusa", "label the other items of a batch alone, without the diagonal that the paper keeps"
+    )
+    cusa_center_teachers: bool = setting(
+        False, "cusa", "the teachers' cosines about the batch's mean vector: tells never-negative features apart"
+    )
 
     evaluation_steps: int | None = setting(
         None, "evaluation", "optimizer steps between two evaluations (null: at the end of each epoch)", minimum=1

@@ -33,6 +33,8 @@ class Settings(Protocol):
     cusa_student_temperature: float
     cusa_lowest_temperature: float
     cusa_teachers: str
+    cusa_exclude_self: bool
+    cusa_center_teachers: bool
     cusa_image_teacher: str | None
     cusa_text_teacher: str | None
 
@@ -151,6 +153,8 @@ class CUSATerms(nn.Module):
             "uni_modal_temperature_bounds": (low, 1.0),
             "teacher_temperature": config.cusa_teacher_temperature,
             "teachers": config.cusa_teachers,
+            "exclude_self": config.cusa_exclude_self,
+            "center_teachers": config.cusa_center_teachers,
         }
         self.embeddings = CUSA(config.cusa_alpha, config.cusa_beta, **settings)
         names = list(similarities) if config.cusa_alpha else []

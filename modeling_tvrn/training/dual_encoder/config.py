@@ -52,6 +52,8 @@ class DualEncoderConfig:
     cusa_student_temperature: float = like("cusa_student_temperature")
     cusa_lowest_temperature: float = like("cusa_lowest_temperature")
     cusa_teachers: str = like("cusa_teachers")
+    cusa_exclude_self: bool = like("cusa_exclude_self")
+    cusa_center_teachers: bool = like("cusa_center_teachers")
 
     evaluation_batch_size: int = like("evaluation_batch_size")
     output_dir: str = setting("runs/dual-encoder", "run", "folder of the model: checkpoint, processor, heads, results")
