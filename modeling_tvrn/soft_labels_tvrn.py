@@ -123,6 +123,8 @@ class CUSA(nn.Module):
         exclude_self: Labels and students over the other items alone (the paper keeps the diagonal).
         center_teachers: Cosines about the batch's mean vector. Features that are never negative, such as pooled CNN
             maps, all point one way; without their mean they tell items apart.
+        on_logits: The cross-modal similarities are logits, with the scale that the model's own loss learns, and get no
+            temperature here (the paper: cosines or scores, with one).
 
     Raises:
         ValueError: On a negative weight, both weights 0, a temperature outside its bounds, or an unknown combination.
@@ -139,6 +141,7 @@ class CUSA(nn.Module):
         teachers: str = "own",
         exclude_self: bool = False,
         center_teachers: bool = False,
+        on_logits: bool = False,
     ) -> None:
         super().__init__()
         _check_weights(alpha, beta)
@@ -147,12 +150,10 @@ class CUSA(nn.Module):
         _check_temperature("teacher_temperature", teacher_temperature)
         self.alpha, self.beta, self.teachers = alpha, beta, teachers
         self.teacher_temperature = teacher_temperature
-        self.exclude_self, self.center_teachers = exclude_self, center_teachers
-        self.bounds: Mapping[str, tuple[float, float]] = {
-            "student_temperature": temperature_bounds,
-            "image_temperature": uni_modal_temperature_bounds,
-            "text_temperature": uni_modal_temperature_bounds,
-        }
+        self.exclude_self, self.center_teachers, self.on_logits = exclude_self, center_teachers, on_logits
+        uni_modal = dict.fromkeys(("image_temperature", "text_temperature"), uni_modal_temperature_bounds)
+        cross_modal = {} if on_logits else {"student_temperature": temperature_bounds}
+        self.bounds: Mapping[str, tuple[float, float]] = cross_modal | uni_modal
         for name, (low, high) in self.bounds.items():
             if not 0 < low <= student_temperature <= high:
                 raise ValueError(
@@ -160,10 +161,9 @@ class CUSA(nn.Module):
                     "expected 0 < lower bound <= student_temperature <= upper bound."
                 )
         self._has_looked_at_entropy = False
-        # Shape (1,): parameters without dimensions cannot be sharded.
-        self.student_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
-        self.image_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
-        self.text_temperature = nn.Parameter(torch.tensor([float(student_temperature)]))
+        for name in self.bounds:
+            # Shape (1,): parameters without dimensions cannot be sharded.
+            self.register_parameter(name, nn.Parameter(torch.tensor([float(student_temperature)])))
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
@@ -183,7 +183,7 @@ class CUSA(nn.Module):
 
         Args:
             image_teacher_embeds, text_teacher_embeds: (N, any) each, of frozen teachers.
-            similarity: (N, N) cosines or scores, rows images; needed if alpha > 0.
+            similarity: (N, N) cosines or scores, or logits with `on_logits`, rows images; needed if alpha > 0.
             image_embeds, text_embeds: (N, any) each, the student's uni-modal embeddings; needed if beta > 0.
 
         Raises:
@@ -204,12 +204,14 @@ class CUSA(nn.Module):
         parts: dict[str, Tensor] = {}
         if similarity is not None and self.alpha:
             labels = self._labels(*self._combined(*cosines))
-            student = self.student_temperature, self.exclude_self
-            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, *student)
+            temperature = 1.0 if self.on_logits else self.get_parameter("student_temperature")
+            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, temperature, self.exclude_self)
         if image_embeds is not None and text_embeds is not None and self.beta:
             students = _cosines("image_embeds", image_embeds), _cosines("text_embeds", text_embeds)
-            student = self.image_temperature, self.text_temperature, self.exclude_self
-            parts["uni_modal"] = uni_modal_soft_label_loss(*students, *self._labels(*cosines), *student)
+            temperatures = self.get_parameter("image_temperature"), self.get_parameter("text_temperature")
+            parts["uni_modal"] = uni_modal_soft_label_loss(
+                *students, *self._labels(*cosines), *temperatures, self.exclude_self
+            )
         weights = {"cross_modal": self.alpha, "uni_modal": self.beta}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}

@@ -11,7 +11,7 @@ from modeling_tvrn.teachers.teacher_items import contents_of, digests_of, item_i
 
 def write_cache(folder: Path, modality: str, records: Any, vectors: np.ndarray, shard_size: int = 5) -> TeacherCache:
     """A cache of these vectors (n, D), made unit-norm, in the order of the records' images or captions."""
-    fingerprint = {"teacher": {"modality": modality, "class": "Made"}, "pooling": "mean"}
+    fingerprint = {"teacher": {"modality": modality, "class": "Made", "weights_sha256": "0f" * 32}, "pooling": "mean"}
     writer = StoreWriter(folder, fingerprint, shard_size)
     firsts, seconds = contents_of(records, modality)
     writer.append(

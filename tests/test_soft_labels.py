@@ -170,6 +170,20 @@ def test_labels_of_the_others_say_nothing_of_the_item_itself() -> None:
         cross_modal_soft_label_loss(similarity, soft_labels(given["image_teacher_embeds"]), labels, 0.3, True)
 
 
+def test_logits_have_the_models_own_scale_and_no_temperature_here() -> None:
+    given = tensors(batch(13))
+    cusa = CUSA(alpha=0.7, beta=0.0, on_logits=True)
+    labels = [soft_labels(given[f"{side}_teacher_embeds"]) for side in ("image", "text")]
+    expected = cross_modal_soft_label_loss(given["similarity"] * 7, *labels, 1.0)
+    scale = torch.tensor(7.0, requires_grad=True)
+    result = cusa(*(given[name] for name in INPUTS[:2]), similarity=given["similarity"] * scale)
+    torch.testing.assert_close(result.loss, 0.7 * expected)
+    result.loss.backward()
+    assert scale.grad
+    assert {name for name, _ in cusa.named_parameters()} == {"image_temperature", "text_temperature"}
+    cusa.clamp_temperatures()
+
+
 def test_features_of_one_sign_tell_items_apart_about_their_mean(caplog) -> None:
     """Pooled CNN maps are never negative: all cosines are near 1, and every row is uniform."""
     given = tensors(batch(12))

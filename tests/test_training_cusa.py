@@ -95,6 +95,41 @@ def test_what_gets_soft_labels_in_each_stage(
     assert output["parts"]["cusa_uni_modal"].item() == pytest.approx(expected.uni_modal.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict, tmp_path: Path, alone: bool) -> None:
+    """Each similarity in the scale of its own loss, without its diagonal, beside centred teachers."""
+    keys = {"cusa_exclude_self": True, "cusa_center_teachers": True, "cusa_on_logits": True, "cusa_beta": 0.0}
+    model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5, "evidence_scale": 2.0}
+    run = Training(config(data, caches, tmp_path, **keys, model=model))
+    batch = next(iter(run.loaders[0]))
+    output = run.objective(batch)
+    own = {name: value for name, value in batch.items() if "teacher" not in name}
+    images = run.model.encode_images(**{k: v for k, v in own.items() if "region" in k})
+    texts = run.model.encode_texts(
+        **{k: v for k, v in own.items() if k in ("input_ids", "attention_mask", "word_mask")}
+    )
+    terms = run.model.match_terms(images, texts)
+    logits = {
+        "cross_modal": images.embeds @ texts.embeds.T * run.model.logit_scale.exp(),
+        "tokens": terms["tokens"],
+        "pairs": terms["evidence"] / 2.0 if alone else sum(terms.values()),
+    }
+    vectors = [batch[f"teacher_{side}_embeds"].float() for side in ("image", "text")]
+    rows = [own["image_ids"].tolist().index(number) for number in own["text_image_ids"].tolist()]
+    for name, similarity in logits.items():
+        similarity = similarity[rows]
+        off, divergence = ~torch.eye(len(similarity), dtype=torch.bool), 0.0
+        for side, scores in zip(vectors, (similarity, similarity.T), strict=True):
+            unit = torch.nn.functional.normalize(side, dim=1)
+            label = torch.cosine_similarity(*((unit - unit.mean(0))[:, None], (unit - unit.mean(0))[None]), dim=-1)
+            target, student = (
+                torch.stack([row[kept].softmax(0) for row, kept in zip(values, off, strict=True)])
+                for values in (label / 0.2, scores)
+            )
+            divergence += (target * (target.log() - student.log())).sum(1).mean().item() / 2
+        assert output["parts"][f"cusa_{name}"].item() == pytest.approx(divergence, rel=1e-4)
+
+
 def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: dict, tmp_path: Path) -> None:
     keys = {"head_start_epochs": 12, "head_start_learning_rate": 1e-2, "epochs": 1, "logging_steps": 4}
     result = train(config(data, caches, tmp_path / "run", **keys, cusa_alpha=0.5, cusa_beta=2.0))
@@ -104,6 +139,16 @@ def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: di
     model = TVRNModel.from_pretrained(tmp_path / "run")
     assert model.config.use_unimodal_heads
     assert result["config"]["cusa_beta"] == 2.0
+
+
+def test_results_and_card_name_the_teachers(data: Path, caches: dict, tmp_path: Path) -> None:
+    result = train(config(data, caches, tmp_path / "run", epochs=1))
+    card = (tmp_path / "run/README.md").read_text("utf-8")
+    for modality in ("image", "text"):
+        cache = TeacherCache.load(caches[f"cusa_{modality}_teacher"])
+        assert result["teachers"][modality] == cache.source
+        assert f"CUSA's {modality} teacher, frozen" in card
+        assert str(cache.fingerprint["pooling"]) in card
 
 
 def test_temperatures_are_learned_within_their_bounds(data: Path, caches: dict, tmp_path: Path) -> None:

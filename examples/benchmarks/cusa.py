@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lowest-temperature", type=float, default=0.1)
     parser.add_argument("--teachers", default="own", choices=["own", "mean", "geometric_mean"])
     parser.add_argument("--exclude-self", action="store_true", help="labels of the other items alone")
+    parser.add_argument("--on-logits", action="store_true", help="CSA in InfoNCE's scale, no temperature of its own")
     parser.add_argument("--center-teachers", action="store_true", help="the teachers' cosines about their mean")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=256)
@@ -124,7 +125,8 @@ def train(material: Material, row: str, seed: int, arguments: argparse.Namespace
     if row != "baseline":
         cusa = CUSA(
             *(alpha, beta, arguments.student_temperature, (low, 0.99), (low, 1.0)),
-            *(arguments.teacher_temperature, arguments.teachers, arguments.exclude_self, arguments.center_teachers),
+            *(arguments.teacher_temperature, arguments.teachers),
+            *(arguments.exclude_self, arguments.center_teachers, arguments.on_logits),
         )
     learned = [*model.parameters(), *heads.parameters(), *(cusa.parameters() if cusa is not None else ())]
     decayed, flat = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim < 2]
@@ -149,7 +151,8 @@ def train(material: Material, row: str, seed: int, arguments: argparse.Namespace
             if cusa is not None:
                 unimodal = [head(side) for head, side in zip(heads, embeds, strict=True)] if beta else [None, None]
                 teachers = material.image_teacher[ids], material.text_teacher[batch]
-                loss = loss + cusa(*teachers, embeds[0] @ embeds[1].T, *unimodal).loss
+                similarity = embeds[0] @ embeds[1].T * (model.logit_scale.exp() if arguments.on_logits else 1.0)
+                loss = loss + cusa(*teachers, similarity, *unimodal).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

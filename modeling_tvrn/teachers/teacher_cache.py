@@ -230,6 +230,19 @@ class TeacherCache:
             compare_contents(self.store, ids, firsts, seconds, self.modality)
 
     @property
+    def source(self) -> dict[str, Any]:
+        """Whose vectors these are, in few words: model, revision, class, weights' hash, pooling; None if not known."""
+        [info, *_] = self.info.get("parts") or [self.info]
+        teacher = self.fingerprint["teacher"]
+        return {
+            "model": info.get("teacher"),
+            "revision": info.get("revision"),
+            "class": teacher.get("class"),
+            "weights_sha256": teacher.get("weights_sha256"),
+            "pooling": self.fingerprint.get("pooling"),
+        }
+
+    @property
     def ids(self) -> Sequence[ItemId]:
         """Image or caption ids, in the order in which they were stored."""
         return self.store.ids

@@ -227,6 +227,9 @@ class TrainingConfig:
     cusa_exclude_self: bool = setting(
         False, "cusa", "label the other items of a batch alone, without the diagonal that the paper keeps"
     )
+    cusa_on_logits: bool = setting(
+        False, "cusa", "label the model's logits in their own scale, not cosines and scores with learned temperatures"
+    )
     cusa_center_teachers: bool = setting(
         False, "cusa", "the teachers' cosines about the batch's mean vector: tells never-negative features apart"
     )

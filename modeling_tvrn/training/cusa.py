@@ -34,6 +34,7 @@ class Settings(Protocol):
     cusa_lowest_temperature: float
     cusa_teachers: str
     cusa_exclude_self: bool
+    cusa_on_logits: bool
     cusa_center_teachers: bool
     cusa_image_teacher: str | None
     cusa_text_teacher: str | None
@@ -155,6 +156,7 @@ class CUSATerms(nn.Module):
             "teachers": config.cusa_teachers,
             "exclude_self": config.cusa_exclude_self,
             "center_teachers": config.cusa_center_teachers,
+            "on_logits": config.cusa_on_logits,
         }
         self.embeddings = CUSA(config.cusa_alpha, config.cusa_beta, **settings)
         names = list(similarities) if config.cusa_alpha else []
@@ -177,6 +179,7 @@ class CUSATerms(nn.Module):
         text_image_ids: Tensor,
         unimodal: tuple[Tensor, Tensor] | None = None,
         others: dict[str, Tensor] | None = None,
+        logit_scale: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The term, and its parts unweighted and detached.
 
@@ -186,6 +189,7 @@ class CUSATerms(nn.Module):
             image_ids, text_image_ids: (I,) and (T,).
             unimodal: (I, P) and (T, P) of the uni-modal heads; None: the embeddings themselves.
             others: name -> (I, T) of the further similarities that learn.
+            logit_scale: logarithm of the cosines' factor in the model's own loss; needed with `cusa_on_logits`.
 
         Raises:
             ValueError: teachers and captions are in different orders, or the batch has fewer than two pairs.
@@ -198,8 +202,10 @@ class CUSATerms(nn.Module):
         if image_embeds.requires_grad or text_embeds.requires_grad:
             images, texts = unimodal if unimodal is not None else (image_embeds, text_embeds)
             with torch.autocast(image_embeds.device.type, enabled=False):
-                cosines = image_embeds.float()[rows] @ text_embeds.float().T
-            result = self.embeddings(*vectors, similarity=cosines, image_embeds=images[rows], text_embeds=texts)
+                similarity = image_embeds.float()[rows] @ text_embeds.float().T
+                if self.embeddings.on_logits:
+                    similarity = similarity * cast(Tensor, logit_scale).float().exp()
+            result = self.embeddings(*vectors, similarity=similarity, image_embeds=images[rows], text_embeds=texts)
             losses.append(result.loss)
             parts = {"cusa_cross_modal": result.cross_modal, "cusa_uni_modal": result.uni_modal}
         for name, cusa in self.others.items():
@@ -216,16 +222,19 @@ def tvrn_similarities(model: Any) -> list[str]:
     return [*["tokens"] * bool(model.config.use_token_similarity), "pairs"]
 
 
-def labelled_similarities(model: Any, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def labelled_similarities(model: Any, terms: dict[str, Tensor], on_logits: bool = False) -> dict[str, Tensor]:
     """Those similarities (I, T) from the terms of the pair logits: tokens without their scale, pairs as scores.
 
-    The score is the sigmoid of what the pair losses see: the plain evidence alone, or the sum of the terms.
+    The score is the sigmoid of what the pair losses see: the plain evidence alone, or the sum of the terms. With
+    `on_logits` both stay logits.
     """
     found = {}
     if "tokens" in terms:
-        found["tokens"] = terms["tokens"] / model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
+        scale = model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
+        found["tokens"] = terms["tokens"] if on_logits else terms["tokens"] / scale
     if "evidence" in terms:
-        found["pairs"] = model.trained_logits(terms).sigmoid()
+        logits = model.trained_logits(terms)
+        found["pairs"] = logits if on_logits else logits.sigmoid()
     return found
 
 

@@ -143,8 +143,9 @@ class Objective(nn.Module):
             parts["matching"] = parts["matching"] - matching_loss_floor(*ids)
         if self.cusa is not None:
             teachers = {name: gather_rows(value[own], text_counts) for name, value in sides.teachers.items()}
-            unimodal, labelled = unimodal_embeds(model, *embeds), labelled_similarities(model, terms)
-            extra, extra_parts = self.cusa(teachers, *embeds, *ids, unimodal, labelled)
+            unimodal = unimodal_embeds(model, *embeds)
+            labelled = labelled_similarities(model, terms, self.cusa.embeddings.on_logits)
+            extra, extra_parts = self.cusa(teachers, *embeds, *ids, unimodal, labelled, model.logit_scale)
             loss, parts = loss + extra, parts | extra_parts
         return {"loss": loss, "parts": parts, "logits": logits, "image_ids": ids[0], "text_image_ids": ids[1]}
 

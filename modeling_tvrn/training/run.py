@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..data import PairCollator
+from ..teachers import TeacherCache
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
@@ -105,11 +106,12 @@ class Run:
     def _prepare(self) -> None:
         config = self.config
         self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
+        self.teachers: tuple[TeacherCache, ...] = ()
         self.collator: Any = PairCollator(self.input_processor)
         if self.cusa is not None:
             self.cusa.to(self.accelerator.device)
-            teachers = open_teachers(config, self.train_records)
-            self.collator = TeacherCollator(self.collator, *teachers, check=config.streaming)
+            self.teachers = open_teachers(config, self.train_records)
+            self.collator = TeacherCollator(self.collator, *self.teachers, check=config.streaming)
         objective = Objective(self.model, config.word_dropout, config.region_dropout, self.cusa)
         self.is_sharded = config.shard and self.accelerator.num_processes > 1
         if self.is_sharded:

@@ -53,6 +53,7 @@ class DualEncoderConfig:
     cusa_lowest_temperature: float = like("cusa_lowest_temperature")
     cusa_teachers: str = like("cusa_teachers")
     cusa_exclude_self: bool = like("cusa_exclude_self")
+    cusa_on_logits: bool = like("cusa_on_logits")
     cusa_center_teachers: bool = like("cusa_center_teachers")
 
     evaluation_batch_size: int = like("evaluation_batch_size")

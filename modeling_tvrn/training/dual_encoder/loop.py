@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...data import CaptionDataset, load_pairs
+from ...teachers import TeacherCache
 from ...teachers.teacher import PADDED_TO_THE_FULL
 from ..cusa import CUSATerms, TeacherCollator, open_teachers
 from ..launch import check_precision, leave_group, refuse_other_sharding
@@ -62,6 +63,7 @@ class DualEncoderTraining:
         self.records = load_pairs(config.data, split=config.train_split, **config.data_options)
         self.validation_records = load_pairs(config.data, split=config.validation_split, **config.data_options)
         self.heads, self.cusa = self._soft_labels()
+        self.teachers: tuple[TeacherCache, ...] = ()
         objective = DualObjective(self.model, self.heads, self.cusa).to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model, self.heads, self.cusa, config))
         self.objective = self.accelerator.prepare(objective)
@@ -81,6 +83,11 @@ class DualEncoderTraining:
         config = self.config
         if not config.cusa:
             return None, None
+        if config.cusa_on_logits and not hasattr(self.model, "logit_scale"):
+            raise ValueError(
+                f"cusa_on_logits = True, but {type(self.model).__name__} has no logit_scale; expected a model whose "
+                "logits are cosines times exp(logit_scale), or set cusa_on_logits=false"
+            )
         size = projection_size(self.model, self.collator, self.records[0])
         heads = UnimodalHeads(size) if config.cusa_beta and config.cusa_heads else None
         return heads, CUSATerms(config)
@@ -88,7 +95,8 @@ class DualEncoderTraining:
     def _collate(self) -> Any:
         if self.cusa is None:
             return self.collator
-        return TeacherCollator(self.collator, *open_teachers(self.config, self.records))
+        self.teachers = open_teachers(self.config, self.records)
+        return TeacherCollator(self.collator, *self.teachers)
 
     def fit(self) -> dict[str, Any]:
         """Run all steps; evaluate, and keep the best, at the end of each epoch."""
@@ -112,6 +120,7 @@ class DualEncoderTraining:
             "history": self.history,
             "seconds": {"training": self.training_seconds},
             "config": asdict(config),
+            "teachers": {cache.modality: cache.source for cache in self.teachers},
         }
         if self.accelerator.is_main_process:
             path = Path(config.output_dir) / "results.json"

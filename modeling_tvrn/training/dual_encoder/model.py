@@ -75,7 +75,8 @@ class DualObjective(nn.Module):
         )
         teachers, ids = {name: gather_rows(value) for name, value in teachers.items()}, gather_rows(ids)
         unimodal = self.heads(images, texts) if self.heads is not None else None
-        extra, extra_parts = self.cusa(teachers, images, texts, ids, ids, unimodal)
+        scale = getattr(self.model, "logit_scale", None)
+        extra, extra_parts = self.cusa(teachers, images, texts, ids, ids, unimodal, logit_scale=scale)
         return output.loss + extra, parts | extra_parts
 
 
