@@ -3,7 +3,7 @@ Shipped.
 
 Huang, Nie, Wang, Shang, AAAI 2024. A batch is N pairs, one caption a row: an image that stands in the batch twice has
 two rows. The paper keeps the diagonal on both sides; `exclude_self` leaves it out of both, so that a row says which
-*other* items are near: with it, a row peaked enough to tell them apart puts most of its weight on the item itself,
+*other* items are near. With it, a row peaked enough to tell them apart puts most of its weight on the item itself,
 which the contrastive loss teaches already. Labels carry no gradient.
 """
 

@@ -7,8 +7,8 @@ r"""CUSA on the plain dual encoder: baseline, + CSA, + USA, + CUSA, over seeds.
     python examples/benchmarks/cusa.py --data DATA --regions 'regions/{split}' --text TEXT --seeds 0 1 2 \
         --image-teacher teachers/image --text-teacher teachers/text --sentence-pairs stsb/validation.parquet
 
-Without --text: words and a BiGRU from scratch, which know less than the teacher; with --word-state-size 0 words alone. What
-helped these, where the paper's settings (the defaults) did not:
+Without --text: words and a BiGRU from scratch, which know less than the teacher; with --word-state-size 0 words alone.
+What helped these, where the paper's settings (the defaults) did not:
 
         --word-state-size 0 --alpha 0.3 --beta 2 --teacher-temperature 0.1 --student-temperature 0.15 \
         --exclude-self --center-teachers --on-logits
