@@ -200,30 +200,29 @@ class CUSA(nn.Module):
             )
         _check_pairs(image_teacher_embeds, text_teacher_embeds, least=3 if self.exclude_self else 2)
         cosines = self._teacher_cosines(image_teacher_embeds, text_teacher_embeds)
-        self._look_at_entropy(*cosines)
+        labels = self._labels(*cosines)
+        self._look_at_entropy(*labels)
         parts: dict[str, Tensor] = {}
         if similarity is not None and self.alpha:
-            labels = self._labels(*self._combined(*cosines))
+            crossed = labels if self.teachers == "own" else self._labels(*self._combined(*cosines))
             temperature = 1.0 if self.on_logits else self.get_parameter("student_temperature")
-            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *labels, temperature, self.exclude_self)
+            parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *crossed, temperature, self.exclude_self)
         if image_embeds is not None and text_embeds is not None and self.beta:
             students = _cosines("image_embeds", image_embeds), _cosines("text_embeds", text_embeds)
             temperatures = self.get_parameter("image_temperature"), self.get_parameter("text_temperature")
-            parts["uni_modal"] = uni_modal_soft_label_loss(
-                *students, *self._labels(*cosines), *temperatures, self.exclude_self
-            )
+            parts["uni_modal"] = uni_modal_soft_label_loss(*students, *labels, *temperatures, self.exclude_self)
         weights = {"cross_modal": self.alpha, "uni_modal": self.beta}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}
         return CUSALoss(loss, detached.get("cross_modal"), detached.get("uni_modal"))
 
     @torch.no_grad()
-    def _look_at_entropy(self, *teacher_cosines: Tensor) -> None:
+    def _look_at_entropy(self, *labels: Tensor) -> None:
         """At the first batch, warn of rows that teach nothing: all of them uniform, or all of them one-hot."""
         if self._has_looked_at_entropy:
             return
         self._has_looked_at_entropy = True
-        for side, rows in zip(("image", "text"), self._labels(*teacher_cosines), strict=True):
+        for side, rows in zip(("image", "text"), labels, strict=True):
             entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows) - self.exclude_self)
             low, high = entropies.min().item(), entropies.max().item()
             if low > UNIFORM or high < ONE_HOT:
@@ -235,8 +234,7 @@ class CUSA(nn.Module):
                 )
 
     def _combined(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
-        if self.teachers == "own":
-            return image_cosines, text_cosines
+        """What labels both directions alike."""
         if self.teachers == "mean":
             both = (image_cosines + text_cosines) / 2
         else:

@@ -230,8 +230,8 @@ def labelled_similarities(model: Any, terms: dict[str, Tensor], on_logits: bool 
     """
     found = {}
     if "tokens" in terms:
-        scale = model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
-        found["tokens"] = terms["tokens"] if on_logits else terms["tokens"] / scale
+        scale = 1.0 if on_logits else model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
+        found["tokens"] = terms["tokens"] / scale
     if "evidence" in terms:
         logits = model.trained_logits(terms)
         found["pairs"] = logits if on_logits else logits.sigmoid()

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...data import CaptionDataset, load_pairs
-from ...teachers import TeacherCache
 from ...teachers.teacher import PADDED_TO_THE_FULL
 from ..cusa import CUSATerms, TeacherCollator, open_teachers
 from ..launch import check_precision, leave_group, refuse_other_sharding
@@ -63,7 +62,7 @@ class DualEncoderTraining:
         self.records = load_pairs(config.data, split=config.train_split, **config.data_options)
         self.validation_records = load_pairs(config.data, split=config.validation_split, **config.data_options)
         self.heads, self.cusa = self._soft_labels()
-        self.teachers: tuple[TeacherCache, ...] = ()
+        self.teachers = open_teachers(config, self.records) if config.cusa else ()
         objective = DualObjective(self.model, self.heads, self.cusa).to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.model, self.heads, self.cusa, config))
         self.objective = self.accelerator.prepare(objective)
@@ -95,7 +94,6 @@ class DualEncoderTraining:
     def _collate(self) -> Any:
         if self.cusa is None:
             return self.collator
-        self.teachers = open_teachers(self.config, self.records)
         return TeacherCollator(self.collator, *self.teachers)
 
     def fit(self) -> dict[str, Any]:
