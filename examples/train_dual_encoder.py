@@ -15,6 +15,7 @@ it (`UnimodalHeads.load(folder)`).
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -33,13 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML file of keys (default: none)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the file")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes one speaks, but for warnings
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     try:
         config = DualEncoderConfig.from_yaml(options.config, options.overrides)
         result = train_dual_encoder(config)
     except ValueError as error:
         print(f"train_dual_encoder.py: {error}", file=sys.stderr)
         return 2
+    if not is_main:
+        return 0
     best = {name: round(value, 2) for name, value in result["metrics"].items() if "R@" in name or name == "rsum"}
     print(f"\nvalidation, percent: {best}\nmodel, heads and results: {config.output_dir}")
     return 0

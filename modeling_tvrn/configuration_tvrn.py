@@ -1,6 +1,7 @@
 """Sizes and switches of a TVRN model. Shipped with every checkpoint."""
 
 import difflib
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -39,7 +40,9 @@ class TVRNConfig(PreTrainedConfig):
         vision_grid_size (`int`, *optional*):
             Average-pool the tower's map to this many rows and columns of regions. `None` keeps the map as it is.
         region_feature_size (`int`, defaults to 2048): Size of one region feature.
-        vocab_size, word_embedding_size, pad_token_id: The word embeddings (only without `text_config`).
+        vocab_size (`int`, defaults to 10000): Number of words (only without `text_config`).
+        word_embedding_size (`int`, defaults to 300): Size of a word's embedding (only without `text_config`).
+        pad_token_id (`int`, *optional*, defaults to 0): The word that fills up captions; its embedding stays 0.
         hidden_size (`int`, defaults to 1024): D, the size of regions and words.
         projection_size (`int`, defaults to 1024): P, the size of `image_embeds` and `text_embeds`.
         similarity_size (`int`, defaults to 256): S, the size of one similarity vector.
@@ -50,8 +53,13 @@ class TVRNConfig(PreTrainedConfig):
         refinement (`"gate"` or `"gru"`, defaults to `"gate"`):
             How contexts refine words and regions, on both sides; `"gru"` is the published form.
         similarity_head (`"saf"` or `"sgr"`, defaults to `"saf"`): How similarity vectors become one logit.
-        use_geometric_context, use_text_refinement, use_semantic_alignment (`bool`, default `True`):
-            The ablation switches of the paper.
+        use_geometric_context (`bool`, defaults to `True`):
+            A region's context holds its geometric neighbours too; needs boxes. The first of the paper's three ablation
+            switches.
+        use_text_refinement (`bool`, defaults to `True`):
+            The contexts of the image that is scored refine the words.
+        use_semantic_alignment (`bool`, defaults to `True`):
+            Regions and words count by their agreement with the global image vector; without it all count alike.
         use_embedding_similarity (`bool`, defaults to `True`):
             Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
         embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
@@ -82,11 +90,14 @@ class TVRNConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
         image_dropout (`float`, defaults to 0.0): On region features.
         text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
-        margin, matching_temperature: Of the matching loss.
-        matching_loss_weight, pair_contrastive_loss_weight, contrastive_loss_weight, token_contrastive_loss_weight,
-        hardest_negative_loss_weight:
-            Weights of the loss's parts: matching and cross-entropy of the pair logits, InfoNCE of the embeddings,
-            InfoNCE of the token similarities, hinge on the hardest negatives of the pair scores.
+        margin (`float`, defaults to 0.2): Of the hinge losses: how far a pair must be above its negatives.
+        matching_temperature (`float`, defaults to 0.05): Divides the pair scores in the matching loss.
+        matching_loss_weight (`float`, defaults to 1.0): Weight of the matching loss of the pair scores.
+        pair_contrastive_loss_weight (`float`, defaults to 0.0): Weight of InfoNCE of the pair logits.
+        contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the embeddings.
+        token_contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the token similarities.
+        hardest_negative_loss_weight (`float`, defaults to 0.0):
+            Weight of the hinge on the hardest negatives of the pair scores.
         label_smoothing (`float`, defaults to 0.0): Of the three cross-entropies.
         logit_scale_init_value (`float`, defaults to 2.6592): Log of the contrastive loss's first scale, as in CLIP.
         pair_chunk_size (`int`, *optional*):
@@ -192,6 +203,21 @@ class TVRNConfig(PreTrainedConfig):
             if value is not None and not (_is_number(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; expected None or at least 1.")
         self._check_loss_weights()
+        self._check_types()
+
+    def _check_types(self) -> None:
+        for name, field in type(self).__dataclass_fields__.items():
+            value = getattr(self, name)
+            if field.type is bool and name in vars(TVRNConfig) and not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False.")
+            if name.endswith("_init_value") and not _is_number(value):
+                raise ValueError(f"{name} is {value!r}; expected a number, such as {field.default}.")
+        pad = self.pad_token_id
+        if self.text_config is None and pad is not None and not 0 <= pad < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {pad}, with a vocab_size of {self.vocab_size}; expected a word's number from 0 to "
+                f"{self.vocab_size - 1}, or None."
+            )
 
     def _check_loss_weights(self) -> None:
         names = [name for name in type(self).__dataclass_fields__ if name.endswith("_loss_weight")]
@@ -203,7 +229,12 @@ class TVRNConfig(PreTrainedConfig):
         known = set(type(self).__dataclass_fields__)
         for key in kwargs:
             # Base-class attributes without a field of their own (`name_or_path`, `attn_implementation`, …) are fine.
-            if key.startswith("_") or key in _BASE_KEYWORDS or hasattr(PreTrainedConfig, key):
+            inherited = getattr(PreTrainedConfig, key, None)
+            if (
+                key.startswith("_")
+                or key in _BASE_KEYWORDS
+                or (hasattr(PreTrainedConfig, key) and not callable(inherited))
+            ):
                 continue
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see help(TVRNConfig)."
@@ -213,6 +244,11 @@ class TVRNConfig(PreTrainedConfig):
     def _sub_config(name: str, value: Any) -> PreTrainedConfig | None:
         if value is None or isinstance(value, PreTrainedConfig):
             return value
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"{name} is {value!r}; expected a configuration or a dict of its fields. For towers of the Hub by id "
+                "or path use TVRNModel.from_backbones."
+            )
         model_type = value.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(

@@ -18,7 +18,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .checks_tvrn import check_ids, check_pixels, check_regions, check_text_features, check_words, row_ids
+from .checks_tvrn import (
+    check_ids,
+    check_pixels,
+    check_regions,
+    check_row_ids,
+    check_text_features,
+    check_words,
+    row_ids,
+)
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
@@ -595,6 +603,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         encode_texts = self.encode_texts if with_evidence else self.encode_coarse_texts
         images = encode_images(pixel_values, region_features, region_boxes, region_mask)
         texts = encode_texts(input_ids, attention_mask, word_mask, text_features)
+        check_row_ids(len(images), len(texts), image_ids, text_image_ids)
         terms = self.match_terms(images, texts, with_evidence=with_evidence)
         logits = self.pair_logits(terms)
         loss, parts = None, None

@@ -24,22 +24,28 @@ TEACHER_COMBINATIONS = ("own", "mean", "geometric_mean")
 UNIFORM, ONE_HOT = 0.999, 0.01
 
 
-def soft_labels(teacher_embeds: Tensor, teacher_temperature: float = 1.0, exclude_self: bool = False) -> Tensor:
+def soft_labels(
+    teacher_embeds: Tensor, teacher_temperature: float = 1.0, exclude_self: bool = False, center_teachers: bool = False
+) -> Tensor:
     """Each item's distribution over the batch by its teacher: softmax of the cosines over the temperature.
 
     Args:
         teacher_embeds: (N, D), any norm above 0.
         teacher_temperature: Above 0.
         exclude_self: Over the other items alone: 0 on the diagonal.
+        center_teachers: Cosines about the batch's mean vector.
 
     Returns:
         (N, N) rows that sum to 1, without gradient; float32 (float64 for float64 vectors).
 
     Raises:
-        ValueError: On another shape, NaN, a vector of zeros, or a bad temperature.
+        ValueError: On another shape, NaN, a vector of zeros, a bad temperature, or one item alone with `exclude_self`.
     """
     _check_temperature("teacher_temperature", teacher_temperature)
-    return _rows(_cosines("teacher_embeds", teacher_embeds.detach()), teacher_temperature, exclude_self)
+    cosines = _cosines("teacher_embeds", teacher_embeds.detach(), center_teachers)
+    if exclude_self and len(cosines) < 2:
+        raise ValueError("teacher_embeds holds one item; with exclude_self expected at least two, the others.")
+    return _rows(cosines, teacher_temperature, exclude_self)
 
 
 def cross_modal_soft_label_loss(
@@ -160,7 +166,7 @@ class CUSA(nn.Module):
                     f"student_temperature is {student_temperature}, outside the bounds ({low}, {high}) of {name}; "
                     "expected 0 < lower bound <= student_temperature <= upper bound."
                 )
-        self._has_looked_at_entropy = False
+        self.looks_at_entropy = True  # at the next batch's labels, once
         for name in self.bounds:
             # Shape (1,): parameters without dimensions cannot be sharded.
             self.register_parameter(name, nn.Parameter(torch.tensor([float(student_temperature)])))
@@ -219,9 +225,9 @@ class CUSA(nn.Module):
     @torch.no_grad()
     def _look_at_entropy(self, *labels: Tensor) -> None:
         """At the first batch, warn of rows that teach nothing: all of them uniform, or all of them one-hot."""
-        if self._has_looked_at_entropy:
+        if not self.looks_at_entropy:
             return
-        self._has_looked_at_entropy = True
+        self.looks_at_entropy = False
         for side, rows in zip(("image", "text"), labels, strict=True):
             entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows) - self.exclude_self)
             low, high = entropies.min().item(), entropies.max().item()

@@ -185,6 +185,14 @@ def test_what_is_no_dual_encoder_is_refused(folder: Path, tmp_path: Path) -> Non
         config(folder, tmp_path, cusa_image_teacher=None)
 
 
+def test_of_two_processes_the_main_one_measures_and_writes(folder: Path, tmp_path: Path) -> None:
+    runner = Processes(tmp_path)
+    settings = config(folder, tmp_path / "two", max_steps=2, batch_size=4, epochs=1)
+    first, second = runner.run(train_dual_encoder, settings, count=2)
+    assert first["metrics"]["rsum"] > 0 and second == {}
+    assert json.loads((tmp_path / "two/results.json").read_text())["metrics"] == first["metrics"]
+
+
 def test_the_script_trains(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("train_dual_encoder", ROOT / "examples/train_dual_encoder.py")
     script = importlib.util.module_from_spec(spec)

@@ -259,6 +259,12 @@ class TestPairs:
         with pytest.raises(ValueError, match=says(*parts)):
             tiny_model()(**regions(3), **words(4), **ids, return_loss=True)
 
+    def test_ids_without_a_loss_and_ids_that_are_no_tensor(self):
+        with pytest.raises(ValueError, match=says("image_ids", "(3,)", "(2,)")):
+            tiny_model()(**regions(2), **words(2), image_ids=torch.arange(3), text_image_ids=torch.arange(2))
+        with pytest.raises(ValueError, match=says("image_ids", "list", "int64 tensor")):
+            tiny_model()(**regions(2), **words(2), image_ids=[0, 1], text_image_ids=[0, 1], return_loss=True)
+
     def test_no_loss_at_all(self):
         model = tiny_model(matching_loss_weight=0.0, contrastive_loss_weight=0.0, token_contrastive_loss_weight=0.0)
         with pytest.raises(ValueError, match=says("loss_weight", "above 0")):
@@ -273,6 +279,11 @@ class TestConfig:
             ({"refinement": "lstm"}, ("refinement", "'lstm'", "'gate', 'gru'")),
             ({"similarity_head": "mean"}, ("similarity_head", "'mean'", "'saf', 'sgr'")),
             ({"hidden_size": 0}, ("hidden_size", "0", "above 0")),
+            ({"to_dict": 3}, ("unknown keyword", "'to_dict'")),
+            ({"use_geometric_context": "no"}, ("use_geometric_context", "'no'", "True or False")),
+            ({"logit_scale_init_value": "a"}, ("logit_scale_init_value", "'a'", "a number")),
+            ({"vision_config": "facebook/x"}, ("vision_config", "'facebook/x'", "from_backbones")),
+            ({"vocab_size": 20, "pad_token_id": 50}, ("pad_token_id", "50", "20", "0 to 19")),
             ({"attention_scale": "9"}, ("attention_scale", "'9'", "number above 0")),
             ({"iou_threshold": 1.5}, ("iou_threshold", "1.5", "[0, 1)")),
             ({"dropout": -0.1}, ("dropout", "-0.1", "[0, 1)")),

@@ -1,6 +1,7 @@
 """What the README shows works: its Python runs, its files exist, and .ci/run takes its command from it."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import ConvNextConfig, ConvNextImageProcessorPil
 
 from modeling_tvrn import EncodedImages, TVRNConfig, TVRNModel, TVRNProcessor
+from modeling_tvrn.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -58,6 +60,34 @@ def test_the_readme_names_only_files_that_exist() -> None:
         assert (ROOT / path).is_file(), f"README.md names {path}"
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), f"README.md links to {path}"
+
+
+def commands() -> list[list[str]]:
+    """The words of every line of the README's shell blocks, continued lines joined, comments left out."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def _is_script(word: str) -> bool:
+    return word.startswith("examples/") and word.endswith(".py")
+
+
+def test_the_commands_of_the_readme_have_flags_and_keys_that_exist() -> None:
+    scripts = [(words, place) for words in commands() for place, word in enumerate(words) if _is_script(word)]
+    assert len(scripts) > 10
+    for words, place in scripts:
+        path, given = words[place], words[place + 1 :]
+        source = (ROOT / path).read_text("utf-8")
+        assert [flag for flag in given if flag.startswith("--") and f'"{flag}"' not in source] == [], path
+        if path == "examples/train.py":
+            config = ROOT / given[given.index("--config") + 1] if "--config" in given else None
+            TrainingConfig.from_yaml(config, [word for word in given if "=" in word])
+
+
+def test_what_the_readme_reads_from_runs_is_written_by_one_of_its_commands_or_recipes() -> None:
+    recipes = "".join(path.read_text("utf-8") for path in (ROOT / "examples" / "configs").glob("*.yaml"))
+    written = set(re.findall(r"output_dir[:=] ?(runs/[\w-]+)", README + recipes))
+    assert set(re.findall(r"runs/[\w-]+", README)) - written == set()
 
 
 def test_continuous_integration_runs_the_readmes_test_command() -> None:

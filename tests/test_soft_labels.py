@@ -100,6 +100,16 @@ def test_soft_labels_are_the_softmax_of_the_teachers_cosines(temperature: float)
     assert (labels.argmax(dim=1) == torch.arange(N)).all()  # the diagonal is kept
 
 
+def test_soft_labels_of_the_others_about_the_mean() -> None:
+    vectors = batch()["image_teacher_embeds"]
+    labels = soft_labels(torch.tensor(vectors), 0.3, exclude_self=True, center_teachers=True)
+    others = labels_oracle(without_self(cosine_rows(about_mean(vectors))), 0.3)
+    np.testing.assert_allclose(np.array(without_self(labels.numpy())), others, atol=1e-12)
+    assert not labels.diagonal().any()
+    with pytest.raises(ValueError, match="one item; with exclude_self expected at least two"):
+        soft_labels(torch.tensor(vectors[:1]), exclude_self=True)
+
+
 @pytest.mark.parametrize("variant", [{}, {"exclude_self": True}, {"center_teachers": True}])
 @pytest.mark.parametrize("teachers", ["own", "mean", "geometric_mean"])
 def test_cusa_equals_its_formulas(teachers: str, variant: dict[str, bool]) -> None:

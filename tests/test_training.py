@@ -20,6 +20,7 @@ from training_makers import TINY_BERT, TINY_VIT
 from transformers import AutoModel, AutoProcessor
 
 from modeling_tvrn.data import load_pairs
+from modeling_tvrn.hub import write_run_card
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.training import TrainingConfig, TrainingStopped, train
 from modeling_tvrn.training.batches import Phase
@@ -161,6 +162,10 @@ def test_the_card_has_the_hub_s_metadata_and_its_code_runs(
     assert values["rsum"] == pytest.approx(result["metrics"]["rsum"], abs=0.01) and len(values) == 7
     assert "{{" not in body and "{%" not in body and result["table"] in body and "![Loss" in body
     assert str(folder.parent) not in card, "a path of this machine"
+    assert "steps, in batches of 25 captions" in card
+    phased = {**result, "config": {**result["config"], "head_start_batch_size": 40}}
+    other = write_run_card(folder, folder.parent / "phased.md", results=phased).read_text(encoding="utf-8")
+    assert "steps, in batches of 40, then 25 captions" in other
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)
     assert code is not None
     monkeypatch.chdir(folder.parent)

@@ -100,6 +100,11 @@ def test_help_explains_every_key_with_its_default() -> None:
         assert f"  {field.name}=" in text and field.metadata["help"] in text
     assert "batch_size=64" in text and "mixed_precision=no" in text and "model.hidden_size=1024" in text
     assert "model.freeze_text=false" in text and "model.chunk_size_feed_forward" not in text
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("  model."):
+            assert lines[number + 1].startswith("      ") and len(lines[number + 1].split()) >= 3, line
+    assert "(gate or gru)" in text.replace('"', "")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

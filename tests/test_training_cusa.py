@@ -130,6 +130,13 @@ def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict,
         assert output["parts"][f"cusa_{name}"].item() == pytest.approx(divergence, rel=1e-4)
 
 
+def test_a_run_says_once_that_its_labels_teach_nothing(data: Path, caches: dict, tmp_path: Path, caplog) -> None:
+    run = Training(config(data, caches, tmp_path, cusa_teacher_temperature=1000.0))
+    for batch in run.loaders[0]:
+        assert "cusa_pairs" in run.objective(batch)["parts"]
+    assert sum("is uniform" in record.getMessage() for record in caplog.records) == 2  # images, texts
+
+
 def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: dict, tmp_path: Path) -> None:
     keys = {"head_start_epochs": 12, "head_start_learning_rate": 1e-2, "epochs": 1, "logging_steps": 4}
     result = train(config(data, caches, tmp_path / "run", **keys, cusa_alpha=0.5, cusa_beta=2.0))

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from data_makers import captions, write_row_groups
+from teacher_makers import write_caches
 from training_makers import TINY_BERT, TINY_VIT, Processes, tiny_config
 
-from modeling_tvrn.data import ShuffledStream
+from modeling_tvrn.data import ShuffledStream, load_pairs
+from modeling_tvrn.teachers import StaleStoreError
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
 from modeling_tvrn.training.batches import Stage
 from modeling_tvrn.training.loop import Training
@@ -47,6 +49,11 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def teachers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_caches(tmp_path_factory.mktemp("teachers"), load_pairs(data, "train"))
+
+
 def configure(data: Path, output: Path, tower: Path, **keys: Any) -> TrainingConfig:
     base: dict[str, Any] = {
         "streaming": True, "stream_shards_at_once": 2, "stream_rows_at_once": 4, "max_steps": STEPS, "batch_size": 6,
@@ -78,12 +85,14 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "workers", "keys"), [(1, 0, PHASES), (1, 2, {}), (1, 2, PHASES), (2, 0, PHASES), (3, 0, {})]
+    ("count", "workers", "keys"),
+    [(1, 0, PHASES), (1, 2, {}), (1, 2, PHASES), (2, 0, PHASES), (3, 0, {}), (2, 1, {**PHASES, "cusa": True})],
 )
 def test_a_killed_stream_goes_on_with_the_same_bits(
-    data: Path, text_tower: Path, tmp_path: Path, count: int, workers: int, keys: dict[str, Any]
+    data: Path, text_tower: Path, teachers: dict, tmp_path: Path, count: int, workers: int, keys: dict[str, Any]
 ) -> None:
     runner = Processes(tmp_path)
+    keys = {**keys, **teachers} if "cusa" in keys else keys
     whole = runner.run(fit, configure(data, tmp_path / "whole", text_tower, **keys), count=count)
     killed = configure(data, tmp_path / "killed", text_tower, resume="auto", num_workers=workers, **keys)
     kills = 0
@@ -122,6 +131,38 @@ def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     run.fit()
     assert seen == [phase.stage for phase in phases for _ in range(len(phase.batches))]
     assert run.step == STEPS and run.best.rsum is not None
+
+
+def test_a_stream_learns_the_soft_labels_of_its_own_captions(
+    data: Path, text_tower: Path, teachers: dict, tmp_path: Path
+) -> None:
+    keys = {**teachers, "cusa": True, "cusa_teacher_temperature": 0.2, "logging_steps": 1}
+    run = Training(configure(data, tmp_path / "run", text_tower, **PHASES, **keys))
+    records, text_teacher = load_pairs(data, "train"), run.teachers[1]
+    texts, ids = (itertools.chain(*column) for column in (records.captions, records.caption_ids))
+    vectors = {text: text_teacher[[caption_id]][0] for text, caption_id in zip(texts, ids, strict=True)}
+    seen, forward = [], run._forward_backward
+
+    def look(batch: dict[str, Any], *rest: Any) -> Any:
+        seen.append({name: batch[name] for name in ("input_ids", "teacher_text_embeds")})
+        return forward(batch, *rest)
+
+    run._forward_backward = look  # type: ignore[method-assign]
+    run.fit()
+    for batch in seen:
+        texts = run.processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        expected = torch.stack([vectors[text] for text in texts])
+        torch.testing.assert_close(batch["teacher_text_embeds"], expected, atol=0, rtol=0)
+    logged = [event for event in run.progress.history if "loss" in event]
+    assert all("cusa_cross_modal_loss" in event for event in logged) and "cusa_pairs_loss" in logged[-1]
+
+
+def test_a_stream_of_other_data_than_the_teachers_is_refused(data: Path, text_tower: Path, tmp_path: Path) -> None:
+    records = load_pairs(data, "train")
+    records.captions[3][0] = "another caption"
+    run = Training(configure(data, tmp_path / "run", text_tower, cusa=True, **write_caches(tmp_path, records)))
+    with pytest.raises(StaleStoreError, match="something else .* than the caption 'caption 0 of image 3"):
+        run.fit()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,20 @@ def _summary(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 def _training_summary(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return (
-        f"{results['steps']} steps of {config['batch_size']} captions in "
+        f"{results['steps']} steps, in batches of {_batch_sizes(config)} captions, in "
         f"{results['seconds']['training'] / 60:.1f} minutes on {results['device']}; the weights are those of step "
         f"{results['best_step']}, the best by validation rSum."
     )
+
+
+def _batch_sizes(config: Mapping[str, Any]) -> str:
+    """Those of the run's phases, one after another; phases of equal size are one."""
+    sizes = [
+        config[f"{phase}_batch_size"] or config["batch_size"]
+        for phase in ("head_start", "token")
+        if config[f"{phase}_epochs"] or config[f"{phase}_steps"]
+    ]
+    return ", then ".join(str(size) for size, _ in groupby([*sizes, config["batch_size"]]))
 
 
 def _limits(config: Mapping[str, Any]) -> str:

@@ -81,11 +81,6 @@ class Segments:
         return SIDES[self.side].cat(parts)
 
     @property
-    def has_fragments(self) -> bool:
-        """Whether more than embeddings is kept."""
-        return any(set(shard.layout) != {"embeds"} for shard in self.shards.values())
-
-    @property
     def bytes(self) -> int:
         """Of all segments in use."""
         return sum(shard.path.stat().st_size for shard in self.shards.values() if shard.path.exists())

@@ -38,10 +38,6 @@ class Processes:
         """All: the largest over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX) if self.shared else values
 
-    def barrier(self) -> None:
-        """All: wait for the others."""
-        self.max(torch.zeros(1))
-
     def check_same(self, what: str, text: str) -> None:
         """All: refuse processes that were not given the same.
 

@@ -115,7 +115,6 @@ def _check_streaming(config: TrainingConfig) -> None:
         )
     wholes = {
         "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,
-        "cusa": False,
     }  # fmt: skip
     for name, needed in wholes.items():
         if getattr(config, name) != needed:

@@ -117,7 +117,9 @@ def take_teachers(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check_order(teachers: dict[str, Tensor], text_image_ids: Tensor) -> None:
-    """Compare the order of the teachers' rows with that of the captions.
+    """Compare the order of the teachers' rows with that of the captions, by their images.
+
+    Captions of one image that changed places would not be seen: batches carry no caption ids.
 
     Raises:
         ValueError: they differ; names the first place, with both image numbers.
@@ -162,6 +164,7 @@ class CUSATerms(nn.Module):
         names = list(similarities) if config.cusa_alpha else []
         self.others = nn.ModuleDict({name: CUSA(config.cusa_alpha, 0.0, **settings) for name in names})
         for other in self.others.values():
+            cast(CUSA, other).looks_at_entropy = False  # the embeddings' labels are the same ones
             for name in ("image_temperature", "text_temperature"):
                 other.get_parameter(name).requires_grad_(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -18,6 +19,8 @@ import yaml
 __all__ = ["build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "validate"]
 
 Settings = TypeVar("Settings")
+# An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
+_DOCUMENTED = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(([^)]*)\))?:[ \n]+(.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def setting(default: Any, section: str, help: str, **limits: Any) -> Any:
@@ -175,6 +178,20 @@ def model_fields() -> dict[str, Any]:
     return {field.name: _default(field) for field in own}
 
 
+def model_meanings() -> dict[str, str]:
+    """What TVRNConfig's docstring says of each of its fields; those it explains together have the same text."""
+    from ..configuration_tvrn import TVRNConfig
+
+    found = {}
+    for names, kind, text in _DOCUMENTED.findall(inspect.getdoc(TVRNConfig) or ""):
+        choices = f" ({kind.split(', defaults')[0]})" if '"' in kind else ""
+        meaning = " ".join(text.split()) + choices
+        for value in (None, True, False):  # as YAML writes them
+            meaning = meaning.replace(f"`{value}`", _plain(value))
+        found.update(dict.fromkeys(names.replace(",", " ").split(), meaning.replace("`", "")))
+    return found
+
+
 def _check_model_fields(values: dict[str, Any]) -> None:
     if not values:
         return
@@ -203,7 +220,9 @@ def describe(cls: type) -> str:
         lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
     if any(field.name == "model" for field in fields(cls)):
         lines.append("\nmodel (fields of TVRNConfig):")
-        lines += [f"  model.{name}={_plain(default)}" for name, default in model_fields().items()]
+        meanings = model_meanings()
+        for name, default in model_fields().items():
+            lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
     return "\n".join(lines).lstrip("\n")
 
 

@@ -97,8 +97,12 @@ class DualEncoderTraining:
         return TeacherCollator(self.collator, *self.teachers)
 
     def fit(self) -> dict[str, Any]:
-        """Run all steps; evaluate, and keep the best, at the end of each epoch."""
-        config, bar = self.config, tqdm(total=self.total, desc="training", unit="step", disable=None)
+        """Run all steps; evaluate, and keep the best, at the end of each epoch.
+
+        Returns:
+            The content of results.json; empty in the processes beside the main one.
+        """
+        bar = tqdm(total=self.total, desc="training", unit="step", disable=None)
         while self.step < self.total:
             self.objective.train()
             started = time.perf_counter()
@@ -113,6 +117,13 @@ class DualEncoderTraining:
                 self._evaluate()
             self.accelerator.wait_for_everyone()
         bar.close()
+        results = self._write_results() if self.accelerator.is_main_process else {}
+        self.objective = self.accelerator.unwrap_model(self.objective)
+        leave_group(self.accelerator)
+        return results
+
+    def _write_results(self) -> dict[str, Any]:
+        config = self.config
         results = {
             "metrics": max(self.history, key=lambda event: event.get("rsum", -math.inf)),
             "history": self.history,
@@ -120,11 +131,8 @@ class DualEncoderTraining:
             "config": asdict(config),
             "teachers": {cache.modality: cache.source for cache in self.teachers},
         }
-        if self.accelerator.is_main_process:
-            path = Path(config.output_dir) / "results.json"
-            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        self.objective = self.accelerator.unwrap_model(self.objective)
-        leave_group(self.accelerator)
+        path = Path(config.output_dir) / "results.json"
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
 
     def _step(self, device: torch.device, batch: dict[str, Any]) -> None:
