@@ -123,7 +123,25 @@ def test_sentence_pairs_of_a_model_without_heads(folder: Path) -> None:
             one, other = (model.encode_texts(**processor(text=[text])).embeds[0] for text in (first, second))
             cosines.append(float(one @ other))
     assert report.sts == {"cross-modal embeddings": pytest.approx(spearman(cosines, [pair[2] for pair in PAIRS]))}
-    assert report.pairs == 5 and not report.text_to_text
+    assert report.pairs == report.known_pairs == 5 and not report.text_to_text
+    assert report.unknown_words == 0 and not report.sts_known_words and "unknown words" not in report.table()
+
+
+def test_sentences_with_words_that_the_vocabulary_lacks_are_told_apart(folder: Path) -> None:
+    model, processor = (part.from_pretrained(folder / "plain") for part in (TVRNModel, TVRNProcessor))
+    strange = [("a zebra", "green zebra zebra", 1.0), ("red", "the parliament", 4.0)]
+    first, second, scores = ([pair[side] for pair in [*PAIRS, *strange]] for side in range(3))
+    pairs = SentencePairs(first, second, np.array(scores))
+    report = evaluate_unimodal(model, processor, sentence_pairs=pairs, progress=False)
+    of_known = evaluate_unimodal(
+        model, processor, sentence_pairs=SentencePairs.read(folder / "sts.parquet"), progress=False
+    )
+    assert report.sts_known_words == pytest.approx(of_known.sts) and report.sts != report.sts_known_words
+    assert (report.pairs, report.known_pairs) == (7, 5)
+    words = [word for pair in [*PAIRS, *strange] for text in pair[:2] for word in text.split()]
+    unknown = [word for word in words if word in ("zebra", "parliament", "the")]
+    assert report.unknown_words == pytest.approx(len(unknown) / len(words))
+    assert f"those without unknown words (5; {report.unknown_words:.1%} of words unknown)" in report.table()
 
 
 def test_what_cannot_be_measured_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,21 @@ class UnimodalReport:
         text_to_text: Kind → recall of captions of the same image; every caption is a query.
         image_to_image: Kind → recall of images of the same label.
         sts: Kind → Spearman's correlation ×100 of cosines with human grades.
-        texts, images, pairs: How many were compared.
+        sts_known_words: The same over the pairs all of whose words the tokenizer knows; empty where it knows all.
+        unknown_words: The share of the sentences' words that it does not know.
+        texts, images, pairs, known_pairs: How many were compared.
         model: Its name.
     """
 
     text_to_text: dict[str, UnimodalMetrics] = field(default_factory=dict)
     image_to_image: dict[str, UnimodalMetrics] = field(default_factory=dict)
     sts: dict[str, float] = field(default_factory=dict)
+    sts_known_words: dict[str, float] = field(default_factory=dict)
+    unknown_words: float = 0.0
     texts: int = 0
     images: int = 0
     pairs: int = 0
+    known_pairs: int = 0
     model: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,7 +94,8 @@ class UnimodalReport:
         found: dict[str, Any] = {
             name: {kind: metrics.as_dict() for kind, metrics in kinds.items()} for name, kinds in recalls.items()
         }
-        return found | {name: getattr(self, name) for name in ("sts", "texts", "images", "pairs", "model")}
+        names = ("sts", "sts_known_words", "unknown_words", "texts", "images", "pairs", "known_pairs", "model")
+        return found | {name: getattr(self, name) for name in names}
 
     def table(self) -> str:
         """A Markdown table: a row for each measure and kind of embedding, recalls in percent."""
@@ -100,6 +106,11 @@ class UnimodalReport:
                 recalls = " | ".join(f"{metrics.recall[k]:.1f}" for k in RECALL_AT)
                 lines.append(f"| {name} ({count}), {kind} | {recalls} | |")
         lines += [f"| sentence pairs ({self.pairs}), {kind} | | | | {value:.1f} |" for kind, value in self.sts.items()]
+        if self.sts_known_words:
+            name = (
+                f"of them those without unknown words ({self.known_pairs}; {self.unknown_words:.1%} of words unknown)"
+            )
+            lines += [f"| {name}, {kind} | | | | {value:.1f} |" for kind, value in self.sts_known_words.items()]
         return "\n".join(lines)
 
 
@@ -184,13 +195,30 @@ def _recalls(
 
 
 def _sts(model: Any, processor: Any, pairs: SentencePairs, batch_size: int, progress: bool) -> dict[str, Any]:
-    embeds = encode_captions(model, processor, [*pairs.first, *pairs.second], batch_size, progress).embeds
-    correlations = {}
+    sentences = [*pairs.first, *pairs.second]
+    embeds = encode_captions(model, processor, sentences, batch_size, progress).embeds
+    unknown, words = _unknown_words(processor.tokenizer, sentences)
+    known = (unknown == 0).reshape(2, -1).all(axis=0)
+    # Words that a vocabulary from the training captions lacks bound what any training can reach.
+    is_apart = unknown.any() and known.sum() > 2 and np.ptp(pairs.scores[known]) > 0
+    correlations, of_known = {}, {}
     for kind, vectors in _kinds(model, "text", embeds).items():
         first, second = vectors.split(len(pairs.first))
-        cosines = torch.cosine_similarity(first.double(), second.double())
-        correlations[kind] = spearman(cosines.cpu().numpy(), pairs.scores)
-    return {"sts": correlations, "pairs": len(pairs.first)}
+        cosines = torch.cosine_similarity(first.double(), second.double()).cpu().numpy()
+        correlations[kind] = spearman(cosines, pairs.scores)
+        if is_apart:
+            of_known[kind] = spearman(cosines[known], pairs.scores[known])
+    return {
+        "sts": correlations, "sts_known_words": of_known, "unknown_words": float(unknown.sum() / words.sum()),
+        "pairs": len(known), "known_pairs": int(known.sum()),
+    }  # fmt: skip
+
+
+def _unknown_words(tokenizer: Any, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(sentences,) how many tokens of each the tokenizer does not know, and how many there are."""
+    tokens = tokenizer(list(sentences), add_special_tokens=False)["input_ids"]
+    unknown = [sum(token == tokenizer.unk_token_id for token in each) for each in tokens]
+    return np.array(unknown), np.array([len(each) for each in tokens])
 
 
 @torch.inference_mode()
