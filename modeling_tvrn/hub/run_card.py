@@ -192,11 +192,11 @@ def _training_summary(config: Mapping[str, Any], results: Mapping[str, Any]) -> 
 
 
 def _batch_sizes(config: Mapping[str, Any]) -> str:
-    """Those of the run's phases, one after another; phases of equal size are one."""
+    """Those of the run's phases, one after another; phases of equal size are one. Keys at their defaults may lack."""
     sizes = [
-        config[f"{phase}_batch_size"] or config["batch_size"]
+        config.get(f"{phase}_batch_size") or config["batch_size"]
         for phase in ("head_start", "token")
-        if config[f"{phase}_epochs"] or config[f"{phase}_steps"]
+        if config.get(f"{phase}_epochs") or config.get(f"{phase}_steps")
     ]
     return ", then ".join(str(size) for size, _ in groupby([*sizes, config["batch_size"]]))
 
