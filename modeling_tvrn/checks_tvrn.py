@@ -178,10 +178,10 @@ def _refuse_rows(wrong: Tensor, what: str) -> None:
 def row_ids(
     images: int, texts: int, image_ids: Tensor | None, text_image_ids: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Image ids of both sides, which decide positives; without any, text k belongs to image k.
+    """Image ids of both sides, which `check_row_ids` let pass, on one device; without any, text k belongs to image k.
 
     Raises:
-        ValueError: If only one side is given, or `check_row_ids` refuses them.
+        ValueError: If only one side is given, or none for different numbers of images and texts.
     """
     if image_ids is None and text_image_ids is None and images == texts:
         rows = torch.arange(images, device=device)
@@ -192,16 +192,17 @@ def row_ids(
             f"text is whose; got image_ids={'given' if image_ids is not None else None}, "
             f"text_image_ids={'given' if text_image_ids is not None else None}."
         )
-    check_row_ids(images, texts, image_ids, text_image_ids)
     return image_ids.to(device), text_image_ids.to(device)
 
 
 def check_row_ids(images: int, texts: int, image_ids: Tensor | None, text_image_ids: Tensor | None) -> None:
     """Raise a `ValueError` for ids that are no tensor, or not one for each item (None: not given)."""
     for name, ids, count in (("image_ids", image_ids, images), ("text_image_ids", text_image_ids, texts)):
-        if ids is not None and not isinstance(ids, Tensor):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor):
             raise ValueError(f"{name} is a {type(ids).__name__}; expected an int64 tensor of shape ({count},).")
-        if ids is not None and ids.shape != (count,):
+        if ids.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected ({count},), one id an item.")
 
 

@@ -202,16 +202,23 @@ class TVRNConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; expected None or at least 1.")
-        self._check_loss_weights()
-        self._check_types()
+        self._check_by_kind()
+        self._check_padding()
 
-    def _check_types(self) -> None:
+    def _check_by_kind(self) -> None:
+        """Switches, starts of learned scales, and weights of losses, which their types and names tell apart."""
         for name, field in type(self).__dataclass_fields__.items():
+            if name in PreTrainedConfig.__dataclass_fields__:
+                continue
             value = getattr(self, name)
-            if field.type is bool and name in vars(TVRNConfig) and not isinstance(value, bool):
+            if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False.")
             if name.endswith("_init_value") and not _is_number(value):
                 raise ValueError(f"{name} is {value!r}; expected a number, such as {field.default}.")
+            if name.endswith("_loss_weight") and not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name} is {value!r}; expected 0 (off) or more.")
+
+    def _check_padding(self) -> None:
         pad = self.pad_token_id
         if self.text_config is None and pad is not None and not 0 <= pad < self.vocab_size:
             raise ValueError(
@@ -219,22 +226,10 @@ class TVRNConfig(PreTrainedConfig):
                 f"{self.vocab_size - 1}, or None."
             )
 
-    def _check_loss_weights(self) -> None:
-        names = [name for name in type(self).__dataclass_fields__ if name.endswith("_loss_weight")]
-        for name in names:
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 0 (off) or more.")
-
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = set(type(self).__dataclass_fields__)
         for key in kwargs:
-            # Base-class attributes without a field of their own (`name_or_path`, `attn_implementation`, …) are fine.
-            inherited = getattr(PreTrainedConfig, key, None)
-            if (
-                key.startswith("_")
-                or key in _BASE_KEYWORDS
-                or (hasattr(PreTrainedConfig, key) and not callable(inherited))
-            ):
+            if key.startswith("_") or key in _BASE_KEYWORDS or _is_base_attribute(key):
                 continue
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see help(TVRNConfig)."
@@ -256,6 +251,11 @@ class TVRNConfig(PreTrainedConfig):
                 "(for example 'vit' or 'bert'), or a config object."
             )
         return CONFIG_MAPPING[model_type].from_dict(dict(value))
+
+
+def _is_base_attribute(name: str) -> bool:
+    """Whether every configuration has it without a field of its own (`name_or_path`, …); methods are none."""
+    return hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,7 @@ class UnimodalReport:
         found: dict[str, Any] = {
             name: {kind: metrics.as_dict() for kind, metrics in kinds.items()} for name, kinds in recalls.items()
         }
-        names = ("sts", "sts_known_words", "unknown_words", "texts", "images", "pairs", "known_pairs", "model")
-        return found | {name: getattr(self, name) for name in names}
+        return found | {each.name: getattr(self, each.name) for each in fields(self) if each.name not in found}
 
     def table(self) -> str:
         """A Markdown table: a row for each measure and kind of embedding, recalls in percent."""

@@ -233,8 +233,8 @@ def labelled_similarities(model: Any, terms: dict[str, Tensor], on_logits: bool 
     """
     found = {}
     if "tokens" in terms:
-        scale = 1.0 if on_logits else model.pair.token_logit_scale.exp().to(terms["tokens"].dtype)
-        found["tokens"] = terms["tokens"] / scale
+        tokens = terms["tokens"]
+        found["tokens"] = tokens if on_logits else tokens / model.pair.token_logit_scale.exp().to(tokens.dtype)
     if "evidence" in terms:
         logits = model.trained_logits(terms)
         found["pairs"] = logits if on_logits else logits.sigmoid()

@@ -178,7 +178,7 @@ def model_fields() -> dict[str, Any]:
     return {field.name: _default(field) for field in own}
 
 
-def model_meanings() -> dict[str, str]:
+def _model_meanings() -> dict[str, str]:
     """What TVRNConfig's docstring says of each of its fields; those it explains together have the same text."""
     from ..configuration_tvrn import TVRNConfig
 
@@ -220,7 +220,7 @@ def describe(cls: type) -> str:
         lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
     if any(field.name == "model" for field in fields(cls)):
         lines.append("\nmodel (fields of TVRNConfig):")
-        meanings = model_meanings()
+        meanings = _model_meanings()
         for name, default in model_fields().items():
             lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
     return "\n".join(lines).lstrip("\n")
