@@ -88,6 +88,7 @@ class TVRNConfig(PreTrainedConfig):
             A head on each side whose embeddings compare images with images and texts with texts; trained by CUSA's
             uni-modal part, see `get_image_features(…, unimodal=True)`.
         dropout (`float`, defaults to 0.4): Inside the attention pooling and the perceptrons of both sides.
+        pooled_dropout (`float`, *optional*): Inside the perceptrons of the pooled features; `None`: `dropout`.
         image_dropout (`float`, defaults to 0.0): On region features.
         text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
         margin (`float`, defaults to 0.2): Of the hinge losses: how far a pair must be above its negatives.
@@ -147,6 +148,7 @@ class TVRNConfig(PreTrainedConfig):
     word_hidden_size: int = 0
     use_unimodal_heads: bool = False
     dropout: float | int = 0.4
+    pooled_dropout: float | int | None = None
     image_dropout: float | int = 0.0
     text_dropout: float | int = 0.0
     margin: float | int = 0.2
@@ -191,6 +193,8 @@ class TVRNConfig(PreTrainedConfig):
         for name in (*fractions, "leaky_slope"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
+        if self.pooled_dropout is not None and not (_is_number(self.pooled_dropout) and 0 <= self.pooled_dropout < 1):
+            raise ValueError(f"pooled_dropout is {self.pooled_dropout!r}; expected None or a number in [0, 1).")
         if not (self.use_refined_features or self.use_pooled_features):
             raise ValueError(
                 "use_refined_features and use_pooled_features are both False; the embeddings need at least one."

@@ -222,7 +222,8 @@ class PooledEmbedding(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(size, config.projection_size)
-        self.perceptron = perceptron(size, config.pooled_hidden_size, config.projection_size, config.dropout)
+        inside = config.dropout if config.pooled_dropout is None else config.pooled_dropout
+        self.perceptron = perceptron(size, config.pooled_hidden_size, config.projection_size, inside)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x)

@@ -216,3 +216,12 @@ def test_compiled_pair_stage(variant):
         model.pair.compile(fullgraph=variant["refinement"] == "gate")  # dynamo does not trace an nn.GRU
         for side, logits in zip(sides, expected, strict=True):
             torch.testing.assert_close(model.match(*side), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dropout", "pooled", "drops"), [(0.5, None, True), (0.5, 0.0, False), (0.0, 0.5, True)])
+def test_the_embeddings_have_a_dropout_of_their_own(dropout, pooled, drops):
+    model = new_model(use_refined_features=False, dropout=dropout, pooled_dropout=pooled)
+    inputs = regions() | words(3)
+    first, second = model(**inputs), model(**inputs)
+    for side in ("image_embeds", "text_embeds"):
+        assert torch.equal(first[side], second[side]) is not drops

@@ -6,7 +6,12 @@ r"""What each module of the pair score earns: the evidence trained again, withou
 Embeddings and tokens are the trained checkpoint's and stay as they are; everything that only the evidence goes through
 starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase for `max_steps`.
 Prints for each variant the rSum in percent of the evidence alone and of the whole score on the first photographs of
-the validation split, with a paired bootstrap against the full model, beside the coarse terms alone.
+the validation split, with a paired bootstrap against the full model, beside the coarse terms alone. For a decision:
+every seed's whole last phase, judged on all photographs, with the checkpoint itself as the full model and a shortlist
+in place of every pair,
+
+    python examples/benchmarks/ablation.py runs/flickr8k --variants checkpoint "no module" "no text refinement" \
+        --images 1000 --shortlist-size 48 --config … data=… seed=0
 """
 
 import argparse
@@ -17,16 +22,19 @@ import time
 import torch
 from safetensors.torch import load_file
 from terms import match_blocks
-from torch import Tensor
 from transformers.utils import cached_file
 
 from modeling_tvrn.evaluation import encode_dataset
 from modeling_tvrn.metrics import RetrievalMetrics, paired_bootstrap, retrieval_metrics
+from modeling_tvrn.scoring import search_then_rerank
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.loop import Training
+from modeling_tvrn.training.text_cache import CachedTextProcessor
 
 VARIANTS: dict[str, dict[str, object]] = {
+    "checkpoint": {},  # its own evidence, as it was trained
     "full": {},
+    "no module": {"use_geometric_context": False, "use_text_refinement": False, "use_semantic_alignment": False},
     "no geometric context": {"use_geometric_context": False},
     "no text refinement": {"use_text_refinement": False},
     "GRU refinement": {"refinement": "gru"},
@@ -40,64 +48,85 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a trained model whose embeddings and tokens are kept")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
     parser.add_argument("--config", required=True, help="the recipe that the checkpoint was trained by")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[1:])
     parser.add_argument("--images", type=int, default=400, help="photographs of the validation split to evaluate on")
+    parser.add_argument("--shortlist-size", type=int, help="rerank so many candidates a query instead of every pair")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_intermixed_args()
 
 
-def train(arguments: argparse.Namespace, fields: dict[str, object], folder: str) -> Training:
+def read_captions_once() -> None:
+    """The frozen text tower is every variant's: what it says of the captions is computed for the first one alone."""
+    build, built = CachedTextProcessor.build, []
+
+    def build_once(*given) -> CachedTextProcessor:
+        if not built:
+            built.append(build(*given))
+        return built[0]
+
+    CachedTextProcessor.build = build_once  # type: ignore[method-assign,assignment]
+
+
+def train(arguments: argparse.Namespace, variant: str, folder: str) -> Training:
     """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens."""
     overrides = [
         *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "keep_head_start=false", f"output_dir={folder}",
-        "keep_checkpoints=0", "evaluation_steps=1000000", *(f"model.{key}={value}" for key, value in fields.items()),
+        "keep_checkpoints=0", "evaluation_steps=1000000",
+        *(f"model.{key}={value}" for key, value in VARIANTS[variant].items()),
     ]  # fmt: skip
     run = Training(TrainingConfig.from_yaml(arguments.config, overrides))
     run.model.freeze_coarse()
-    kept = {name for name, weight in run.model.named_parameters() if not weight.requires_grad}
     given = load_file(cached_file(arguments.checkpoint, "model.safetensors"))
+    kept = {
+        name for name, weight in run.model.named_parameters() if variant == "checkpoint" or not weight.requires_grad
+    }
     if missing := kept - set(given):
         raise ValueError(
             f"{arguments.checkpoint} has no {sorted(missing)}; expected a model trained by the same recipe"
         )
     run.model.load_state_dict({name: given[name] for name in kept}, strict=False)
-    run._evaluate = lambda: None  # type: ignore[method-assign]
-    run.fit()
+    if variant != "checkpoint":
+        run._evaluate = lambda: None  # type: ignore[method-assign]
+        run.fit()
     return run
 
 
 @torch.no_grad()
-def score(run: Training, images: int) -> tuple[dict[str, Tensor], list[int]]:
-    """Each term's matrix (I, T) in the training's precision, and each caption's image row."""
+def measure(run: Training, arguments: argparse.Namespace) -> dict[str, RetrievalMetrics]:
+    """Of the coarse terms, the evidence (not with a shortlist) and the whole, in the training's precision."""
     model = run.model.eval()
+    records = run.validation_records.select(range(arguments.images))
     with run.accelerator.autocast():
-        records = run.validation_records.select(range(images))
-        encoded, texts, rows = encode_dataset(model, run.input_processor, records, progress=False)
-        terms = match_blocks(model, encoded, texts)
-    return {name: term.float() for name, term in terms.items()}, rows.tolist()
+        images, texts, rows = encode_dataset(model, run.input_processor, records, progress=False)
+        terms = match_blocks(model, images, texts, with_evidence=arguments.shortlist_size is None)
+        found = {"coarse terms": sum(term.float() for name, term in terms.items() if name != "evidence")}
+        if arguments.shortlist_size is None:
+            found |= {"evidence": terms["evidence"].float(), "whole": sum(term.float() for term in terms.values())}
+        metrics = {name: retrieval_metrics(scores, rows.tolist()) for name, scores in found.items()}
+        if arguments.shortlist_size is not None:
+            metrics["whole"] = search_then_rerank(model, images, texts, rows, arguments.shortlist_size)
+    return metrics
 
 
 def main() -> None:
     arguments = parse_arguments()
     logging.getLogger("modeling_tvrn").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
+    read_captions_once()
     full: RetrievalMetrics | None = None
-    for name in arguments.variants:
+    for variant in arguments.variants:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            run = train(arguments, VARIANTS[name], folder)
+            run = train(arguments, variant, folder)
         seconds = time.process_time() - started
-        terms, rows = score(run, arguments.images)
-        coarse = sum(term for key, term in terms.items() if key != "evidence")
-        found = {"coarse terms": coarse, "evidence": terms["evidence"], "whole": sum(terms.values())}
-        metrics = {key: retrieval_metrics(value, rows) for key, value in found.items()}
+        metrics = measure(run, arguments)
         shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
-        print(f"{name}: {shown}; {seconds:.0f} CPU s of training", flush=True)
+        print(f"{variant}: {shown}; {seconds:.0f} CPU s of training", flush=True)
         gain = paired_bootstrap(metrics["whole"], metrics["coarse terms"])
         print(f"    over the coarse terms: {_shown(gain)}", flush=True)
         if full is not None:
             print(f"    over the full model: {_shown(paired_bootstrap(metrics['whole'], full))}", flush=True)
-        full = metrics["whole"] if name == "full" else full
+        full = metrics["whole"] if variant in ("checkpoint", "full") else full
 
 
 def _shown(gain) -> str:
