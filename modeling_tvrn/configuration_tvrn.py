@@ -34,9 +34,11 @@ class TVRNConfig(PreTrainedConfig):
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Vision tower that turns `pixel_values` into regions. `None`: the model reads `region_features`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Text tower. `None`: word embeddings and a bidirectional GRU trained from scratch.
+            Text tower. `None`: word embeddings and a bidirectional GRU.
         freeze_vision, freeze_text (`bool`, defaults to `False`):
             Frozen towers run without gradient and in evaluation mode.
+        freeze_word_embeddings (`bool`, defaults to `False`):
+            Keep the word embeddings that `TVRNModel.from_backbones(word_embeddings=…)` took over; the GRU learns.
         vision_grid_size (`int`, *optional*):
             Average-pool the tower's map to this many rows and columns of regions. `None` keeps the map as it is.
         region_feature_size (`int`, defaults to 2048): Size of one region feature.
@@ -120,6 +122,7 @@ class TVRNConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     freeze_vision: bool = False
     freeze_text: bool = False
+    freeze_word_embeddings: bool = False
     vision_grid_size: int | None = None
     region_feature_size: int = 2048
     vocab_size: int = 10000
@@ -207,7 +210,7 @@ class TVRNConfig(PreTrainedConfig):
             if value is not None and not (_is_number(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; expected None or at least 1.")
         self._check_by_kind()
-        self._check_padding()
+        self._check_words()
 
     def _check_by_kind(self) -> None:
         """Switches, starts of learned scales, and weights of losses, which their types and names tell apart."""
@@ -222,7 +225,9 @@ class TVRNConfig(PreTrainedConfig):
             if name.endswith("_loss_weight") and not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name} is {value!r}; expected 0 (off) or more.")
 
-    def _check_padding(self) -> None:
+    def _check_words(self) -> None:
+        if self.text_config is not None and self.freeze_word_embeddings:
+            raise ValueError("freeze_word_embeddings is True, but there is a text tower; use freeze_text.")
         pad = self.pad_token_id
         if self.text_config is None and pad is not None and not 0 <= pad < self.vocab_size:
             raise ValueError(

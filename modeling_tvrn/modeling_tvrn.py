@@ -50,7 +50,7 @@ from .layers_tvrn import (
 )
 from .matching_tvrn import PairMatching
 from .pair_tvrn import PairStage
-from .towers_tvrn import build_tower, freeze_unused, load_tower, region_feature_size, region_map
+from .towers_tvrn import build_tower, freeze_unused, load_tower, load_word_embeddings, region_feature_size, region_map
 
 # What the tokens go through, and what the refined features of the embeddings go through besides.
 _TOKENS = (
@@ -187,6 +187,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         vision: str | os.PathLike | None = None,
         text: str | os.PathLike | None = None,
         *,
+        word_embeddings: str | os.PathLike | None = None,
         trust_remote_code: bool = False,
         **config: Any,
     ) -> "TVRNModel":
@@ -194,12 +195,16 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
         Args:
             vision: Vision model id or path (or the vision half of a CLIP-like one); `None` reads region features.
-            text: Text model id or path; `None` trains word embeddings and a BiGRU from scratch.
+            text: Text model id or path; `None` trains word embeddings and a BiGRU.
+            word_embeddings: Text model id or path whose vocabulary and input embeddings the BiGRU starts from, brought
+                to variance 1 (they cost a lookup a word, where the tower would be run). The processor is
+                `TVRNProcessor.from_backbones(vision, word_embeddings)`. See `freeze_word_embeddings`.
             trust_remote_code: Run code from the towers' repositories.
             **config: Fields of [`TVRNConfig`], such as `freeze_vision=True`.
 
         Raises:
-            ValueError: If a tower can't be found or has no spatial (vision) or token (text) output.
+            ValueError: If a tower can't be found or has no spatial (vision) or token (text) output, or both `text` and
+                `word_embeddings` are given.
         """
         towers = {}
         if vision is not None:
@@ -209,15 +214,24 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if text is not None:
             tower = towers["text_model"] = load_tower(text, "text_config", trust_remote_code)
             config["text_config"] = tower.config
+        table = None
+        if word_embeddings is not None:
+            table, sizes = load_word_embeddings(word_embeddings, trust_remote_code)
+            _check_words(word_embeddings, sizes, config)
+            config |= sizes
         model = cls(TVRNConfig(**config))
         for name, tower in towers.items():
             setattr(model, name, tower)
+        if model.word_encoder is not None and table is not None:
+            model.word_encoder.embeddings.weight.data.copy_(table)
         model._freeze()
         return model
 
     # -- towers -------------------------------------------------------------------------------------------------
 
     def _freeze(self) -> None:
+        if self.word_encoder is not None and self.config.freeze_word_embeddings:
+            self.word_encoder.embeddings.requires_grad_(False)
         for tower, frozen in self._towers():
             if frozen:
                 tower.requires_grad_(False)
@@ -675,6 +689,16 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:
     return Gate(config) if config.refinement == "gate" else Recurrence(config)
+
+
+def _check_words(path: str | os.PathLike, sizes: dict[str, Any], config: dict[str, Any]) -> None:
+    if config.get("text_config") is not None:
+        raise ValueError(
+            f"word_embeddings is {str(path)!r}, but there is a text tower, which has its own; give one of them."
+        )
+    for name, size in sizes.items():
+        if config.get(name, size) != size:
+            raise ValueError(f"{name} is {config[name]!r}, but that of {str(path)!r} is {size}; leave it out.")
 
 
 def _width(config: TVRNConfig) -> int:

@@ -66,6 +66,21 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
     return tower
 
 
+def load_word_embeddings(path: str | os.PathLike, trust_remote_code: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """A text model's input embeddings (V, E), of variance 1 and 0 for padding, and the config's fields that follow.
+
+    Raises:
+        ValueError: As `load_tower`.
+    """
+    tower: Any = load_tower(path, "text_config", trust_remote_code)
+    table = tower.get_input_embeddings().weight.detach()
+    pad = getattr(tower.config, "pad_token_id", None)
+    table = table / table.std()
+    if pad is not None:
+        table[pad] = 0.0
+    return table, {"vocab_size": table.shape[0], "word_embedding_size": table.shape[1], "pad_token_id": pad}
+
+
 def _tower_class(config: PreTrainedConfig) -> Any:
     """The class that encodes images or texts: of an encoder–decoder its encoder, of a two-tower model the half.
 

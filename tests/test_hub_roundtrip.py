@@ -88,6 +88,7 @@ VARIANTS = {
     "no_refinement": {"use_text_refinement": False},
     "no_alignment": {"use_semantic_alignment": False, "refinement": "gru"},
     "no_embedding_similarity": {"use_embedding_similarity": False},
+    "word_embeddings": {"word_embeddings": "bert", "freeze_word_embeddings": True, "word_embedding_size": 10},
     "no_pooled_features": {"use_pooled_features": False, "vision": "vit", "text": "bert"},
 }
 
@@ -134,19 +135,22 @@ def shake(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def build(
-    towers: Path, vision: str | None = None, text: str | None = None, **settings
+    towers: Path, vision: str | None = None, text: str | None = None, word_embeddings: str | None = None, **settings
 ) -> tuple[TVRNModel, TVRNProcessor]:
     """Model and processor of one variant."""
     paths = {"vision": towers / vision if vision else None, "text": towers / text if text else None}
-    processor = TVRNProcessor.from_backbones(**paths)
-    if text is None:
+    processor = TVRNProcessor.from_backbones(paths["vision"], paths["text"])
+    if word_embeddings is not None:
+        processor = TVRNProcessor.from_backbones(paths["vision"], towers / word_embeddings)
+        paths["word_embeddings"] = towers / word_embeddings
+    elif text is None:
         processor = TVRNProcessor.from_captions(CAPTIONS, image_processor=processor.image_processor)
         settings["vocab_size"] = len(processor.tokenizer)
     if vision is None:
         settings["region_feature_size"] = FEATURES
     with torch.random.fork_rng():
         torch.manual_seed(5)  # a variant built twice is the same model
-        return shake(TVRNModel.from_backbones(**paths, **SIZES, **settings)), processor
+        return shake(TVRNModel.from_backbones(**paths, **{**SIZES, **settings})), processor
 
 
 def save(folder: Path, model: TVRNModel, processor: TVRNProcessor) -> None:

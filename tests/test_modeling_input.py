@@ -287,6 +287,7 @@ class TestConfig:
             ({"attention_scale": "9"}, ("attention_scale", "'9'", "number above 0")),
             ({"iou_threshold": 1.5}, ("iou_threshold", "1.5", "[0, 1)")),
             ({"dropout": -0.1}, ("dropout", "-0.1", "[0, 1)")),
+            ({"freeze_word_embeddings": True, "text_config": BERT}, ("freeze_word_embeddings", "use freeze_text")),
             ({"pooled_dropout": 1}, ("pooled_dropout", "1", "[0, 1)")),
             ({"matching_loss_weight": -1}, ("matching_loss_weight", "-1", "0 (off) or more")),
             ({"vision_grid_size": 0}, ("vision_grid_size", "0", "at least 1")),

@@ -316,3 +316,41 @@ class TestTraining:
         assert model.training
         assert not any(m.training for m in model.vision_model.modules() if isinstance(m, nn.BatchNorm2d))
         assert model.vision_model.training is not frozen
+
+
+class TestWordEmbeddings:
+    """Words of a pretrained text model under a BiGRU."""
+
+    @pytest.fixture
+    def bert(self, tmp_path: Path) -> Path:
+        AutoModel.from_config(BertConfig(**TEXT, pad_token_id=2)).save_pretrained(tmp_path / "bert")
+        return tmp_path / "bert"
+
+    def test_they_are_the_models_own_at_variance_one(self, bert):
+        model = TVRNModel.from_backbones(word_embeddings=bert, region_feature_size=29, hidden_size=37)
+        table = AutoModel.from_pretrained(bert).get_input_embeddings().weight.detach()
+        table[2] = 0  # padding: it stays 0 here, as in BERT
+        weight = model.word_encoder.embeddings.weight.detach()
+        torch.testing.assert_close(weight, table / table.std(), rtol=1e-5, atol=1e-6)
+        assert weight.std() == pytest.approx(1, rel=1e-5)
+        assert (model.config.vocab_size, model.config.word_embedding_size, model.config.pad_token_id) == (31, 14, 2)
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_frozen_they_stay_bit_identical_and_the_gru_learns(self, bert, frozen, tmp_path):
+        sizes = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "word_embedding_size")}
+        model = TVRNModel.from_backbones(
+            word_embeddings=bert, freeze_word_embeddings=frozen, region_feature_size=29, **sizes | ALL_LOSSES
+        )
+        before = trained(model, inputs_for(model))
+        same = {key: torch.equal(value, model.state_dict()[key]) for key, value in before.items()}
+        assert same["word_encoder.embeddings.weight"] is frozen
+        assert not same["word_encoder.gru.weight_ih_l0"]
+        model.save_pretrained(tmp_path / "saved")
+        loaded = TVRNModel.from_pretrained(tmp_path / "saved")
+        assert loaded.word_encoder.embeddings.weight.requires_grad is not frozen
+
+    def test_beside_a_text_tower_or_another_size_they_are_refused(self, bert):
+        with pytest.raises(ValueError, match="word_embeddings is .*bert.* there is a text tower"):
+            TVRNModel.from_backbones(text=bert, word_embeddings=bert, **SIZES)
+        with pytest.raises(ValueError, match="word_embedding_size is 300, but that of .*bert.* is 14; leave it out"):
+            TVRNModel.from_backbones(word_embeddings=bert, word_embedding_size=300)

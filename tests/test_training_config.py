@@ -73,6 +73,8 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),
         (["cache_text_features=true", "text=some/encoder"], "needs model.freeze_text = True, got False"),
         (["cache_text_features=true", "model.freeze_text=true"], "needs a text tower, got text = None"),
+        (["word_embeddings=some/encoder", "text=some/encoder"], "but there is a text tower .* set text=null"),
+        (["model.freeze_word_embeddings=true"], "word_embeddings = None: the words would stay as they were drawn"),
         (["head_start_region_dropout=0.3"], "head_start_region_dropout = 0.3 but head_start_epochs = 0"),
         (["keep_head_start=true"], "needs head_start_epochs of at least 1, got 0"),
         (["token_epochs=1", "model.use_token_similarity=false"], "token_epochs = 1 but model.use_token_similarity"),

@@ -11,6 +11,7 @@ import torch
 from data_makers import captions, write_row_groups
 from teacher_makers import write_caches
 from training_makers import TINY_BERT, TINY_VIT, Processes, tiny_config
+from transformers import AutoTokenizer
 
 from modeling_tvrn.data import ShuffledStream, load_pairs
 from modeling_tvrn.teachers import StaleStoreError
@@ -107,6 +108,19 @@ def test_a_killed_stream_goes_on_with_the_same_bits(
     assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
 
 
+def test_a_stream_trains_a_bigru_on_the_words_of_a_text_model(data: Path, text_tower: Path, tmp_path: Path) -> None:
+    keys = {"text": None, "word_embeddings": str(text_tower)}
+    config = configure(data, tmp_path / "run", text_tower, **keys)
+    config.model |= {"freeze_word_embeddings": True, "word_embedding_size": TINY_BERT["hidden_size"]}
+    run = Training(config)
+    started = {name: value.clone() for name, value in run.model.word_encoder.state_dict().items()}
+    run.fit()
+    found = run.model.word_encoder.state_dict()
+    same = {name: torch.equal(started[name], found[name]) for name in started}
+    assert same["embeddings.weight"] and not same["gru.weight_ih_l0"]
+    assert run.processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(text_tower).get_vocab()
+
+
 def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     data: Path, text_tower: Path, tmp_path: Path
 ) -> None:
@@ -176,7 +190,7 @@ def test_a_stream_of_other_data_than_the_teachers_is_refused(data: Path, text_to
         ({"head_start_steps": 4, "token_steps": 3}, "leave nothing of max_steps = 7, which counts all phases"),
         ({"keep_head_start": True}, "keep_head_start = True needs head_start_steps of at least 1"),
         ({"regions": "cache"}, "regions = 'cache', which needs the whole training split; set regions=null"),
-        ({"text": None}, "needs a text tower, got text = None"),
+        ({"text": None}, "needs a text tower, got text = None.*word_embeddings="),
         ({"scheduler": "step", "decay_epochs": [1]}, "no epochs for scheduler = 'step'"),
     ],
 )

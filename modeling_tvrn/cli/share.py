@@ -15,6 +15,9 @@ Endpoint = Annotated[str | None, typer.Option(help="address of the Hub (default:
 FROM_FOLDER = "public name of the {} that the run read from a folder"
 Vision = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("vision tower"))]
 Text = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("text tower"))]
+Words = Annotated[
+    str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("text model behind the word embeddings"))
+]
 Data = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("data"))]
 
 
@@ -53,6 +56,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="a private repository")] = False,
     vision: Vision = None,
     text: Text = None,
+    word_embeddings: Words = None,
     data: Data = None,
     license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="of the commit")] = "Upload TVRN model",
@@ -75,7 +79,7 @@ def push(
         model,
         None,
         repo_id,
-        names=_names(vision, text, data),
+        names=_names(vision=vision, text=text, word_embeddings=word_embeddings, data=data),
         license=license,
         private=True if private else None,
         endpoint=endpoint,
@@ -94,6 +98,7 @@ def card(
     name: Annotated[str | None, typer.Option(help="what the model is called (default: the folder's name)")] = None,
     vision: Vision = None,
     text: Text = None,
+    word_embeddings: Words = None,
     data: Data = None,
     license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
     as_json: AsJson = False,
@@ -108,10 +113,15 @@ def card(
     from ..hub import write_run_card
 
     target = writable(output) if output is not None else None
-    path = write_run_card(run, target, name=name, names=_names(vision, text, data), license=license)
+    path = write_run_card(
+        run,
+        target,
+        name=name,
+        names=_names(vision=vision, text=text, word_embeddings=word_embeddings, data=data),
+        license=license,
+    )
     say({"card": str(path)}, str(path), as_json)
 
 
-def _names(vision: str | None, text: str | None, data: str | None) -> dict[str, str]:
-    named = {"vision": vision, "text": text, "data": data}
+def _names(**named: str | None) -> dict[str, str]:
     return {key: value for key, value in named.items() if value is not None}

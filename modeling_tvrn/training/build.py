@@ -59,14 +59,15 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
 
 
 def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
-    """The towers' own processor; words from the training captions where there is no text tower."""
+    """The towers' own processor; words from the training captions where no text model brings them."""
+    tokens_of = config.text or config.word_embeddings
     processor = TVRNProcessor.from_backbones(
-        config.vision, config.text, image_size=config.image_size, max_text_length=config.max_text_length
+        config.vision, tokens_of, image_size=config.image_size, max_text_length=config.max_text_length
     )
     image_processor = processor.image_processor
     if config.model.get("vision_config") is not None:
         image_processor = _plain_image_processor(config)
-    if config.text is not None:
+    if tokens_of is not None:
         return TVRNProcessor(image_processor, processor.tokenizer, max_text_length=config.max_text_length)
     return TVRNProcessor.from_captions(
         (caption for captions in train_records.captions for caption in captions),
@@ -85,13 +86,13 @@ def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
 def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
     """A new model on the configured towers, with the sizes that follow from processor and data filled in."""
     fields = copy.deepcopy(config.model)
-    if config.text is None:
+    if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
     if config.vision is None:
         fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
-    model = TVRNModel.from_backbones(config.vision, config.text, **fields)
+    model = TVRNModel.from_backbones(config.vision, config.text, word_embeddings=config.word_embeddings, **fields)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     if config.gradient_checkpointing:

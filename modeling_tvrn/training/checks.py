@@ -72,6 +72,17 @@ def _check_towers(config: TrainingConfig) -> None:
             "cache_text_features = True needs model.freeze_text = True, got False; "
             "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
         )
+    has_text_tower = config.text is not None or config.model.get("text_config") is not None
+    if config.word_embeddings is not None and has_text_tower:
+        raise ValueError(
+            f"word_embeddings = {config.word_embeddings!r} are where a BiGRU starts from, but there is a text tower "
+            f"(text = {config.text!r}); set text=null, or drop word_embeddings"
+        )
+    if config.word_embeddings is None and config.model.get("freeze_word_embeddings", False):
+        raise ValueError(
+            "model.freeze_word_embeddings = True but word_embeddings = None: the words would stay as they were drawn; "
+            "name a text model with word_embeddings=…"
+        )
     if config.vision is not None and config.model.get("vision_config") is not None:
         raise ValueError(
             f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
@@ -122,10 +133,10 @@ def _check_streaming(config: TrainingConfig) -> None:
                 f"streaming = True and {name} = {getattr(config, name)!r}, which needs the whole training split; "
                 f"set {name}={_shown(needed)}, or streaming=false"
             )
-    if config.text is None and config.model.get("text_config") is None:
+    if config.text is None and config.word_embeddings is None and config.model.get("text_config") is None:
         raise ValueError(
             "streaming = True needs a text tower, got text = None: a vocabulary from scratch needs all captions; "
-            "name one with text=…"
+            "name one with text=…, or word_embeddings=… for a BiGRU"
         )
     if config.scheduler == "step":
         raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")

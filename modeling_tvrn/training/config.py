@@ -59,12 +59,21 @@ class TrainingConfig:
     text: str | None = setting(
         None, "towers", "Hub id or path of the text encoder (null: words and BiGRU from scratch)"
     )
+    word_embeddings: str | None = setting(
+        None,
+        "towers",
+        "BiGRU text: Hub id or path of the text model whose tokens and input embeddings it starts from (null: words "
+        "of the training captions, from scratch); model.freeze_word_embeddings=true keeps them as they are",
+    )
     image_size: int | None = setting(
         None, "towers", "pixels a side that the image processor delivers (null: its own)", minimum=1
     )
     max_text_length: int = setting(64, "towers", "tokens at which a caption is cut (counted and reported)", minimum=3)
     min_word_frequency: int = setting(
-        1, "towers", "BiGRU text: words seen less often in the training captions become <unk>", minimum=1
+        1,
+        "towers",
+        "BiGRU text from scratch: words seen less often in the training captions become <unk>",
+        minimum=1,
     )
     cache_text_features: bool = setting(
         False, "towers", "run a frozen text tower once a caption and keep its token outputs in memory, half precision"
