@@ -226,8 +226,10 @@ class PooledEmbedding(nn.Module):
         self.perceptron = perceptron(size, config.pooled_hidden_size, config.projection_size, inside)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(x)
-        return self.linear(x) + (self.perceptron(x) if self.perceptron is not None else 0)
+        """In the precision of the weights: they cost next to nothing, and cosines differ in what bfloat16 rounds."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.dropout(x.to(self.linear.weight.dtype))
+            return self.linear(x) + (self.perceptron(x) if self.perceptron is not None else 0)
 
 
 class UnimodalHead(nn.Module):
