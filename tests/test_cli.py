@@ -200,11 +200,12 @@ class TestShare:
     def test_card_of_a_bigru_on_the_words_of_a_text_model(self, tmp_path: Path) -> None:
         found = results()
         found["config"] |= {"text": None, "word_embeddings": "/home/somebody/towers/minilm"}
-        found["model_config"] = {"hidden_size": 12, "freeze_word_embeddings": True}
+        found["model_config"] = {"hidden_size": 12, "freeze_word_embeddings": True, "use_text_refinement": False}
         (tmp_path / "results.json").write_text(json.dumps(found))
         tvrn("card", tmp_path, "--word-embeddings", "org/minilm")
         card = (tmp_path / "README.md").read_text("utf-8")
         assert "| Text side | word embeddings of org/minilm, frozen, and BiGRU |" in card
+        assert "| Switched off | text refinement |" in card
         assert card.startswith("---\nbase_model: org/minilm\n") or "base_model:\n- org/minilm" in card
 
 
