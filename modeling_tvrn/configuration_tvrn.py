@@ -109,8 +109,7 @@ class TVRNConfig(PreTrainedConfig):
         checkpoint_pair_chunks (`bool`, defaults to `True`):
             In training, recompute each chunk in the backward pass, so that memory is bounded by the chunk and not by
             the batch. `False` saves a third of the pair stage's time where a batch's pairs fit in memory.
-        initializer_range (`float`, defaults to 0.02):
-            Of embeddings. Linear layers are Xavier-initialised, those of the pooled features within ±1/√inputs.
+        initializer_range (`float`, defaults to 0.02): Of embeddings; linear layers are Xavier-initialised.
 
     Raises:
         ValueError: On an unknown keyword, or a value outside its range.

@@ -208,17 +208,11 @@ class AttentionPooling(nn.Module):
         return masked_softmax(scores, mask, dim=-1).to(fragments.dtype)
 
 
-class PooledLinear(nn.Linear):
-    """Starts within ±1/√inputs, about half of Xavier's bound: from there the embeddings generalise better."""
-
-
-def perceptron(
-    size: int, hidden: int, out: int, dropout: float, linear: type[nn.Linear] = nn.Linear
-) -> nn.Sequential | None:
+def perceptron(size: int, hidden: int, out: int, dropout: float) -> nn.Sequential | None:
     """MLP with one hidden GELU layer, what stands beside a linear map (B, size) -> (B, out); None without units."""
     if not hidden:
         return None
-    return nn.Sequential(linear(size, hidden), nn.GELU(), nn.Dropout(dropout), linear(hidden, out))
+    return nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
 
 
 class PooledEmbedding(nn.Module):
@@ -227,10 +221,9 @@ class PooledEmbedding(nn.Module):
     def __init__(self, size: int, dropout: float, config: TVRNConfig):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.linear = PooledLinear(size, config.projection_size)
+        self.linear = nn.Linear(size, config.projection_size)
         inside = config.dropout if config.pooled_dropout is None else config.pooled_dropout
-        sizes = size, config.pooled_hidden_size, config.projection_size
-        self.perceptron = perceptron(*sizes, inside, PooledLinear)
+        self.perceptron = perceptron(size, config.pooled_hidden_size, config.projection_size, inside)
 
     def forward(self, x: Tensor) -> Tensor:
         """In the precision of the weights: they cost next to nothing, and cosines differ in what bfloat16 rounds."""

@@ -36,7 +36,6 @@ from .layers_tvrn import (
     Gate,
     GeometricAttention,
     PooledEmbedding,
-    PooledLinear,
     Recurrence,
     UnimodalHead,
     WordEncoder,
@@ -101,11 +100,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, PooledLinear):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
