@@ -139,11 +139,9 @@ def build(
 ) -> tuple[TVRNModel, TVRNProcessor]:
     """Model and processor of one variant."""
     paths = {"vision": towers / vision if vision else None, "text": towers / text if text else None}
-    processor = TVRNProcessor.from_backbones(paths["vision"], paths["text"])
-    if word_embeddings is not None:
-        processor = TVRNProcessor.from_backbones(paths["vision"], towers / word_embeddings)
-        paths["word_embeddings"] = towers / word_embeddings
-    elif text is None:
+    paths["word_embeddings"] = towers / word_embeddings if word_embeddings else None
+    processor = TVRNProcessor.from_backbones(paths["vision"], paths["text"] or paths["word_embeddings"])
+    if processor.tokenizer is None:
         processor = TVRNProcessor.from_captions(CAPTIONS, image_processor=processor.image_processor)
         settings["vocab_size"] = len(processor.tokenizer)
     if vision is None:

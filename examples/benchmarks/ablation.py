@@ -69,28 +69,29 @@ def read_captions_once() -> None:
     CachedTextProcessor.build = build_once  # type: ignore[method-assign,assignment]
 
 
-def train(arguments: argparse.Namespace, variant: str, folder: str) -> Training:
-    """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens."""
+def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
+    """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens, and its CPU seconds."""
     overrides = [
-        *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "keep_head_start=false", f"output_dir={folder}",
-        "keep_checkpoints=0", "evaluation_steps=1000000",
+        *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "keep_head_start=false",
+        "head_start_region_dropout=null", f"output_dir={folder}", "keep_checkpoints=0", "evaluation_steps=1000000",
         *(f"model.{key}={value}" for key, value in VARIANTS[variant].items()),
     ]  # fmt: skip
     run = Training(TrainingConfig.from_yaml(arguments.config, overrides))
-    run.model.freeze_coarse()
     given = load_file(cached_file(arguments.checkpoint, "model.safetensors"))
-    kept = {
-        name for name, weight in run.model.named_parameters() if variant == "checkpoint" or not weight.requires_grad
-    }
+    if variant == "checkpoint":
+        run.model.load_state_dict(given)  # strictly: a recipe with other modules is not the checkpoint's
+        return run, 0.0
+    run.model.freeze_coarse()
+    kept = {name for name, weight in run.model.named_parameters() if not weight.requires_grad}
     if missing := kept - set(given):
         raise ValueError(
             f"{arguments.checkpoint} has no {sorted(missing)}; expected a model trained by the same recipe"
         )
     run.model.load_state_dict({name: given[name] for name in kept}, strict=False)
-    if variant != "checkpoint":
-        run._evaluate = lambda: None  # type: ignore[method-assign]
-        run.fit()
-    return run
+    run._evaluate = lambda: None  # type: ignore[method-assign]
+    started = time.process_time()
+    run.fit()
+    return run, time.process_time() - started
 
 
 @torch.no_grad()
@@ -117,10 +118,8 @@ def main() -> None:
     read_captions_once()
     reference: tuple[str, RetrievalMetrics] | None = None
     for variant in arguments.variants:
-        started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            run = train(arguments, variant, folder)
-        seconds = time.process_time() - started
+            run, seconds = train(arguments, variant, folder)
         metrics = measure(run, arguments)
         shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
         print(f"{variant}: {shown}; {seconds:.0f} CPU s of training", flush=True)
