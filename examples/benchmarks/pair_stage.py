@@ -6,6 +6,7 @@ Three ways to score the same random images and captions with the same weights:
 
 - `pairs`: `TVRNModel.match`, whole blocks of images × captions at once, in float32 and bfloat16;
 - `pairs, a core a share`: the same as `score_matrix` and `rank` call it, each core with captions of its own;
+- with `--compile`, both again after `model.pair.compile(dynamic=True)`, which takes a minute or two (C++ compiler);
 - `loop`: for each caption in Python, a block of 100 images at once, float32, one-sided projections hoisted out, so
   that only the batching differs;
 - `loop+projections`: the same loop with the key and query projections of the attention inside, as the authors'
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--similarity-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds by threads, instead of wall time")
+    parser.add_argument("--compile", action="store_true", help="score with a compiled pair stage too (minutes to compile)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -180,14 +182,25 @@ def measure(arguments: argparse.Namespace) -> None:
             clock,
         )
         runs[name] = (seconds / scores.numel(), scores, torch.float32)
+    runs |= _time_pairs(model, images, texts, arguments.repeats, clock)
+    if arguments.compile:
+        model.pair.compile(dynamic=True)
+        compiled = _time_pairs(model, images, texts, arguments.repeats, clock)
+        runs |= {f"compiled {name}": run for name, run in compiled.items()}
+    _report(runs, rates, flops)
+    _report_memory(arguments)
+
+
+def _time_pairs(model: TVRNModel, images, texts, repeats: int, clock: Callable[[], float]) -> dict:
+    """Seconds a pair, scores and dtype of both ways to call `match`, in both precisions, by name."""
+    runs = {}
     for dtype in (torch.float32, torch.bfloat16):
         sides = images.to(dtype), texts.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             for name, function in (("pairs", model.match), ("pairs, a core a share", partial(match_on_cores, model))):
-                seconds, scores = median_seconds(partial(function, *sides), arguments.repeats, clock)
+                seconds, scores = median_seconds(partial(function, *sides), repeats, clock)
                 runs[f"{name} {str(dtype).removeprefix('torch.')}"] = (seconds / scores.numel(), scores, dtype)
-    _report(runs, rates, flops)
-    _report_memory(arguments)
+    return runs
 
 
 def _contexts(model: TVRNModel, images, texts) -> tuple[Tensor, Tensor]:
@@ -199,12 +212,12 @@ def _contexts(model: TVRNModel, images, texts) -> tuple[Tensor, Tensor]:
 
 def _report(runs: dict, rates: dict, flops: float) -> None:
     slowest, reference = runs["loop+projections float32"][0], runs["loop float32"][1]
-    print(f"{'':33}{'ms/pair':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'× loop+proj.':>14}{'max |Δ|':>10}")
+    print(f"{'':40}{'ms/pair':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'× loop+proj.':>14}{'max |Δ|':>10}")
     for name, (seconds, scores, dtype) in runs.items():
         difference = (scores[:, : reference.shape[1]] - reference).abs().max().item()
         rate = flops / seconds / 1e9
         speed = f"{seconds * 1e3:9.4f}{rate:9.0f}{rate / rates[dtype]:9.0%}"
-        print(f"{name:33}{speed}{slowest / seconds:14.1f}{difference:10.1e}")
+        print(f"{name:40}{speed}{slowest / seconds:14.1f}{difference:10.1e}")
 
 
 def _report_memory(arguments: argparse.Namespace) -> None:
