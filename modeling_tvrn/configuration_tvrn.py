@@ -23,6 +23,7 @@ POSITIVE = (
     "attention_scale",
     "evidence_scale",
     "matching_temperature",
+    "distillation_temperature",
 )
 
 
@@ -99,6 +100,11 @@ class TVRNConfig(PreTrainedConfig):
         pair_contrastive_loss_weight (`float`, defaults to 0.0): Weight of InfoNCE of the pair logits.
         contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the embeddings.
         token_contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the token similarities.
+        distillation_loss_weight (`float`, defaults to 0.0):
+            Weight of what the embeddings learn from the pair logits of the same batch, which better words and regions
+            have found: the divergence of their softmaxes. It needs those logits: not in steps that train embeddings
+            alone.
+        distillation_temperature (`float`, defaults to 2.0): Divides the pair logits there.
         hardest_negative_loss_weight (`float`, defaults to 0.0):
             Weight of the hinge on the hardest negatives of the pair scores.
         label_smoothing (`float`, defaults to 0.0): Of the three cross-entropies.
@@ -160,6 +166,8 @@ class TVRNConfig(PreTrainedConfig):
     pair_contrastive_loss_weight: float | int = 0.0
     contrastive_loss_weight: float | int = 1.0
     token_contrastive_loss_weight: float | int = 1.0
+    distillation_loss_weight: float | int = 0.0
+    distillation_temperature: float = 2.0
     hardest_negative_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
     logit_scale_init_value: float | int = 2.6592

@@ -25,6 +25,7 @@ __all__ = [
     "check_score_spread",
     "contrastive_loss",
     "cross_modal_soft_label_loss",
+    "distillation_loss",
     "hardest_negative_loss",
     "matching_loss",
     "matching_loss_floor",
@@ -206,6 +207,12 @@ def contrastive_loss(
     Raises:
         ValueError: On embeddings of different widths or with NaN, wrong lengths, or an anchor without a positive.
     """
+    logits = _scaled_cosines(image_embeds, text_embeds, logit_scale)
+    return positives_cross_entropy(logits, image_ids, text_image_ids, label_smoothing)
+
+
+def _scaled_cosines(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """(I, T) cosines times exp(logit_scale), in at least float32."""
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"image_embeds has shape {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)}; expected "
@@ -215,8 +222,50 @@ def contrastive_loss(
     # Autocast would multiply in bfloat16, whose step near 1 times a scale of 100 is half a unit of the logit.
     with torch.autocast(image_embeds.device.type, enabled=False):
         similarity = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T
-        logits = similarity * at_least_float32(scale).exp()
-        return positives_cross_entropy(logits, image_ids, text_image_ids, label_smoothing)
+        return similarity * at_least_float32(scale).exp()
+
+
+def distillation_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    pair_logits: Tensor,
+    temperature: float = 2.0,
+) -> Tensor:
+    """What the embeddings have yet to learn from a better score of the same pairs: KL(score ‖ embeddings).
+
+    Over each row and each column, between the softmax of the score's logits, divided by the temperature, and that of
+    the scaled cosines; no gradient reaches the score. Soft targets: Hinton et al., "Distilling the knowledge in a
+    neural network", 2015; from a score of pairs to embeddings: Miech et al., "Thinking fast and slow", CVPR 2021.
+
+    Args:
+        image_embeds: (I, P), unit norm.
+        text_embeds: (T, P), unit norm.
+        logit_scale: Log of the factor on the cosine, as in `contrastive_loss`.
+        pair_logits: (I, T), of the score that teaches; any finite values.
+        temperature: Above 0; larger spreads the targets over more candidates.
+
+    Returns:
+        Scalar, the mean of the two directions, 0 where both agree; float32 (float64 for float64 embeddings).
+
+    Raises:
+        ValueError: On embeddings of different widths, logits of another shape, NaN or infinite, or a bad temperature.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number above 0, such as 2.")
+    logits = _scaled_cosines(image_embeds, text_embeds, logit_scale)
+    if pair_logits.shape != logits.shape or not pair_logits.isfinite().all():
+        raise ValueError(
+            f"pair_logits has shape {tuple(pair_logits.shape)}, {int((~pair_logits.isfinite()).sum())} of them NaN or "
+            f"infinite; expected a finite number for each of {tuple(logits.shape)} pairs."
+        )
+    targets = pair_logits.detach().to(logits.dtype) / temperature
+    return (_divergence_rows(targets, logits) + _divergence_rows(targets.T, logits.T)) / 2
+
+
+def _divergence_rows(targets: Tensor, logits: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(targets) ‖ softmax(logits))."""
+    return F.kl_div(logits.log_softmax(dim=1), targets.log_softmax(dim=1), reduction="batchmean", log_target=True)
 
 
 def positives_cross_entropy(

@@ -8,7 +8,13 @@ from .checks_tvrn import check_sides
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import CoarseImages, CoarseTexts, Encoded, EncodedImages, EncodedTexts
 from .layers_tvrn import FragmentAttention, Gate, Recurrence
-from .losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
+from .losses import (
+    contrastive_loss,
+    distillation_loss,
+    hardest_negative_loss,
+    matching_loss,
+    positives_cross_entropy,
+)
 from .pair_tvrn import PairStage
 
 # Captions of one chunk share their padded length: sorted by length, this many at a time waste little.
@@ -197,6 +203,10 @@ class PairMatching:
             )
         if config.token_contrastive_loss_weight and "tokens" in terms:
             parts["token_contrastive"] = positives_cross_entropy(terms["tokens"], *ids, config.label_smoothing)
+        if config.distillation_loss_weight:
+            parts["distillation"] = distillation_loss(
+                image_embeds, text_embeds, self.logit_scale, self.pair_logits(terms), config.distillation_temperature
+            )
         if not parts:
             raise ValueError(
                 "return_loss=True but no loss is left: every *_loss_weight that could apply is 0; set one above 0."

@@ -10,6 +10,7 @@ import torch
 from modeling_tvrn.losses import (
     check_score_spread,
     contrastive_loss,
+    distillation_loss,
     hardest_negative_loss,
     matching_loss,
     matching_loss_floor,
@@ -310,3 +311,43 @@ def test_label_smoothing_spreads_a_share_of_the_target_in_both_cross_entropies()
 def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def distillation_oracle(images: np.ndarray, texts: np.ndarray, scale: float, taught: np.ndarray, t: float) -> float:
+    """KL of the teaching rows and columns from the embeddings', one anchor after the other."""
+    total = 0.0
+    for logits, targets in ((images @ texts.T, taught), (texts @ images.T, taught.T)):
+        for row, target in zip(math.exp(scale) * logits, targets / t, strict=True):
+            p, q = np.exp(target) / np.exp(target).sum(), np.exp(row) / np.exp(row).sum()
+            total += (p * (np.log(p) - np.log(q))).sum() / len(logits)
+    return total / 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_distillation_is_the_divergence_from_the_pair_logits(temperature: float) -> None:
+    images, texts = unit_rows(5, 6, 1).double().numpy(), unit_rows(7, 6, 2).double().numpy()
+    taught = np.random.default_rng(3).normal(0, 3, (5, 7))
+    expected = distillation_oracle(images, texts, 1.5, taught, temperature)
+    found = distillation_loss(*map(torch.tensor, (images, texts, np.float64(1.5), taught)), temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distillation_ends_where_the_embeddings_agree_and_leaves_the_score_alone() -> None:
+    images, texts = (unit_rows(rows, 6).double().requires_grad_() for rows in (5, 7))
+    agreed = math.exp(2.0) * images.detach() @ texts.detach().T
+    assert distillation_loss(images, texts, 2.0, 3 * agreed + 5, 3.0).item() == pytest.approx(0, abs=1e-12)
+    taught = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    distillation_loss(images, texts, 2.0, taught).backward()
+    assert taught.grad is None and images.grad.abs().sum() > 0 and texts.grad.abs().sum() > 0
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: distillation_loss(*given, taught), (images, texts, scale))
+
+
+def test_distillation_refuses_what_cannot_teach() -> None:
+    images, texts = torch.eye(3, 4), torch.eye(2, 4)
+    with pytest.raises(ValueError, match=r"temperature is 0.*above 0"):
+        distillation_loss(images, texts, 1.0, torch.zeros(3, 2), 0)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\).*\(3, 2\) pairs"):
+        distillation_loss(images, texts, 1.0, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="1 of them NaN"):
+        distillation_loss(images, texts, 1.0, torch.tensor([[0, 1], [math.nan, 0], [0, 0]]))

@@ -6,7 +6,13 @@ from model_makers import HEADS, VARIANTS, name, one, overlapping_boxes, regions,
 from transformers import BertConfig, MobileNetV2Config
 
 from modeling_tvrn import TVRNConfig, TVRNModel
-from modeling_tvrn.losses import contrastive_loss, hardest_negative_loss, matching_loss, positives_cross_entropy
+from modeling_tvrn.losses import (
+    contrastive_loss,
+    distillation_loss,
+    hardest_negative_loss,
+    matching_loss,
+    positives_cross_entropy,
+)
 from modeling_tvrn.pair_tvrn import PairStage
 
 BERT = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 41, "vocab_size": 31}
@@ -218,8 +224,9 @@ class TestOutput:
 
     def test_the_loss_is_the_weighted_sum_of_its_parts(self):
         weights = {"matching": 0.5, "pair_contrastive": 0.25, "contrastive": 2.0, "hardest_negative": 1.5}
-        weights["token_contrastive"] = 0.75
-        model = tiny_model(**{f"{key}_loss_weight": value for key, value in weights.items()})
+        weights |= {"token_contrastive": 0.75, "distillation": 0.6}
+        keys = {f"{key}_loss_weight": value for key, value in weights.items()}
+        model = tiny_model(**keys, distillation_temperature=3.0)
         images, texts = regions(3), words(4)
         ids = (torch.tensor([4, 9, 4]), torch.tensor([9, 4, 4, 9]))
         output = model(**images, **texts, image_ids=ids[0], text_image_ids=ids[1], return_loss=True)
@@ -230,6 +237,9 @@ class TestOutput:
             "contrastive": contrastive_loss(output.image_embeds, output.text_embeds, model.logit_scale, *ids),
             "hardest_negative": hardest_negative_loss(scores, *ids, margin=0.2),
             "token_contrastive": positives_cross_entropy(terms(model, images, texts)["tokens"], *ids),
+            "distillation": distillation_loss(
+                output.image_embeds, output.text_embeds, model.logit_scale, output.logits_per_image, 3.0
+            ),
         }
         assert set(output.loss_parts) == set(parts)
         for key, part in parts.items():

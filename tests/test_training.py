@@ -331,6 +331,28 @@ def test_the_head_start_has_its_own_batches_and_rate_and_can_be_kept(configure: 
     assert not torch.equal(started["pair.local_similarity.weight"], after["pair.local_similarity.weight"])
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_with_distillation_the_embeddings_learn_as_long_as_the_tokens_and_are_kept_then(
+    configure: Configure, weight: float
+) -> None:
+    model = {"use_refined_features": False, "distillation_loss_weight": weight}
+    run = Training(configure(head_start_epochs=1, token_epochs=1, keep_head_start=True, epochs=1, model=model))
+    seen, run_phase = [], run._run_phase
+
+    def remember(*arguments: Any) -> None:
+        seen.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        run_phase(*arguments)
+
+    run._run_phase = remember  # type: ignore[method-assign]
+    run.fit()
+    weights = [states["pooled_text_embedding.linear.weight"] for states in (*seen[1:], run.model.state_dict())]
+    tokens, evidence, end = weights
+    assert torch.equal(tokens, evidence) is (weight == 0)
+    assert torch.equal(evidence, end)
+    named = {name for event in run.progress.history for name in event}
+    assert ("distillation_loss" in named) is (weight > 0)
+
+
 def test_accumulated_batches_make_one_step(configure: Configure) -> None:
     run = Training(configure(gradient_accumulation_steps=4, epochs=3))
     [phase] = run.phases

@@ -77,6 +77,15 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["model.freeze_word_embeddings=true"], "word_embeddings = None: the words would stay as they were drawn"),
         (["head_start_region_dropout=0.3"], "head_start_region_dropout = 0.3 but head_start_epochs = 0"),
         (["keep_head_start=true"], "needs head_start_epochs of at least 1, got 0"),
+        (
+            [
+                "keep_head_start=true",
+                "head_start_epochs=1",
+                "model.distillation_loss_weight=1",
+                "model.use_token_similarity=false",
+            ],
+            "distillation_loss_weight = 1 .* before there is a score to learn from",
+        ),
         (["token_epochs=1", "model.use_token_similarity=false"], "token_epochs = 1 but model.use_token_similarity"),
         (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision tower"),
         (["regions=cache", "vision=some/tower"], "but model.freeze_vision = False"),

@@ -55,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--similarity-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds by threads, instead of wall time")
-    parser.add_argument("--compile", action="store_true", help="score with a compiled pair stage too (minutes to compile)")
+    parser.add_argument(
+        "--compile", action="store_true", help="score with a compiled pair stage too (minutes to compile)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()

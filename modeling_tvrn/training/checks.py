@@ -51,6 +51,12 @@ def _check_schedule(config: TrainingConfig) -> None:
             f"head_start_region_dropout = {config.head_start_region_dropout} but head_start_{unit} = 0: there is no "
             f"head start; give head_start_{unit}, or use region_dropout"
         )
+    weight = config.model.get("distillation_loss_weight", 0.0)
+    if config.keep_head_start and weight and not config.use_token_similarity:
+        raise ValueError(
+            f"model.distillation_loss_weight = {weight} and keep_head_start = True without token similarities: the "
+            "embeddings would be kept before there is a score to learn from; set one of them to 0 or false"
+        )
     if config.keep_head_start and not getattr(config, f"head_start_{unit}"):
         raise ValueError(
             f"keep_head_start = True needs head_start_{unit} of at least 1, got 0: the embeddings would stay as they "

@@ -151,7 +151,10 @@ class TrainingConfig:
         0, "schedule", "streaming: optimizer steps after these, in place of token_epochs", minimum=0
     )
     keep_head_start: bool = setting(
-        False, "schedule", "after its own epochs leave the embeddings as they are, and the tokens after theirs"
+        False,
+        "schedule",
+        "after its own epochs leave the embeddings as they are, or after the tokens' where they learn from these "
+        "(model.distillation_loss_weight), and the tokens after theirs",
     )
 
     learning_rate: float = setting(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)

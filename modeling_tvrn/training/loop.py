@@ -84,7 +84,7 @@ class Training(Run):
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
         self._set_rates(phase)
         self.accelerator.unwrap_model(self.objective).region_dropout = phase.region_dropout
-        if self.config.keep_head_start and phase is not self.phases[0]:
+        if self._keeps_embeddings(phase):
             change_trained(self.objective, lambda: self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE))
         last = phase is self.phases[-1]
         while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
@@ -94,6 +94,12 @@ class Training(Run):
             following = self.phases[self.phase_number].batches
             if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
                 following.follow(phase.batches)
+
+    def _keeps_embeddings(self, phase: Phase) -> bool:
+        """Whether they learn no more: with a distillation loss they learn from the tokens for as long as these do."""
+        if not self.config.keep_head_start or phase is self.phases[0]:
+            return False
+        return phase.stage is Stage.EVIDENCE or not self.model.config.distillation_loss_weight
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""
