@@ -45,7 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "batch_size": 14, "head_start_epochs": 1, "keep_head_start": True, "model": {"use_refined_features": False},
     },
     "a last batch of two captions": {"batch_size": 13, "model": {"similarity_head": "sgr"}},
-    "accumulated": {"batch_size": 6, "gradient_accumulation_steps": 2},
+    "accumulated, distilled": {
+        "batch_size": 6, "gradient_accumulation_steps": 2, "model": {"distillation_loss_weight": 0.7},
+    },
     "cusa": {"batch_size": 8, "batch_captions_per_image": 2, "cusa": True, "cusa_teacher_temperature": 0.2},
     "towers a few items at a time": {"batch_size": 13, "tower_batch_size": 2},
 }  # fmt: skip
