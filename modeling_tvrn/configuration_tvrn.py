@@ -101,9 +101,8 @@ class TVRNConfig(PreTrainedConfig):
         contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the embeddings.
         token_contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the token similarities.
         distillation_loss_weight (`float`, defaults to 0.0):
-            Weight of what the embeddings learn from the pair logits of the same batch, which better words and regions
-            have found: the divergence of their softmaxes. It needs those logits: not in steps that train embeddings
-            alone.
+            Weight of what the embeddings learn from the pair logits of the same batch: the divergence of the two
+            softmaxes, in steps that compute both.
         distillation_temperature (`float`, defaults to 2.0): Divides the pair logits there.
         hardest_negative_loss_weight (`float`, defaults to 0.0):
             Weight of the hinge on the hardest negatives of the pair scores.

@@ -239,18 +239,25 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
-    def freeze_coarse(self, tokens: bool = True) -> None:
+    def freeze_coarse(self, tokens: bool = True, embeddings: bool = True) -> None:
         """Leave the coarse terms of the score as they are: only the evidence is trained from here on.
 
         Those terms are the embeddings' and the tokens' similarity, with all that the tokens go through.
 
         Args:
             tokens: False freezes the embeddings alone.
+            embeddings: False freezes the tokens alone; word embeddings and towers, which both read, with them.
 
         Raises:
-            ValueError: If the embeddings see refined regions or words, and what refines them is to be trained.
+            ValueError: If the embeddings are to be frozen but see refined regions or words, and what refines them is
+                to be trained; or nothing is to be frozen.
         """
         config = self.config
+        if not embeddings:
+            if not tokens:
+                raise ValueError("tokens and embeddings are both False; expected one of them at least to be frozen.")
+            self._freeze_named(_TOKENS)
+            return
         if not tokens and config.use_refined_features:
             raise ValueError(
                 "The embeddings of this model see its refined regions and words, so training these moves them; "
@@ -266,8 +273,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             frozen += _TOKENS
         if config.use_refined_features:
             frozen += _REFINED_FEATURES
+        self._freeze_named(frozen)
+
+    def _freeze_named(self, beginnings: tuple[str, ...]) -> None:
         for name, weight in self.named_parameters():
-            if name.startswith(frozen):
+            if name.startswith(beginnings):
                 weight.requires_grad_(False)
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:

@@ -295,6 +295,22 @@ class TestOutput:
         refined = {"attention", "geometry", "visual_refinement", "image_pooling"}
         assert learning == own | (set() if model.config.use_refined_features else refined)
 
+    @pytest.mark.parametrize("variant", [{}, {"use_refined_features": False}], ids=name)
+    def test_tokens_that_teach_stay_while_the_embeddings_learn(self, variant):
+        model, images, texts = tiny_model(**variant), regions(4), words(4)
+        before = terms(model, images, texts)
+        model.freeze_coarse(embeddings=False)
+        model(**images, **texts, return_loss=True).loss.backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.sub_(weight.grad.sign() * 0.05)
+        after = terms(model, images, texts)
+        assert_same(after["tokens"], before["tokens"], 0)
+        assert (after["embeddings"] - before["embeddings"]).abs().max() > 1e-3
+        with pytest.raises(ValueError, match="tokens and embeddings are both False"):
+            model.freeze_coarse(tokens=False, embeddings=False)
+
     def test_text_k_belongs_to_image_k_unless_ids_say_otherwise(self):
         model, images, texts = tiny_model(), regions(4), words(4)
         default = model(**images, **texts, return_loss=True).loss

@@ -78,13 +78,14 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["head_start_region_dropout=0.3"], "head_start_region_dropout = 0.3 but head_start_epochs = 0"),
         (["keep_head_start=true"], "needs head_start_epochs of at least 1, got 0"),
         (
-            [
-                "keep_head_start=true",
-                "head_start_epochs=1",
-                "model.distillation_loss_weight=1",
-                "model.use_token_similarity=false",
-            ],
-            "distillation_loss_weight = 1 .* before there is a score to learn from",
+            ["keep_head_start=true", "head_start_epochs=1", "model.distillation_loss_weight=1"],
+            "distillation_loss_weight = 1 .* before there is a score to learn from; give distillation_epochs",
+        ),
+        (["distillation_epochs=2"], "distillation_epochs = 2 but model.distillation_loss_weight = 0"),
+        (["distillation_steps=2", "model.distillation_loss_weight=1"], "distillation_steps = 2 and streaming = False"),
+        (
+            ["distillation_epochs=1", "model.distillation_loss_weight=1", "model.use_token_similarity=false"],
+            "distillation_epochs = 1 but model.use_token_similarity = False",
         ),
         (["token_epochs=1", "model.use_token_similarity=false"], "token_epochs = 1 but model.use_token_similarity"),
         (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision tower"),

@@ -12,7 +12,7 @@ from training_makers import TINY_BERT
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.batches import CaptionBatches, Stage, phases
-from modeling_tvrn.training.objective import Objective, drop_valid
+from modeling_tvrn.training.objective import Objective, Sides, drop_valid
 from modeling_tvrn.training.optim import WeightAverage, make_optimizer, parameter_groups, rate_factor
 from modeling_tvrn.training.text_cache import CachedTextProcessor
 from modeling_tvrn.training.watch import PATIENCE, TrainingStopped, Watch
@@ -128,6 +128,27 @@ def test_the_tokens_are_trained_without_the_evidence() -> None:
     assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
 
 
+def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
+    """What teaches sees every region and word, without dropout; the embeddings see what the step leaves them."""
+    weights = {"distillation_loss_weight": 2.0, "contrastive_loss_weight": 0.0, "distillation_temperature": 3.0}
+    model, batch = tiny_model(use_refined_features=False, dropout=0.4, **weights), tiny_batch()
+    taught = Objective(model, word_dropout=0.5, region_dropout=0.5).train()
+    sides = Sides.of(batch)
+    images, texts = taught.encode_images(sides.images, Stage.TAUGHT), taught.encode_texts(sides.texts, Stage.TAUGHT)
+    assert taught.training and model.training and model.text_pooling.training
+    assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
+    found = model.match_terms(images, texts, with_evidence=False)
+    model.eval()
+    whole = model.encode_coarse_images(**sides.images), model.encode_coarse_texts(**sides.texts)
+    expected = model.match_terms(*whole, with_evidence=False)
+    torch.testing.assert_close(found["tokens"], expected["tokens"])
+    assert not torch.allclose(found["embeddings"], expected["embeddings"])
+    taught.train()(batch, stage=Stage.TAUGHT)["loss"].backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"pooled_image_embedding.linear.weight", "logit_scale"} <= reached
+    assert not {name for name in reached if name.startswith("pair.") or "pooling" in name}
+
+
 def test_each_phase_has_its_own_batches_and_rate() -> None:
     keys = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1, "head_start_epochs": 2, "head_start_batch_size": 8}
     found = phases(TrainingConfig(**keys, token_epochs=3, token_learning_rate=2e-3), [0, 0, 1, 1, 2, 2, 3, 3, 4])
@@ -135,6 +156,16 @@ def test_each_phase_has_its_own_batches_and_rate() -> None:
     assert [phase.epochs for phase in found] == [2, 3, 1]
     assert [phase.batches.batch_size for phase in found] == [8, 4, 4]
     assert [phase.rate for phase in found] == [1.0, 2.0, 1.0]
+    taught = phases(
+        TrainingConfig(
+            **keys, token_epochs=3, distillation_epochs=4, head_start_learning_rate=3e-3,
+            head_start_region_dropout=0.2, model={"distillation_loss_weight": 1.0},
+        ),
+        [0, 0, 1, 1],
+    )  # fmt: skip
+    assert [phase.stage for phase in taught] == ["embeddings", "tokens", "taught embeddings", "evidence"]
+    assert taught[2].epochs == 4 and taught[2].rate == 3.0 and taught[2].region_dropout == 0.2
+    assert taught[2].batches.batch_size == 8
     together = phases(TrainingConfig(**keys), [0, 0, 1, 1])
     assert [phase.stage for phase in together] == ["tokens", "evidence"]  # no epochs of their own
     without = phases(TrainingConfig(**keys, model={"use_token_similarity": False}), [0, 0, 1, 1])

@@ -42,7 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgr": {"batch_size": 9, "model": {"similarity_head": "sgr", "refinement": "gru"}},
     "head start, images repeated": {"batch_size": 7, "head_start_epochs": 1, "batch_captions_per_image": 2},
     "kept head start": {
-        "batch_size": 14, "head_start_epochs": 1, "keep_head_start": True, "model": {"use_refined_features": False},
+        "batch_size": 14, "head_start_epochs": 1, "distillation_epochs": 1, "keep_head_start": True,
+        "model": {"use_refined_features": False, "distillation_loss_weight": 1.0},
     },
     "a last batch of two captions": {"batch_size": 13, "model": {"similarity_head": "sgr"}},
     "accumulated, distilled": {

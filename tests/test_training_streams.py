@@ -22,8 +22,8 @@ from modeling_tvrn.training.snapshots import read_snapshot
 
 STEPS = 7  # of 6 captions: 48 captions are an epoch, so that it ends on the way
 PHASES = {  # ends of phases where it is saved, and where it is not
-    "head_start_steps": 2, "token_steps": 3, "head_start_batch_size": 9, "token_batch_size": 7,
-    "gradient_accumulation_steps": 2,
+    "head_start_steps": 2, "token_steps": 3, "distillation_steps": 1, "head_start_batch_size": 9,
+    "token_batch_size": 7, "gradient_accumulation_steps": 2,
 }  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def teachers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def configure(data: Path, output: Path, tower: Path, **keys: Any) -> TrainingConfig:
     base: dict[str, Any] = {
         "streaming": True, "stream_shards_at_once": 2, "stream_rows_at_once": 4, "max_steps": STEPS, "batch_size": 6,
-        "data_options": {}, "text": str(tower), "model": {"vision_config": TINY_VIT, "vision_grid_size": None},
+        "data_options": {}, "text": str(tower),
+        "model": {"vision_config": TINY_VIT, "vision_grid_size": None, "distillation_loss_weight": 0.5},
         "save_steps": 2, "evaluation_steps": 4, "image_size": 16, "word_dropout": 0.2,
     }  # fmt: skip
     return tiny_config(data, output, **{**base, **keys})
@@ -127,13 +128,14 @@ def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     run = Training(configure(data, tmp_path / "run", text_tower, **PHASES))
     phases, group = run.phases, PHASES["gradient_accumulation_steps"]
     assert [(phase.stage, len(phase.batches)) for phase in phases] == [
-        (Stage.EMBEDDINGS, 2 * group), (Stage.TOKENS, 3 * group), (Stage.EVIDENCE, (STEPS - 5) * group),
+        (Stage.EMBEDDINGS, 2 * group), (Stage.TOKENS, 3 * group), (Stage.TAUGHT, group),
+        (Stage.EVIDENCE, (STEPS - 6) * group),
     ]  # fmt: skip
     read = [list(phases[0].batches)]
     for former, phase in itertools.pairwise(phases):
         phase.batches.follow(former.batches)
         read.append(list(phase.batches))
-    assert [{len(batch) for batch in batches} for batches in read] == [{9}, {7}, {6}]
+    assert [{len(batch) for batch in batches} for batches in read] == [{9}, {7}, {9}, {6}]
     found = [item for batches in read for batch in batches for item in batch]
     stream = ShuffledStream(run.train_records, 0, shards_at_once=2, rows_at_once=4)
     assert [(item.pair.image_id, item.caption_number) for item in found] == [

@@ -140,10 +140,14 @@ class ShareCollator:
 
 
 class Stage(StrEnum):
-    """How much of the pair score a step computes and trains: each stage holds the ones before it."""
+    """How much of the pair score a step computes and trains: each stage holds the ones before it.
+
+    TAUGHT trains the embeddings alone, as EMBEDDINGS does, but computes the tokens too, which teach them.
+    """
 
     EMBEDDINGS = "embeddings"
     TOKENS = "tokens"
+    TAUGHT = "taught embeddings"
     EVIDENCE = "evidence"
 
 
@@ -190,11 +194,12 @@ class Plan:
 
 
 def plans(config: TrainingConfig) -> list[Plan]:
-    """The head start and the tokens' phase, where there are any, and the one in which pairs are scored."""
-    head_start, tokens, evidence = config.head_start_epochs, config.token_epochs, config.epochs
+    """The head start, the tokens' phase and the distillation, where there are any, then the one that scores pairs."""
+    head_start, tokens, taught = config.head_start_epochs, config.token_epochs, config.distillation_epochs
+    evidence = config.epochs
     if config.streaming:
-        head_start, tokens = config.head_start_steps, config.token_steps
-        evidence = (config.max_steps or 0) - head_start - tokens
+        head_start, tokens, taught = config.head_start_steps, config.token_steps, config.distillation_steps
+        evidence = (config.max_steps or 0) - head_start - tokens - taught
 
     def plan(
         stage: Stage,
@@ -209,15 +214,11 @@ def plans(config: TrainingConfig) -> list[Plan]:
 
     # Without a phase of their own the tokens learn in the head start.
     first = Stage.EMBEDDINGS if tokens or not config.use_token_similarity else Stage.TOKENS
+    embeddings = config.head_start_batch_size, config.head_start_learning_rate, config.head_start_region_dropout
     found = [
-        plan(
-            first,
-            head_start,
-            config.head_start_batch_size,
-            config.head_start_learning_rate,
-            config.head_start_region_dropout,
-        ),
+        plan(first, head_start, *embeddings),
         plan(Stage.TOKENS, tokens, config.token_batch_size, config.token_learning_rate),
+        plan(Stage.TAUGHT, taught, *embeddings),
         plan(Stage.EVIDENCE, evidence),
     ]
     return [each for each in found if each.length]

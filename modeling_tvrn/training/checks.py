@@ -35,32 +35,39 @@ def _check_schedule(config: TrainingConfig) -> None:
     if config.scheduler == "step" and not config.decay_epochs:
         raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
     unit, other = ("steps", "epochs") if config.streaming else ("epochs", "steps")
-    for phase in ("head_start", "token"):
+    for phase in ("head_start", "token", "distillation"):
         if length := getattr(config, f"{phase}_{other}"):
             raise ValueError(
                 f"{phase}_{other} = {length} and streaming = {config.streaming}: a stream's phases are counted in "
                 f"steps, others in epochs; set {phase}_{other}=0 and give {phase}_{unit}"
             )
-    if (length := getattr(config, f"token_{unit}")) and not config.use_token_similarity:
+    for phase in ("token", "distillation"):
+        if (length := getattr(config, f"{phase}_{unit}")) and not config.use_token_similarity:
+            raise ValueError(
+                f"{phase}_{unit} = {length} but model.use_token_similarity = False: nothing would be learned in them; "
+                f"set {phase}_{unit}=0"
+            )
+    if (length := getattr(config, f"distillation_{unit}")) and not config.model.get("distillation_loss_weight"):
         raise ValueError(
-            f"token_{unit} = {length} but model.use_token_similarity = False: nothing would be trained in them; set "
-            f"token_{unit}=0"
+            f"distillation_{unit} = {length} but model.distillation_loss_weight = 0: the tokens would teach nothing; "
+            f"give the loss a weight such as 1, or set distillation_{unit}=0"
         )
-    if config.head_start_region_dropout is not None and not getattr(config, f"head_start_{unit}"):
+    alone = getattr(config, f"head_start_{unit}") or getattr(config, f"distillation_{unit}")
+    if config.head_start_region_dropout is not None and not alone:
         raise ValueError(
             f"head_start_region_dropout = {config.head_start_region_dropout} but head_start_{unit} = 0: there is no "
             f"head start; give head_start_{unit}, or use region_dropout"
-        )
-    weight = config.model.get("distillation_loss_weight", 0.0)
-    if config.keep_head_start and weight and not config.use_token_similarity:
-        raise ValueError(
-            f"model.distillation_loss_weight = {weight} and keep_head_start = True without token similarities: the "
-            "embeddings would be kept before there is a score to learn from; set one of them to 0 or false"
         )
     if config.keep_head_start and not getattr(config, f"head_start_{unit}"):
         raise ValueError(
             f"keep_head_start = True needs head_start_{unit} of at least 1, got 0: the embeddings would stay as they "
             "were drawn"
+        )
+    weight = config.model.get("distillation_loss_weight")
+    if config.keep_head_start and weight and not getattr(config, f"distillation_{unit}"):
+        raise ValueError(
+            f"model.distillation_loss_weight = {weight} and keep_head_start = True: the embeddings would be kept "
+            f"before there is a score to learn from; give distillation_{unit}, or set one of them to 0 or false"
         )
 
 
@@ -125,10 +132,12 @@ def _check_streaming(config: TrainingConfig) -> None:
     """Refuse what needs to know the whole training split beforehand."""
     if config.max_steps is None:
         raise ValueError("streaming = True needs max_steps, got None: the length of a stream is not known")
-    if config.head_start_steps + config.token_steps >= config.max_steps:
+    before = ("head_start_steps", "token_steps", "distillation_steps")
+    if sum(getattr(config, name) for name in before) >= config.max_steps:
+        given = ", ".join(f"{name} = {getattr(config, name)}" for name in before)
         raise ValueError(
-            f"head_start_steps = {config.head_start_steps} and token_steps = {config.token_steps} leave nothing of "
-            f"max_steps = {config.max_steps}, which counts all phases, to the pair score; raise max_steps"
+            f"{given} leave nothing of max_steps = {config.max_steps}, which counts all phases, to the pair score; "
+            "raise max_steps"
         )
     wholes = {
         "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,

@@ -144,17 +144,26 @@ class TrainingConfig:
         "highest rate of the tokens' epochs, which have their own warm-up and decay (null: learning_rate)",
         above=0.0,
     )
+    distillation_epochs: int = setting(
+        0,
+        "schedule",
+        "epochs after the tokens' that train the embeddings once more, with model.distillation_loss_weight: the "
+        "tokens teach them; batches, rate and region dropout are the head start's",
+        minimum=0,
+    )
     head_start_steps: int = setting(
         0, "schedule", "streaming: optimizer steps of the head start, in place of head_start_epochs", minimum=0
     )
     token_steps: int = setting(
         0, "schedule", "streaming: optimizer steps after these, in place of token_epochs", minimum=0
     )
+    distillation_steps: int = setting(
+        0, "schedule", "streaming: optimizer steps after these, in place of distillation_epochs", minimum=0
+    )
     keep_head_start: bool = setting(
         False,
         "schedule",
-        "after its own epochs leave the embeddings as they are, or after the tokens' where they learn from these "
-        "(model.distillation_loss_weight), and the tokens after theirs",
+        "after its own epochs (and the distillation's) leave the embeddings as they are, and the tokens after theirs",
     )
 
     learning_rate: float = setting(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)

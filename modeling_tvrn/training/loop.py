@@ -84,8 +84,8 @@ class Training(Run):
         """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
         self._set_rates(phase)
         self.accelerator.unwrap_model(self.objective).region_dropout = phase.region_dropout
-        if self._keeps_embeddings(phase):
-            change_trained(self.objective, lambda: self.model.freeze_coarse(tokens=phase.stage is Stage.EVIDENCE))
+        if phase is not self.phases[0] and (self.config.keep_head_start or self._has_stage(Stage.TAUGHT)):
+            change_trained(self.objective, lambda: self._train_for(phase.stage))
         last = phase is self.phases[-1]
         while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
             self._run_epoch(phase, loader)
@@ -95,11 +95,17 @@ class Training(Run):
             if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
                 following.follow(phase.batches)
 
-    def _keeps_embeddings(self, phase: Phase) -> bool:
-        """Whether they learn no more: with a distillation loss they learn from the tokens for as long as these do."""
-        if not self.config.keep_head_start or phase is self.phases[0]:
-            return False
-        return phase.stage is Stage.EVIDENCE or not self.model.config.distillation_loss_weight
+    def _has_stage(self, stage: Stage) -> bool:
+        return any(phase.stage is stage for phase in self.phases)
+
+    def _train_for(self, stage: Stage) -> None:
+        """Keep what has had its epochs, if it is to be kept; who teaches stays as it is, with all that it reads."""
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_(name in self.trained)
+        if stage is Stage.TAUGHT:
+            self.model.freeze_coarse(embeddings=False)
+        elif self.config.keep_head_start:
+            self.model.freeze_coarse(tokens=stage is Stage.EVIDENCE)
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""

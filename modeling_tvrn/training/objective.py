@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..encoded_tvrn import EncodedItems
+from ..encoded_tvrn import CoarseImages, CoarseTexts, EncodedItems
 from ..losses import contrastive_loss, matching_loss_floor
 from .batches import Stage
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
@@ -101,25 +101,42 @@ class Objective(nn.Module):
     def encode_images(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
         """The image side without the regions that this step leaves out, as far as its stage needs it."""
         inputs = dict(inputs)
+        if self.training and self.region_dropout and "pixel_values" in inputs:
+            regions = self.model.extract_regions(inputs.pop("pixel_values"))
+            inputs |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
+        given = inputs
         if self.training and self.region_dropout:
-            if "pixel_values" in inputs:
-                regions = self.model.extract_regions(inputs.pop("pixel_values"))
-                inputs |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
-            inputs["region_mask"] = drop_valid(inputs["region_mask"], self.region_dropout)
+            inputs = {**given, "region_mask": drop_valid(given["region_mask"], self.region_dropout)}
         if stage is Stage.EMBEDDINGS:
             return Summaries(self.model.embed_images(**inputs))
+        if stage is Stage.TAUGHT:
+            return self._with_teachers(self.model.encode_coarse_images, given, self.model.embed_images(**inputs))
         encode = self.model.encode_images if stage is Stage.EVIDENCE else self.model.encode_coarse_images
         return cast(EncodedItems, encode(**inputs))
 
     def encode_texts(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
         """The text side without the words that this step leaves out, as far as its stage needs it."""
-        inputs = dict(inputs)
+        given = inputs
         if self.training and self.word_dropout:
-            inputs["word_mask"] = drop_valid(inputs["word_mask"], self.word_dropout)
+            inputs = {**given, "word_mask": drop_valid(given["word_mask"], self.word_dropout)}
         if stage is Stage.EMBEDDINGS:
             return Summaries(self.model.embed_texts(**inputs))
+        if stage is Stage.TAUGHT:
+            return self._with_teachers(self.model.encode_coarse_texts, given, self.model.embed_texts(**inputs))
         encode = self.model.encode_texts if stage is Stage.EVIDENCE else self.model.encode_coarse_texts
         return cast(EncodedItems, encode(**inputs))
+
+    @torch.no_grad()
+    def _with_teachers(
+        self, encode: Callable[..., CoarseImages | CoarseTexts], inputs: dict[str, Tensor], embeds: Tensor
+    ) -> EncodedItems:
+        """Embeddings that learn beside the words or regions that teach them: these whole, without dropout."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return replace(encode(**inputs), embeds=embeds)
+        finally:
+            self.model.train(training)
 
     def score(self, images: Any, texts: Any, sides: Sides, stage: Stage) -> dict[str, Any]:
         """The loss of the global batch from this process's encoded share; returns what `forward` does."""
@@ -132,7 +149,8 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         if stage is not Stage.EMBEDDINGS:
             captions = gather_items(texts.select(own), text_counts)
-            terms = model.match_terms(images, captions, with_evidence=stage is Stage.EVIDENCE)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.TAUGHT):  # the tokens teach
+                terms = model.match_terms(images, captions, with_evidence=stage is Stage.EVIDENCE)
             terms = {name: gather_rows(term[own], image_counts) for name, term in terms.items()}
             logits = model.pair_logits({name: term.detach() for name, term in terms.items()})
             loss, parts = model.training_loss(terms, *embeds, *ids)

@@ -53,6 +53,7 @@ class Run:
         self.processor = build_processor(config, self.train_records)
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
+        self.trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.trained_parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
