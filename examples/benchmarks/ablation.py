@@ -72,8 +72,9 @@ def read_captions_once() -> None:
 def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
     """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens, and its CPU seconds."""
     overrides = [
-        *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "keep_head_start=false",
-        "head_start_region_dropout=null", f"output_dir={folder}", "keep_checkpoints=0", "evaluation_steps=1000000",
+        *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "distillation_epochs=0",
+        "keep_head_start=false", "head_start_region_dropout=null", f"output_dir={folder}", "keep_checkpoints=0",
+        "evaluation_steps=1000000",
         *(f"model.{key}={value}" for key, value in VARIANTS[variant].items()),
     ]  # fmt: skip
     run = Training(TrainingConfig.from_yaml(arguments.config, overrides))
