@@ -60,6 +60,16 @@ def reordered(inputs: dict[str, torch.Tensor], order: list[int]) -> dict[str, to
     return {key: value[order] for key, value in inputs.items()}
 
 
+def terms_after_a_step(model, images, texts):
+    """The score's terms once every weight that has a gradient has moved by as much."""
+    model(**images, **texts, return_loss=True).loss.backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.sub_(weight.grad.sign() * 0.05)
+    return terms(model, images, texts)
+
+
 def terms(model, images, texts):
     """The summands of a batch's logits."""
     with torch.no_grad():
@@ -281,12 +291,7 @@ class TestOutput:
             return
         before = terms(model, images, texts)
         model.freeze_coarse()
-        model(**images, **texts, return_loss=True).loss.backward()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.grad is not None:
-                    weight.sub_(weight.grad.sign() * 0.05)
-        after = terms(model, images, texts)
+        after = terms_after_a_step(model, images, texts)
         assert_same(after["tokens"], before["tokens"], 0)
         assert_same(after["embeddings"], before["embeddings"], 0)
         assert (after["evidence"] - before["evidence"]).abs().max() > 1e-3
@@ -300,12 +305,7 @@ class TestOutput:
         model, images, texts = tiny_model(**variant), regions(4), words(4)
         before = terms(model, images, texts)
         model.freeze_coarse(embeddings=False)
-        model(**images, **texts, return_loss=True).loss.backward()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.grad is not None:
-                    weight.sub_(weight.grad.sign() * 0.05)
-        after = terms(model, images, texts)
+        after = terms_after_a_step(model, images, texts)
         assert_same(after["tokens"], before["tokens"], 0)
         assert (after["embeddings"] - before["embeddings"]).abs().max() > 1e-3
         with pytest.raises(ValueError, match="tokens and embeddings are both False"):

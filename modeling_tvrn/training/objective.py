@@ -100,12 +100,11 @@ class Objective(nn.Module):
 
     def encode_images(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
         """The image side without the regions that this step leaves out, as far as its stage needs it."""
-        inputs = dict(inputs)
-        if self.training and self.region_dropout and "pixel_values" in inputs:
-            regions = self.model.extract_regions(inputs.pop("pixel_values"))
-            inputs |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
-        given = inputs
+        inputs = given = dict(inputs)
         if self.training and self.region_dropout:
+            if "pixel_values" in given:
+                regions = self.model.extract_regions(given.pop("pixel_values"))
+                given |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
             inputs = {**given, "region_mask": drop_valid(given["region_mask"], self.region_dropout)}
         if stage is Stage.EMBEDDINGS:
             return Summaries(self.model.embed_images(**inputs))

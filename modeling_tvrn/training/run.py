@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
         model: the TVRNModel in training; `best` tells which of its states the folder holds.
+        trained: sizes of the weights that learn in any phase, by name.
         step: optimizer steps made.
         phase_number, phase_epoch, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
         progress: bar, logs and `history`.
@@ -53,8 +54,8 @@ class Run:
         self.processor = build_processor(config, self.train_records)
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
-        self.trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.trained_parameters = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        self.trained = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.trained_parameters = sum(self.trained.values())
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
         self._read_caches()
