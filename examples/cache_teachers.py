@@ -25,13 +25,13 @@ Killed and started again, it goes on where it stopped. Then train with
 
 import argparse
 import logging
-import shlex
 import sys
 
 import torch
 from accelerate import PartialState
 
 from modeling_tvrn.data import load_pairs
+from modeling_tvrn.evaluation.provenance import command
 from modeling_tvrn.teachers import RegionCache, Teacher, TeacherCache
 
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> TeacherCache:
         process=state.process_index,
         processes=state.num_processes,
         overwrite=options.overwrite,
-        info={"command": shlex.join(sys.argv), "data": options.data, "split": options.split},
+        info={"command": command(), "data": options.data, "split": options.split},
         progress=state.is_local_main_process,
     )
     state.wait_for_everyone()

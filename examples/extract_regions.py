@@ -25,13 +25,13 @@ Killed and started again, it goes on where it stopped. In Python:
 
 import argparse
 import logging
-import shlex
 import sys
 
 import torch
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
+from modeling_tvrn.evaluation.provenance import command
 from modeling_tvrn.teachers import RegionCache, resize_only
 from modeling_tvrn.towers_tvrn import region_map
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> RegionCache:
         overwrite=options.overwrite,
         info={
             "backbone": options.model,
-            "command": shlex.join(sys.argv),
+            "command": command(),
             "data": options.data,
             "split": options.split,
         },

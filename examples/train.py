@@ -16,7 +16,10 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from modeling_tvrn import training
+from modeling_tvrn.redaction import guard_logs, redacted_text
 from modeling_tvrn.training import TrainingConfig, describe
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "scenes.yaml"
@@ -43,20 +46,27 @@ def main(arguments: list[str] | None = None) -> int:
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    guard_logs()
     try:
         config = TrainingConfig.from_yaml(options.config, options.overrides)
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        result = run(config)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"train.py: {redacted_text(str(error))}", file=sys.stderr)
         return 2
-    from transformers.utils.logging import disable_progress_bar
-
-    from modeling_tvrn.training import train
-
-    disable_progress_bar()  # one for each saved model is noise in a log
-    result = train(config)
+    except training.TrainingStopped as error:
+        print(f"train.py: {redacted_text(str(error))}", file=sys.stderr)
+        return 1
     if is_main:
         print(f"\n{result['table']}\n\nmodel, card, results and pictures: {config.output_dir}")
     return 0
+
+
+def run(config: TrainingConfig) -> dict[str, Any]:
+    """Train; what that needs is loaded only for a configuration that is right."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one for each saved model is noise in a log
+    return training.train(config)
 
 
 if __name__ == "__main__":

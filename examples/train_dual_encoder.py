@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+from modeling_tvrn.redaction import guard_logs, redacted_text
 from modeling_tvrn.training import describe
 
 
@@ -38,11 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
+    guard_logs()
     try:
         config = DualEncoderConfig.from_yaml(options.config, options.overrides)
         result = train_dual_encoder(config)
-    except ValueError as error:
-        print(f"train_dual_encoder.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"train_dual_encoder.py: {redacted_text(str(error))}", file=sys.stderr)
         return 2
     if not is_main:
         return 0

@@ -1,10 +1,10 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
-    leaves (losses,
-metrics, teachers, data, processing, plots, durable) import none of ours; processing may read the configuration, and
-teachers write their files with durable. Shipped files
-are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
+leaves (losses, metrics, teachers, data, processing, plots, durable, redaction) import none of ours; processing may read
+the configuration, teachers write their files with durable, and they and data keep secrets out of what they write with
+redaction. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require
+exist.
 """
 
 import ast
@@ -25,7 +25,7 @@ ALWAYS_REQUIRED = {
     *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
-LEAVES = {"losses", "metrics", "teachers", "data", "processing", "plots", "durable"}
+LEAVES = {"losses", "metrics", "teachers", "data", "processing", "plots", "durable", "redaction"}
 BASE = {"configuration", "modeling", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", *EVERYTHING_SHIPPED},
@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "processing": {"configuration"},
     "losses": set(),
     "metrics": set(),
-    "teachers": {"durable"},
-    "data": set(),
+    "teachers": {"durable", "redaction"},
+    "data": {"redaction"},
     "plots": set(),
     "durable": set(),
+    "redaction": set(),
     "scoring": BASE,
     "explain": BASE,
     "hub": BASE,

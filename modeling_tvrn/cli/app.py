@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..redaction import guard_logs, redacted_text
 from . import find, measure, share
 from .common import quiet_libraries
 
@@ -34,7 +35,7 @@ class Verbs(typer.core.TyperGroup):
             # An extra that is missing, a file that is not there, a value that is wrong: all say what to do.
             if logging.getLogger(__package__).isEnabledFor(logging.DEBUG):
                 raise
-            typer.echo(f"tvrn: {error}", err=True)
+            typer.echo(f"tvrn: {redacted_text(str(error))}", err=True)
             raise typer.Exit(MISTAKE) from error
         except KeyboardInterrupt as error:
             typer.echo("tvrn: interrupted", err=True)
@@ -91,4 +92,5 @@ def main() -> None:
     """The entry point `tvrn`."""
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    guard_logs()
     app(prog_name="tvrn")

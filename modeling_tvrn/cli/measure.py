@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..redaction import redacted_text
 from .common import AsJson, Device, Dtype, Model, fail, load, progress, say, writable
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def train(
     try:
         results = run(settings)
     except TrainingStopped as error:
-        typer.echo(f"tvrn: {error}", err=True)
+        typer.echo(f"tvrn: {redacted_text(str(error))}", err=True)
         raise typer.Exit(STOPPED) from error
     shown = {name: value for name, value in results.items() if name not in ("history", "table")}
     say(shown, f"{results['table']}\n\nmodel, card, results and pictures: {settings.output_dir}", as_json)

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ..redaction import redacted_text
 from .schema import SourceRow
 from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits
@@ -87,7 +88,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
         raise ValueError(
-            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {error} "
+            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {redacted_text(str(error))} "
             f"({type(error).__name__}). Check the name, the network and, for gated data, the token; or download it "
             "and pass the folder"
         ) from error

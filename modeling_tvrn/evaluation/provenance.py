@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from ..redaction import redacted_command
 
 LIBRARIES = ("torch", "transformers", "datasets", "numpy")
 
@@ -25,8 +26,8 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line, as it would be typed again."""
-    return shlex.join(sys.argv)
+    """The command line, as it would be typed again, but for the secrets in it."""
+    return redacted_command(sys.argv)
 
 
 def versions() -> dict[str, str]:

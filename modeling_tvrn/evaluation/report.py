@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import Recalls, RetrievalMetrics, recall_table
+from ..redaction import redacted
 from ..scoring import SearchMetrics
 
 
@@ -87,13 +88,13 @@ class EvaluationReport:
     unit: str = "percent"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; metrics by their flat names."""
+        """Plain JSON values, without secrets; metrics by their flat names."""
         found: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             found[name] = value.as_dict() if isinstance(value, Recalls) else value
         found["models"] = [model.as_dict() for model in self.models]
-        return found
+        return dict(redacted(found))
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text, also written to `path` where one is given."""

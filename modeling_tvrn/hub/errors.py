@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..redaction import redacted_text
+
 __all__ = ["explained"]
 
 LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token=…"
@@ -53,7 +55,7 @@ def explained(doing: str, repo_id: str, endpoint: str) -> Iterator[None]:
         # The client's transport library is its own affair, and changes; its errors are known by where they are from.
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
             raise ConnectionError(
-                f"{doing} {repo_id} failed: the connection to {endpoint} broke ({type(error).__name__}: {error}). "
+                f"{doing} {repo_id} failed: the connection to {endpoint} broke ({type(error).__name__}: {redacted_text(str(error))}). "
                 "A push is one commit, so the repository is either as it was or wholly new: try again"
             ) from error
         raise
@@ -74,4 +76,4 @@ def _of_status(error: HfHubHTTPError, doing: str, repo_id: str, endpoint: str) -
             f"{doing} {repo_id}: somebody else changed the repository meanwhile. Nothing was written; look at their "
             "commit and push again"
         )
-    return ConnectionError(f"{doing} {repo_id} failed, {endpoint} answered {status}: {error}")
+    return ConnectionError(f"{doing} {repo_id} failed, {endpoint} answered {status}: {redacted_text(str(error))}")

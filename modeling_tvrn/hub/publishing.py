@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
+from ..redaction import redacted, redacted_text
 from .card import CardMetadata, write_model_card
 from .errors import explained
 from .examination import examine_folder
@@ -83,7 +84,7 @@ def push_to_hub(
         processor: of a model in memory; a folder has its own.
         repo_id: "owner/name".
         results: folder of the training run, or results.json's content, for the card of a model in memory.
-        card: the card's whole text, in place of the rendered one.
+        card: the card's whole text, in place of the rendered one; what looks like a secret is taken out.
         names, license: see `write_run_card`.
         private: whether a new repository is private; for one that exists, what it has to be.
         token: default: the one that `hf auth login` or HF_TOKEN left.
@@ -155,17 +156,23 @@ def _stage(
     if run is not None and (run / "results.json").is_file():
         found = read_results(run)
     if found is not None:
+        found = redacted(dict(found))
         (folder / "results.json").write_text(json.dumps(portable(dict(found)), indent=2) + "\n", encoding="utf-8")
         for picture in _pictures(run, found):
             shutil.copyfile(picture, folder / picture.name)
     if card is None and found is not None:
         write_run_card(folder, name=repo_id, names=names, results=found, license=license)
     elif card is None and run is not None and (run / "README.md").is_file():
-        shutil.copyfile(run / "README.md", folder / "README.md")
+        _write_card(folder, (run / "README.md").read_text("utf-8"))
     elif card is None:
         _write_plain_card(folder, model, processor, repo_id, license)
     else:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_card(folder, card)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    """A card as somebody wrote it, but for secrets: what was pushed once cannot be taken back."""
+    (folder / "README.md").write_text(redacted_text(card), encoding="utf-8")
 
 
 def _pictures(run: Path | None, results: Mapping[str, Any]) -> list[Path]:

@@ -14,6 +14,7 @@ import yaml
 from ..configuration_tvrn import TVRNConfig
 from ..data import PRESETS
 from ..metrics import RECALL_AT, Recalls, recall_table
+from ..redaction import redacted
 from .card import CardMetadata, write_model_card
 from .portable import is_hub_id, portable, portable_command
 
@@ -111,7 +112,7 @@ def write_run_card(
     Raises:
         ValueError: there is no results.json of a training run; an unknown key in `names`.
     """
-    results = read_results(folder) if results is None else results
+    results = redacted(dict(read_results(folder) if results is None else results))
     if unknown := set(names or {}) - {*TOWER_KEYS, "data"}:
         raise ValueError(f"names has the keys {sorted(unknown)}; expected some of {', '.join(TOWER_KEYS)}, data")
     config = {**results["config"], **(names or {})}
@@ -142,6 +143,7 @@ def _sections(
 ) -> dict[str, Any]:
     """The template's variables."""
     model_config, data = results["model_config"], results["data"]
+    counted = data["train"].get("images")  # of a stream nobody knows
     shown = {file: pictures is not None and (pictures / file).is_file() for file in ("curve.png", "query.png")}
     evaluation = results.get("evaluation", {})
     return {
@@ -158,8 +160,8 @@ def _sections(
         "query": config.get("query") if shown["query.png"] else None,
         "query_picture": "query.png",
         "usage": usage_of(metadata.name, model_config),
-        "training_data": f"{metadata.dataset_name}, split {config['train_split']}, {data['train']['images']} images "
-        f"and {data['train']['captions']} captions",
+        "training_data": f"{metadata.dataset_name}, split {config['train_split']}, "
+        + (f"{counted} images and {data['train']['captions']} captions" if counted else "read as a stream"),
         "training_summary": _training_summary(config, results),
         "teachers": portable(results.get("teachers") or {}),
         "command": portable_command(results["command"]) if results.get("command") else None,
@@ -185,9 +187,11 @@ def _recalls(flat: Mapping[str, float]) -> Recalls:
 
 def _summary(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     pictures = "photographs" if config["data"] != "scenes" else "generated scenes"
+    sizes = data["train"]
+    trained = f"{sizes['images']} {pictures} with {sizes['captions']}" if "images" in sizes else f"{pictures} with"
     return (
-        f"An image–text matching model trained on {data['train']['images']} {pictures} with "
-        f"{data['train']['captions']} captions. It ranks images for a sentence and sentences for an image."
+        f"An image–text matching model trained on {trained} captions. It ranks images for a sentence and sentences for "
+        "an image."
     )
 
 

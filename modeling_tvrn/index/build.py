@@ -20,6 +20,7 @@ from ..data.images import ImageError
 from ..data.skipped import SkipReport
 from ..data.training_pairs import image_inputs
 from ..encoded_tvrn import EncodedItems
+from ..redaction import redacted
 from ..scoring.models import evaluating
 from ..teachers.fingerprint import digest
 from ..teachers.shards import Shard, write_shard
@@ -132,7 +133,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         report.seconds = time.perf_counter() - started
         manifest = {
             "side": source.side,
-            "source": source.name,
+            "source": redacted(source.name),
             "fingerprint": fingerprint,
             "build": build,
             "precision": settings.precision,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..durable import publish
+from ..redaction import redacted
 from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
 from .id_index import IdIndex
 from .shards import BrokenShardError, MappedShard, Shard, shard_name, write_shard
@@ -282,7 +283,7 @@ class StoreWriter:
             "fingerprint": self.fingerprint,
             "build": self.build,
             "ids_sha256": ids_digest(ids),
-            "info": info,
+            "info": redacted(info),
         }
         temporary = self.directory / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_together
-from .settings import build, read_overrides, read_yaml, setting, validate
+from .settings import build, read_overrides, read_yaml, setting, shown, validate
 
 __all__ = ["TrainingConfig", "like"]
 
@@ -302,6 +302,9 @@ class TrainingConfig:
         validate(self)
         check_together(self)
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     @property
     def use_token_similarity(self) -> bool:
         """Whether the model that this trains has one."""
@@ -327,5 +330,5 @@ class TrainingConfig:
         return build(cls, read_overrides(overrides, read_yaml(path) if path is not None else {}))
 
     def as_dict(self) -> dict[str, Any]:
-        """All keys and values, ready for YAML or JSON."""
+        """All keys and values, ready for YAML or JSON; secrets in `data_options` too: `redacted` takes them out."""
         return asdict(self)

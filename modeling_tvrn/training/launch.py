@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+from ..redaction import redacted
+
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
@@ -43,7 +45,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_precision(accelerator)
     if config.trackers:
-        accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in config.as_dict().items()})
+        shown = redacted(config.as_dict())
+        accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in shown.items()})
     return accelerator
 
 

@@ -16,6 +16,7 @@ from ..evaluation.encoding import encode_images
 from ..hub import write_run_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
+from ..redaction import redacted
 from ..words_tvrn import tokenize
 from .calibration import calibrate
 from .checkpoint import save_model
@@ -69,9 +70,9 @@ def final_report(run: Run, model: Any) -> EvaluationReport:
 
 
 def collect_results(run: Run, model: Any, report: EvaluationReport) -> dict[str, Any]:
-    """The content of results.json: plain JSON values."""
+    """The content of results.json: plain JSON values, without secrets."""
     evaluation = report.as_dict()
-    return {
+    collected = {
         **{name: evaluation.pop(name) for name in ("metrics", "embedding_metrics", "chance")},
         "best_step": run.best.step,
         "steps": run.step,
@@ -93,6 +94,7 @@ def collect_results(run: Run, model: Any, report: EvaluationReport) -> dict[str,
         "model_config": model.config.to_diff_dict(),
         "history": run.progress.history,
     }
+    return dict(redacted(collected))
 
 
 def describe_records(records: Any, processor: Any) -> dict[str, Any]:

@@ -9,14 +9,18 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "validate"]
+from ..redaction import REDACTED, redacted, redacted_command, redacted_text
+
+__all__ = [
+    "build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "shown", "validate",
+]  # fmt: skip
 
 Settings = TypeVar("Settings")
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
@@ -56,7 +60,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no configuration file {str(path)!r}; give the path of a YAML file, as in examples/configs/")
-    values = _load(file.read_text(encoding="utf-8"))
+    try:
+        values = _load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {_problem(error)}; correct it there") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -70,15 +77,24 @@ def read_overrides(overrides: Sequence[str], values: dict[str, Any]) -> dict[str
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"override {override!r} is not of the form key=value, as in batch_size=128")
+            given = redacted_text(override)
+            raise ValueError(f"override {given!r} is not of the form key=value, as in batch_size=128")
         try:
             value = _load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r}: the value is not valid YAML ({error}); quote it") from error
+            given = redacted_command([override])
+            raise ValueError(f"override {given}: the value is not valid YAML ({_problem(error)}); quote it") from None
         # `query=a dog: running` is a sentence with a colon; a mapping on one line has braces
         is_text = isinstance(value, dict) and not text.lstrip().startswith("{")
         _put(merged, key.split("."), text if is_text else value)
     return merged
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and where, without the lines around it, which may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return redacted_text(str(getattr(error, "problem", None) or type(error).__name__)) + where
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -132,6 +148,25 @@ def validate(settings: Any) -> None:
             if item is not None:
                 _check_limits(field, item)
     _check_model_fields(getattr(settings, "model", {}))
+    for name in _redacted_names(vars(settings)):
+        raise ValueError(
+            f"{name} = {REDACTED!r} stands where results.json or a card hides a secret; give the secret itself, or "
+            "leave the key out"
+        )
+
+
+def _redacted_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _redacted_names(value, f"{prefix}{name}.")
+        elif value == REDACTED:
+            yield f"{prefix}{name}"
+
+
+def shown(settings: Any) -> str:
+    """A settings dataclass as `repr` shows it, but for the secrets in it."""
+    values = redacted({field.name: getattr(settings, field.name) for field in fields(settings)})
+    return f"{type(settings).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -146,7 +181,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if type(value) is kind:
             return [_typed(name, item, typing.get_args(whole)[0]) for item in value] if kind is list else value
     expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{name} = {value!r} is a {type(value).__name__}; expected {expected}")
+    raise ValueError(f"{name} = {redacted(value)!r} is a {type(value).__name__}; expected {expected}")
 
 
 def _check_limits(field: Field[Any], value: Any) -> None:
@@ -163,7 +198,7 @@ def _check_limits(field: Field[Any], value: Any) -> None:
         if bad or value != value
     ]
     if wrong:
-        raise ValueError(f"{field.name} = {value!r}; expected {wrong[0]} ({limits['help']})")
+        raise ValueError(f"{field.name} = {redacted(value)!r}; expected {wrong[0]} ({limits['help']})")
 
 
 def model_fields() -> dict[str, Any]:

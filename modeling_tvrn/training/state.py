@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data import PairStream
 from ..evaluation.provenance import versions
+from ..redaction import without_secrets
 from .exchange import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
 from .sharding import part_like, whole_tensors
@@ -114,7 +115,7 @@ def _find(run: Run, wanted: str) -> Snapshot | None:
 
 def _check_settings(run: Run, snapshot: Snapshot) -> None:
     state = snapshot.state
-    found = differences(state["config"], compared(run.config))
+    found = differences(without_secrets(state["config"]), compared(run.config))
     if state["data"] != run.data_hash:
         found.append("the training data's images or captions are others")
     if state["processes"] != run.accelerator.num_processes:
@@ -189,9 +190,9 @@ def _restore_stream(run: Run, positions: list[list[int]] | None) -> None:
 
 
 def compared(config: TrainingConfig) -> dict[str, Any]:
-    """The keys on which the weights depend, as JSON gives them back."""
+    """The keys on which the weights depend, as JSON gives them back; secrets, which change nothing, are left out."""
     kept = {name: value for name, value in config.as_dict().items() if name not in FREE_KEYS}
-    return dict(json.loads(json.dumps(kept)))
+    return dict(json.loads(json.dumps(without_secrets(kept))))
 
 
 def digest(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import check_cusa
 from ..config import like
-from ..settings import build, read_overrides, read_yaml, setting, validate
+from ..settings import build, read_overrides, read_yaml, setting, shown, validate
 
 __all__ = ["DualEncoderConfig"]
 
@@ -66,6 +66,9 @@ class DualEncoderConfig:
     def __post_init__(self) -> None:
         validate(self)
         check_cusa(self)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> DualEncoderConfig:

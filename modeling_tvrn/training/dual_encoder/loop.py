@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...data import CaptionDataset, load_pairs
+from ...redaction import redacted
 from ...teachers.teacher import PADDED_TO_THE_FULL
 from ..cusa import CUSATerms, TeacherCollator, open_teachers
 from ..launch import check_precision, leave_group, refuse_other_sharding
@@ -128,7 +129,7 @@ class DualEncoderTraining:
             "metrics": max(self.history, key=lambda event: event.get("rsum", -math.inf)),
             "history": self.history,
             "seconds": {"training": self.training_seconds},
-            "config": asdict(config),
+            "config": redacted(asdict(config)),
             "teachers": {cache.modality: cache.source for cache in self.teachers},
         }
         path = Path(config.output_dir) / "results.json"
