@@ -20,12 +20,18 @@ __all__ = [
 ]  # fmt: skip
 
 REDACTED = "REDACTED"
-SECRET = set("password passwd passphrase pwd secret secrets credential credentials authorization auth".split())
-SECRET |= set("apikey accesskey cookie cookies jwt dsn".split())
-KEYS = set("api access secret private account auth signing encryption subscription storage session".split())
-# What a language model calls tokens, which are no secrets.
-SYMBOLS = set("pad unk bos eos cls sep mask image video audio start end stop special class word text prefix".split())
-SYMBOLS |= set("suffix middle decoder".split())
+SECRET = {
+    *("password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "authorization"),
+    *("auth", "apikey", "accesskey", "cookie", "cookies", "jwt", "dsn"),
+}
+KEYS = {  # before `key`
+    *("api", "access", "secret", "private", "account", "auth", "signing", "encryption", "subscription", "storage"),
+    "session",
+}
+SYMBOLS = {  # before `token`: what a language model calls one is no secret
+    *("pad", "unk", "bos", "eos", "cls", "sep", "mask", "image", "video", "audio", "start", "end", "stop", "special"),
+    *("class", "word", "text", "prefix", "suffix", "middle", "decoder"),
+}
 SIGNATURES = {"signature", "sig", "credential", "token"}  # in the query of an address
 EMPTY = {"", "none", "null", "true", "false"}
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -84,7 +90,7 @@ def _is_given(value: Any) -> bool:
 
 
 def without_secrets(value: Any) -> Any:
-    """As `redacted`, with what goes by a secret's name left out: two settings that differ in secrets alone are equal."""
+    """As `redacted`, but without what goes by a secret's name: settings that differ in secrets alone become equal."""
     if isinstance(value, Mapping):
         return {_shapeless(name): without_secrets(item) for name, item in value.items() if not is_secret(name)}
     if isinstance(value, (list, tuple)):

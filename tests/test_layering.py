@@ -1,9 +1,9 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
-leaves (losses, metrics, teachers, data, processing, plots, durable, redaction) import none of ours; processing may read
-the configuration, teachers write their files with durable, and they and data keep secrets out of what they write with
-redaction. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require
+leaves (losses, metrics, teachers, data, processing, plots, durable, redaction) import none of ours; but processing
+may read the configuration, teachers write their files with durable, and redaction keeps secrets out of what they and
+data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require
 exist.
 """
 

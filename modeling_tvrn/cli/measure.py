@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ def train(
     except TrainingStopped as error:
         typer.echo(f"tvrn: {redacted_text(str(error))}", err=True)
         raise typer.Exit(STOPPED) from error
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes one speaks
     shown = {name: value for name, value in results.items() if name not in ("history", "table")}
     say(shown, f"{results['table']}\n\nmodel, card, results and pictures: {settings.output_dir}", as_json)
 

@@ -87,8 +87,9 @@ def _hub_errors(repository: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
+        problem = redacted_text(str(error))
         raise ValueError(
-            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {redacted_text(str(error))} "
+            f"{repository!r} is no file or folder here and could not be loaded from the Hub: {problem} "
             f"({type(error).__name__}). Check the name, the network and, for gated data, the token; or download it "
             "and pass the folder"
         ) from error

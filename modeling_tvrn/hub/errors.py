@@ -54,8 +54,9 @@ def explained(doing: str, repo_id: str, endpoint: str) -> Iterator[None]:
     except Exception as error:
         # The client's transport library is its own affair, and changes; its errors are known by where they are from.
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
+            problem = f"{type(error).__name__}: {redacted_text(str(error))}"
             raise ConnectionError(
-                f"{doing} {repo_id} failed: the connection to {endpoint} broke ({type(error).__name__}: {redacted_text(str(error))}). "
+                f"{doing} {repo_id} failed: the connection to {endpoint} broke ({problem}). "
                 "A push is one commit, so the repository is either as it was or wholly new: try again"
             ) from error
         raise

@@ -190,8 +190,8 @@ def _summary(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     sizes = data["train"]
     trained = f"{sizes['images']} {pictures} with {sizes['captions']}" if "images" in sizes else f"{pictures} with"
     return (
-        f"An image–text matching model trained on {trained} captions. It ranks images for a sentence and sentences for "
-        "an image."
+        f"An image–text matching model trained on {trained} captions. It ranks images for a sentence and sentences "
+        "for an image."
     )
 
 
