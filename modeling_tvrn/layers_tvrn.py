@@ -28,7 +28,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """n(x): unit L2 norm along `dim`, zeros stay zeros; the norm is taken in float32, the result has the dtype of `x`."""
+    """n(x): unit L2 norm along `dim`, zeros stay zeros; the norm is taken in float32, the result is of `x`'s dtype."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x)).clamp_min(1e-8)
     if x.dtype == torch.float16:  # in which the floor is 0, and the norm of a long vector infinite
         return (x / norm).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Half precision: float16 and bfloat16 give what float32 gives, up to their rounding, for every variant of the model."""
+"""Half precision: float16 and bfloat16 give what float32 gives, up to their rounding, whatever the model's variant."""
 
 import copy
 from pathlib import Path
@@ -25,7 +25,7 @@ from modeling_tvrn.losses import (
     matching_loss,
     soft_labels,
 )
-from modeling_tvrn.scoring import score_matrix, search_then_rerank
+from modeling_tvrn.scoring import rank, score_matrix, search_then_rerank
 from modeling_tvrn.teachers.pooling import pool_boxes
 
 # What rounding may move: embeddings have unit norm; the tiny models' logits spread over several units; gradients are
@@ -67,13 +67,18 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     assert (found.float() - expected.float()).abs().max() <= tolerance
 
 
-def gradient(model: TVRNModel) -> torch.Tensor:
-    return torch.cat([weight.grad.float().flatten() for weight in model.parameters() if weight.grad is not None])
+def gradient(model: TVRNModel, *inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the loss, every weight's in one vector."""
+    model.zero_grad()
+    model(**inputs[0], **inputs[1], return_loss=True).loss.backward()
+    found = torch.cat([weight.grad.float().flatten() for weight in model.parameters() if weight.grad is not None])
+    assert found.isfinite().all()
+    return found
 
 
 @DTYPES
 @MODELS
-def test_scores_losses_and_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_scores_and_losses(settings: dict[str, Any], dtype: torch.dtype) -> None:
     model = tiny_model(**SMOOTH | settings)
     half = copy.deepcopy(model).to(dtype)
     images, texts = batch(model)
@@ -82,11 +87,20 @@ def test_scores_losses_and_gradients(settings: dict[str, Any], dtype: torch.dtyp
     assert_close(found.image_embeds, expected.image_embeds, EMBEDS[dtype])
     assert_close(found.text_embeds, expected.text_embeds, EMBEDS[dtype])
     assert_close(found.loss, expected.loss, 2 * LOGITS[dtype] * len(expected.loss_parts))
-    expected.loss.backward()
-    found.loss.backward()
-    assert gradient(half).isfinite().all()
-    if not model.config.hardest_negative_loss_weight:  # whose hardest negative may be another one
-        assert (gradient(half) - gradient(model)).norm() <= GRADIENTS[dtype] * gradient(model).norm()
+
+
+@DTYPES
+@MODELS
+def test_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Near a zero affinity a gradient hangs on the last digit in float32 too: the middle of five batches counts."""
+    model = tiny_model(**SMOOTH | settings)
+    half = copy.deepcopy(model).to(dtype)
+    differences = []
+    for _ in range(5):
+        inputs = batch(model)
+        expected = gradient(model, *inputs)
+        differences.append((gradient(half, *inputs) - expected).norm() / expected.norm())
+    assert sorted(differences)[2] <= GRADIENTS[dtype]
 
 
 @DTYPES
@@ -216,12 +230,10 @@ class TestGalleries:
         half = copy.deepcopy(model).to(dtype)
         images, texts = batch(model)
         with torch.no_grad():
-            encoded, full = (
-                (each.encode_images(**images), each.encode_texts(**texts)) for each in (half, model)
-            )
+            encoded, full = ((each.encode_images(**images), each.encode_texts(**texts)) for each in (half, model))
             assert_close(score_matrix(half, *encoded, chunk_size=3), model.match(*full), LOGITS[dtype])
-        found = search_then_rerank(half, *encoded, torch.arange(4), shortlist_size=2)
-        assert 0 <= found.metrics.rsum <= 600
+        found = search_then_rerank(half, *encoded, torch.arange(4), shortlist_size=4)
+        assert found.rsum == rank(half, *encoded, torch.arange(4)).rsum
 
     def test_an_index_searched_and_reranked(self, dtype: torch.dtype, tmp_path: Path) -> None:
         model, processor = pixel_model()
