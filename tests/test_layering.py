@@ -2,8 +2,8 @@
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
     leaves (losses,
-metrics, teachers, data, processing, plots, durable) import none of ours; processing may read the configuration, and
-teachers write their files with durable. Shipped files
+metrics, teachers, data, processing, plots, durable) import none of ours; processing and teachers may read the
+configuration, and teachers write their files with durable. Shipped files
 are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
 """
 
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "processing": {"configuration"},
     "losses": set(),
     "metrics": set(),
-    "teachers": {"durable"},
+    "teachers": {"configuration", "durable"},
     "data": set(),
     "plots": set(),
     "durable": set(),
@@ -63,6 +63,7 @@ LAYER_OF_SHIPPED = {
     "modeling_tvrn": "modeling",
     "processing_tvrn": "processing",
     "soft_labels_tvrn": "losses",
+    "trust_tvrn": "configuration",
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
