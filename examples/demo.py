@@ -28,6 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--index", default=os.environ.get("TVRN_INDEX"), help="where the index is kept (default: nowhere)"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that its tokenizer or image processor brings",
+    )
     options = parser.parse_args()
     if options.model is None:
         parser.error("no model: give one, or set TVRN_MODEL")
@@ -40,7 +45,7 @@ if __name__ == "__main__":
     in_space = "SPACE_ID" in os.environ
     launch(
         TVRNModel.from_pretrained(arguments.model).eval(),
-        TVRNProcessor.from_pretrained(arguments.model),
+        TVRNProcessor.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code),
         arguments.folder,
         arguments.index,
         host="0.0.0.0" if in_space else "127.0.0.1",

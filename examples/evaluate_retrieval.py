@@ -129,6 +129,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model's tokenizer or image processor brings"
+    )
+    group.add_argument(
         "--memory-budget", type=float, default=1.0, metavar="GB", help="of blocks beside the gallery (default 1)"
     )
     group.add_argument("--blocks", type=Path, metavar="FOLDER", help="keep finished blocks, to go on after a crash")
@@ -235,7 +238,8 @@ def systems(
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, folder in list(zip(names, folders, strict=True))[which]:
         model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
-        processor, inputs = TVRNProcessor.from_pretrained(name), records
+        processor = TVRNProcessor.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        inputs = records
         if folder is not None:
             # whose weights the cache names
             exact = model if options.dtype == "float32" else TVRNModel.from_pretrained(name, dtype=torch.float32)

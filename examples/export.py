@@ -42,6 +42,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-input", choices=["pixels", "regions"], help="default: pixels where there is a tower")
     parser.add_argument("--int8", nargs="*", choices=PARTS, metavar="PART", help="quantise these parts (default: all)")
     parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that its tokenizer or image processor brings",
+    )
     group = parser.add_argument_group("recall")
     group.add_argument("--data", help="what load_pairs reads")
     group.add_argument("--split")
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Export, compare, quantise, measure."""
     options = parse_arguments(arguments)
     model = TVRNModel.from_pretrained(options.model, dtype=torch.float32)
-    processor = TVRNProcessor.from_pretrained(options.model)
+    processor = TVRNProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     report = export_onnx(
         model, processor, options.output, image_input=options.image_input, tolerance=options.tolerance
     )

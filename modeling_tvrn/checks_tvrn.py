@@ -155,6 +155,21 @@ def check_sides(
         )
 
 
+def in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Checked values as the model computes them.
+
+    Raises:
+        ValueError: If float16, which ends at 65504, does not hold them, or a tower in float16 overflowed.
+    """
+    cast = values.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all():
+        raise ValueError(
+            f"{name} go up to {values.detach().abs().max().item():.5g}; expected at most 65504, the end of float16. "
+            "Load the model in bfloat16 or float32."
+        )
+    return cast
+
+
 def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor:
     if mask is None:
         return torch.ones(of.shape[:2], dtype=torch.bool, device=of.device)

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .trust_tvrn import without_code
+
 # Unknown keywords are refused when a config is written by hand, and let through when one is read from a checkpoint:
 # a file saved by a newer release must still load.
 _LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
@@ -261,12 +263,17 @@ class TVRNConfig(PreTrainedConfig):
                 "or path use TVRNModel.from_backbones."
             )
         model_type = value.get("model_type")
+        if model_type not in CONFIG_MAPPING and "auto_map" in value:
+            raise ValueError(
+                f"{name} names code of its own (auto_map) for its model_type {model_type!r}, which transformers does "
+                "not know; a tower inside a TVRN checkpoint is built by transformers' classes alone."
+            )
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"{name} has model_type {model_type!r}; expected a type that transformers knows "
                 "(for example 'vit' or 'bert'), or a config object."
             )
-        return CONFIG_MAPPING[model_type].from_dict(dict(value))
+        return CONFIG_MAPPING[model_type].from_dict(without_code(value))
 
 
 def _is_base_attribute(name: str) -> bool:

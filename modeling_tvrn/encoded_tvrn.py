@@ -241,7 +241,7 @@ def common_fingerprint(*sides: EncodedItems) -> str | None:
 
 
 def model_fingerprint(model: nn.Module) -> str | None:
-    """Hash of a spread of a model's weights and statistics, the same in half and in full precision.
+    """Hash of a spread of a model's weights and statistics, the same in bfloat16 and in full precision.
 
     It is read again only where a weight has changed. None where the weights are not at hand: on the meta device,
     sharded over processes, or while the model is compiled or exported.

@@ -21,10 +21,18 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with `x` is computed: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """n(x): unit L2 norm along `dim`; the norm is taken in float32, the result has the dtype of `x`."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x))
-    return x / norm.clamp_min(1e-8).to(x.dtype)
+    """n(x): unit L2 norm along `dim`, zeros stay zeros; the norm is taken in float32, the result is of `x`'s dtype."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x)).clamp_min(1e-8)
+    if x.dtype == torch.float16:  # in which the floor is 0, and the norm of a long vector infinite
+        return (x / norm).to(x.dtype)
+    return x / norm.to(x.dtype)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

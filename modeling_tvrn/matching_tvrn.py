@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from .checks_tvrn import check_sides
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import CoarseImages, CoarseTexts, Encoded, EncodedImages, EncodedTexts
-from .layers_tvrn import FragmentAttention, Gate, Recurrence
+from .layers_tvrn import FragmentAttention, Gate, Recurrence, product_dtype
 from .losses import (
     contrastive_loss,
     distillation_loss,
@@ -84,7 +84,7 @@ class PairMatching:
                 "each."
             )
         check_sides(images, texts, self.config, with_evidence)
-        images, texts = _autocast(images), _autocast(texts)
+        images, texts = self._as_computed(images), self._as_computed(texts)
         terms = self._match_chunks(images, texts, chunk_size, with_evidence)
         if self.config.use_embedding_similarity:
             terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
@@ -110,7 +110,11 @@ class PairMatching:
                 "and the same number of texts for each image."
             )
         check_sides(images, texts, self.config)
-        return self._block_logits(_autocast(images), _autocast(texts).trim().grouped(len(images)))
+        return self._block_logits(self._as_computed(images), self._as_computed(texts).trim().grouped(len(images)))
+
+    def _as_computed(self, items: Encoded) -> Encoded:
+        """Items in the dtype of autocast, where it is on, else of the weights: a gallery may be stored in another."""
+        return items.to(product_dtype(self.pair.local_similarity.weight))
 
     def _block_logits(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """The pair logits (i, t) of one block, nothing checked or cut."""
@@ -226,14 +230,6 @@ class PairMatching:
         if config.hardest_negative_loss_weight:
             parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
         return parts
-
-
-def _autocast(items: Encoded) -> Encoded:
-    """Items in the dtype of autocast, where it is on: converted once, not at every use."""
-    device = items.tensors()["embeds"].device.type
-    if not torch.is_autocast_enabled(device):
-        return items
-    return items.to(torch.get_autocast_dtype(device))
 
 
 def _auto_chunk_size(texts: EncodedTexts | CoarseTexts, width: int) -> int:

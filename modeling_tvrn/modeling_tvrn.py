@@ -25,6 +25,7 @@ from .checks_tvrn import (
     check_row_ids,
     check_text_features,
     check_words,
+    in_dtype,
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
@@ -398,7 +399,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             order = valid_first(mask)
             features, mask = take(features, order), take(mask, order)
             boxes = take(boxes, order) if boxes is not None else None
-        return features.to(self.region_projection.weight.dtype), boxes, mask
+        return in_dtype(features, self.region_projection.weight.dtype, "Region features"), boxes, mask
 
     def _image_embeds(self, refined: Tensor | None, features: Tensor, mask: Tensor) -> Tensor:
         """Unit-norm embeddings (I, P) from the refined regions' summary and the mean region feature (§5)."""
@@ -528,7 +529,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             given = take(given, positions)
             return given, mask, positions, masked_mean(self.word_encoder.embeddings(given), mask)
         hidden = given if text_features is not None else self.extract_words(given, attended.long())
-        hidden = hidden.to(self.word_projection.weight.dtype)
+        hidden = in_dtype(hidden, self.word_projection.weight.dtype, "text_features")
         return take(hidden, positions), mask, positions, masked_mean(hidden, attended)
 
     def _words(self, given: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts
-from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, normalize, wide
+from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, normalize, product_dtype, wide
 
 
 class SimilarityAttention(nn.Module):
@@ -157,7 +157,7 @@ class PairStage(nn.Module):
             weights = texts.word_weights.to(best.dtype)
             weights = weights.movedim(0, -1) if weights.ndim == 3 else weights.unsqueeze(-1)
             weighted = best.view(captions, words, -1) * weights
-        return self.token_logit_scale.exp().to(best.dtype) * weighted.sum(dim=1).T
+        return self.token_logit_scale.to(best.dtype).exp() * weighted.sum(dim=1).T
 
     def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
         """Mask and global weights of the refined tokens: words, or words and their expansions."""
@@ -182,7 +182,8 @@ class PairStage(nn.Module):
         scores = scores.view(images.context_keys.shape[0], regions, captions, words).transpose(1, 2)
         alpha = attention.weights(scores, texts.word_mask, images.region_mask.unsqueeze(1))
         alpha = alpha.transpose(1, 2).flatten(2).transpose(1, 2)
-        return (alpha * inverse_norm(alpha, images.context_gram)).to(images.context_values.dtype)
+        inverse = inverse_norm(alpha, images.context_gram, product_dtype(images.context_values))
+        return (alpha * inverse).to(images.context_values.dtype)
 
     def refine(
         self,
@@ -226,7 +227,7 @@ class PairStage(nn.Module):
         """
         beta, saliency = self.attend(images, refined, norm, mask)
         beta = beta.flatten(1, 2)
-        beta = beta * (inverse_norm(beta, images.token_gram) * norm.flatten(1, 2))
+        beta = beta * (inverse_norm(beta, images.token_gram, product_dtype(refined)) * norm.flatten(1, 2))
         differences = torch.baddbmm(refined.flatten(1, 2), beta.to(refined.dtype), images.tokens, beta=-1)
         return differences.view(refined.shape), saliency
 
@@ -252,8 +253,12 @@ class PairStage(nn.Module):
         return saliency * mask.sum(dim=-1, keepdim=True)
 
 
-def inverse_norm(weights: Tensor, gram: Tensor) -> Tensor:
-    """1/‖Σ_i w_i x_i‖ from the Gram matrix x xᵀ, without the sum: (B, N, R), (B, R, R) -> (B, N, 1)."""
+def inverse_norm(weights: Tensor, gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """1/‖Σ_i w_i x_i‖ from the Gram matrix x xᵀ, without the sum: (B, N, R), (B, R, R) -> (B, N, 1).
+
+    `dtype` is what the vectors x are multiplied in: its range holds the result, where a sum of 0 were infinite in
+    float16.
+    """
     with torch.autocast(weights.device.type, enabled=False):
         squared = (weights * (weights @ gram.to(weights.dtype))).sum(dim=-1, keepdim=True)
-    return squared.clamp_min(1e-16).rsqrt()
+    return squared.clamp_min(1e-8 if dtype == torch.float16 else 1e-16).rsqrt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,10 @@ from transformers.utils import PROCESSOR_NAME
 
 from .pixels_tvrn import PixelTable, hub_pixels, pixel_table, rgb_images, with_image_size
 from .regions_tvrn import pad_regions
+from .trust_tvrn import HUB_ARGUMENTS, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
 from .words_tvrn import build_word_tokenizer, check_captions, check_length, tokenize
 
 logger = logging.getLogger(__name__)
-
-HUB_ARGUMENTS = frozenset(
-    [
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "proxies",
-        "revision",
-        "subfolder",
-        "token",
-        "trust_remote_code",
-    ]
-)
 
 
 class TVRNProcessor(ProcessorMixin):
@@ -160,6 +148,7 @@ class TVRNProcessor(ProcessorMixin):
         Args:
             vision, text: Hub id or folder of each tower; None leaves that part out.
             image_size: side in pixels of the square that images are brought to, instead of the tower's own.
+            trust_remote_code: run code of the towers' folders or repositories, where their files ask for it.
 
         Raises:
             ValueError: a tower that cannot be found, or that has no image processor or tokenizer.
@@ -170,7 +159,7 @@ class TVRNProcessor(ProcessorMixin):
             if image_size is not None:
                 image_processor = with_image_size(image_processor, image_size)
         if text is not None:
-            tokenizer = _load(AutoTokenizer, text, "tokenizer", trust_remote_code=trust_remote_code)
+            tokenizer = _load_tokenizer(text, trust_remote_code=trust_remote_code)
         return cls(image_processor, tokenizer, max_text_length=max_text_length)
 
     @classmethod
@@ -221,36 +210,57 @@ class TVRNProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> TVRNProcessor:
         """Load from a folder or a Hub repository; `max_text_length=` overrides the saved one.
 
+        Code that a tokenizer or image processor brings runs with `trust_remote_code=True` alone.
+
         Raises:
-            ValueError: there is no `processor_config.json`.
+            ValueError: there is no `processor_config.json`, or a part does not load.
         """
         name = pretrained_model_name_or_path
-        settings, _ = cls.get_processor_dict(name, **kwargs)
+        # Not get_processor_dict, which loads the audio tokenizer that a file may name, code and all.
+        settings = read_json(name, PROCESSOR_NAME, **kwargs)
         if not settings:
             raise ValueError(
                 f"{name} has no {PROCESSOR_NAME}: write it with processor.save_pretrained, or build a processor with "
                 "TVRNProcessor.from_backbones or from_captions"
             )
         hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+        hub["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on the terminal
         image_processor = tokenizer = None
         if settings.get("image_processor") is not None:
             image_processor = _load_image_processor(name, **hub)
         if settings.get("tokenizer") is not None:
-            tokenizer = _load(AutoTokenizer, name, "tokenizer", **hub)
+            tokenizer = _load_tokenizer(name, **hub)
         return cls(image_processor, tokenizer, kwargs.get("max_text_length", settings.get("max_text_length", 64)))
 
 
 def _load_image_processor(name: str | os.PathLike[str], **hub: Any) -> Any:
     """PIL-backed also where torchvision is installed: the two resize differently, and a checkpoint's pixels should not
     depend on what else a machine has."""
-    return _load(AutoImageProcessor, name, "image processor", backend="pil", **hub)
+    image_processor = _load(AutoImageProcessor, name, "image processor", PICTURE_CODE, backend="pil", **hub)
+    if not hub["trust_remote_code"]:  # what was not run is not handed on either
+        vars(image_processor).pop("auto_map", None)
+    return image_processor
 
 
-def _load(auto_class: Any, name: str | os.PathLike[str], what: str, **hub: Any) -> Any:
+def _load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
+    tokenizer = _load(AutoTokenizer, name, "tokenizer", TOKENIZER_CODE, **hub)
+    if not hub["trust_remote_code"]:
+        tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
+
+
+def _load(
+    auto_class: Any, name: str | os.PathLike[str], what: str, code: Mapping[str, tuple[str, ...]], **hub: Any
+) -> Any:
     try:
         return auto_class.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:160]
+    except (OSError, ValueError, AttributeError) as error:
+        reason = explained(error, name, code, **hub)
+        if reason != str(error).strip():
+            raise ValueError(f"no {what} loaded: {reason}") from error
+        if isinstance(error, AttributeError):
+            raise
+        reason = reason.partition("\n")[0][:160]
         if os.path.isabs(name) and not os.path.exists(name):
             reason = "no such folder"
         raise ValueError(

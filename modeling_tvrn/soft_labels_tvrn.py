@@ -296,7 +296,7 @@ def _cosines(name: str, embeds: Tensor, about_mean: bool = False) -> Tensor:
     """(N, N) cosines of (N, D) vectors, in float32 at least; of what is left without their mean direction."""
     if embeds.ndim != 2 or 0 in embeds.shape:
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (items, size), neither of them 0.")
-    norms = embeds.detach().norm(dim=1)
+    norms = at_least_float32(embeds.detach()).norm(dim=1)
     usable = norms.isfinite() & (norms > 0)
     if not usable.all():
         raise ValueError(
@@ -323,8 +323,9 @@ def _divergence(
             "be (N, N), one row and one column for each pair of the batch. A narrower label would broadcast and teach "
             "nothing."
         )
+    rounding = 2e-2 if labels.dtype in (torch.float16, torch.bfloat16) else 1e-3
     labels, similarity = at_least_float32(labels.detach()), at_least_float32(similarity)
-    distributions = (labels >= 0).all() & ((labels.sum(dim=1) - 1).abs() < 1e-3).all()
+    distributions = (labels >= 0).all() & ((labels.sum(dim=1) - 1).abs() < rounding).all()
     if not (distributions & similarity.isfinite().all()):
         raise ValueError(
             f"{name} must have rows that sum to 1 (sums from {labels.sum(dim=1).min().item():.4g} to "

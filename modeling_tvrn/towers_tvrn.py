@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .trust_tvrn import MODEL_CODE, explained, without_code
+
 # What a map or a word sequence does not depend on: poolers, and the token of masked-image training.
 _UNUSED = re.compile(r"(^|\.)(pooler|mask_token|head\.(probe|attention|layernorm|mlp))(\.|$)")
 _UNUSED_OF_TYPE = {"clip_vision_model": "post_layernorm.", "siglip_text_model": "head.", "siglip2_text_model": "head."}
@@ -30,8 +32,9 @@ def build_tower(config: PreTrainedConfig) -> nn.Module:
         ValueError: If transformers has no encoder for such a config.
     """
     model_class = _tower_class(config)
-    create = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    return create(config, **_without_pooler(config))
+    if hasattr(model_class, "from_config"):
+        return model_class.from_config(config, trust_remote_code=False, **_without_pooler(config))
+    return model_class._from_config(config, **_without_pooler(config))
 
 
 def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = False) -> nn.Module:
@@ -42,18 +45,20 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = config if trust_remote_code else without_code(config)
         config = getattr(config, half, None) or config
         tower = _tower_class(config).from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
-            **({"trust_remote_code": True} if trust_remote_code else {}),
+            trust_remote_code=trust_remote_code,
             **_without_pooler(config),
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"No {half.removesuffix('_config')} tower at {str(path)!r}: {error} Expected a Hub model id or a folder "
-            "with config.json and weights."
+            f"No {half.removesuffix('_config')} tower at {str(path)!r}: "
+            f"{explained(error, path, MODEL_CODE, trust_remote_code=trust_remote_code)} Expected a Hub model id or a "
+            "folder with config.json and weights."
         ) from error
     if tower.main_input_name != _READS[half]:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
 leaves (losses, metrics, teachers, data, processing, plots, durable, redaction) import none of ours; but processing
-may read the configuration, teachers write their files with durable, and redaction keeps secrets out of what they and
-data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require
-exist.
+and teachers may read the configuration, teachers write their files with durable, and redaction keeps secrets out of
+what they and data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what
+those require exist.
 """
 
 import ast
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "processing": {"configuration"},
     "losses": set(),
     "metrics": set(),
-    "teachers": {"durable", "redaction"},
+    "teachers": {"configuration", "durable", "redaction"},
     "data": {"redaction"},
     "plots": set(),
     "durable": set(),
@@ -64,6 +64,7 @@ LAYER_OF_SHIPPED = {
     "modeling_tvrn": "modeling",
     "processing_tvrn": "processing",
     "soft_labels_tvrn": "losses",
+    "trust_tvrn": "configuration",
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -140,7 +140,7 @@ def random_clip(folder: Path, size: str, teachers: list[str] | None) -> Path:
 
     if teachers is None:
         raise SystemExit("--size takes its tokenizer from the text teacher: give --live IMAGE TEXT")
-    tokenizer = AutoTokenizer.from_pretrained(teachers[1], model_max_length=77)
+    tokenizer = AutoTokenizer.from_pretrained(teachers[1], model_max_length=77, trust_remote_code=False)
     hidden, layers, heads = SIZES[size]
     tower = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     tower["intermediate_size"] = 4 * hidden

@@ -127,7 +127,8 @@ def image_features(records, regions: str, split: str) -> Tensor:
 @torch.no_grad()
 def text_features(captions: list[str], tower: str) -> Tensor:
     """The mean of a frozen tower's last hidden states (T, F)."""
-    processor, model = TVRNProcessor.from_backbones(text=tower), AutoModel.from_pretrained(tower, dtype=torch.float32)
+    processor = TVRNProcessor.from_backbones(text=tower)
+    model = AutoModel.from_pretrained(tower, dtype=torch.float32, trust_remote_code=False)
     order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
     features = torch.empty(len(captions), model.config.hidden_size)
     for start in range(0, len(order), 128):

@@ -11,12 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["AsJson", "Device", "Dtype", "Model", "fail", "load", "progress", "quiet_libraries", "say", "table"]
+__all__ = [
+    *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
+    *("fail", "load", "progress", "quiet_libraries", "say", "table", "writable"),
+]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts, and nothing else")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, of model and scores")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that MODEL's tokenizer or image processor brings")
+]
 DTYPES = ("float32", "bfloat16")
 
 
@@ -54,8 +60,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
-def load(name: str, device: str | None = None, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model, ready to score, and processor; by this package's classes, so no code of the checkpoint runs."""
+def load(
+    name: str, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Model, ready to score, and processor; both by this package's classes, whatever code the checkpoint brings."""
     if dtype not in DTYPES:
         raise fail(f"--dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     import torch
@@ -68,7 +76,7 @@ def load(name: str, device: str | None = None, dtype: str = "float32") -> tuple[
         disable_progress_bar()
     model = TVRNModel.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(where), TVRNProcessor.from_pretrained(name)
+    return model.eval().to(where), TVRNProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def writable(path: Path) -> Path:

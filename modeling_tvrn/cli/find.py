@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, Dtype, Model, fail, load, progress, say, table, writable
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    TrustRemoteCode,
+    fail,
+    load,
+    progress,
+    say,
+    table,
+    writable,
+)
 
 Url = Annotated[str | None, typer.Option(help="of a Qdrant server, in place of a folder (extra: qdrant-client)")]
 Collection = Annotated[str, typer.Option(help="its name on the server")]
@@ -32,6 +44,7 @@ def index(
     collection: Collection = "tvrn",
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Index a collection for `tvrn search`, or bring its index up to date: only what is new or changed is encoded.
@@ -45,7 +58,7 @@ def index(
     """
     from ..index import ImageTextIndex
 
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     built = ImageTextIndex.build(
         loaded,
         processor,
@@ -94,6 +107,7 @@ def search(
     collection: Collection = "tvrn",
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Search photographs by a sentence or by a picture; an index of captions by a picture.
@@ -111,7 +125,7 @@ def search(
     if picture is not None and picture.suffix.lower() != ".png":
         raise fail(f"--picture is {str(picture)!r}; expected a name that ends in .png")
     wanted = _filters(keep or [])
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     opened = _opened(model, loaded, processor, where, index_folder, url, collection)
     hits = opened.search(
         text,
@@ -195,6 +209,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="write a page: click on a word")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show why a caption fits an image: what every word adds to the score, and where in the picture it looks.
@@ -209,7 +224,7 @@ def explain(
             raise fail(f"{option} is {str(path)!r}; expected a name that ends in {suffix}")
     from ..explain import explain as take_apart
 
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     explanation = take_apart(loaded, processor, image, caption)
     written = []
     if picture is not None:
@@ -230,6 +245,7 @@ def demo(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a page to search a folder of photographs with, and to see why something was found (extra: demo).
 
@@ -242,7 +258,7 @@ def demo(
     """
     from ..demo import launch
 
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     kept = index_folder if index_folder is not None else _cached_index(model, folder)
     page = launch(loaded, processor, folder, kept, host=host, port=port, block=False, progress=progress())
     typer.echo(f"open {page.local_url} (Ctrl-C ends it)", err=True)

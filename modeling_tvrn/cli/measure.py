@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..redaction import redacted_text
-from .common import AsJson, Device, Dtype, Model, fail, load, progress, say, writable
+from .common import AsJson, Device, Dtype, Model, TrustRemoteCode, fail, load, progress, say, writable
 
 if TYPE_CHECKING:
     from .pairs import ScoredPair
@@ -79,6 +79,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="images, and captions, encoded at a time")] = 64,
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the report as JSON")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,10 +102,10 @@ def evaluate(
     if exhaustive and shortlist_size is None:
         raise fail("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
     records: Any = load_pairs(data, split)
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     if regions is not None:
         # A cache names the weights of its tower as they are in full precision.
-        exact = loaded if dtype == "float32" else load(model, "cpu")[0]
+        exact = loaded if dtype == "float32" else load(model, "cpu", trust_remote_code=trust_remote_code)[0]
         records = with_checked_regions(records, regions, exact, processor)
     report = measure(
         loaded,
@@ -137,6 +138,7 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 64,
     device: Device = None,
     dtype: Dtype = "float32",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Score how well each caption of a table fits its image, and filter the rows by that.
@@ -155,7 +157,7 @@ def score(
     from .pairs import read_pairs, score_pairs
 
     rows = list(read_pairs(pairs, image_column, caption_column))
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(model, device, dtype, trust_remote_code)
     folder = images if images is not None else pairs.parent
     scored = score_pairs(loaded, processor, rows, folder, image_column, caption_column, batch_size)
     kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)

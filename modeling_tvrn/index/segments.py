@@ -59,7 +59,7 @@ class Segments:
 
     def write(self, keys: Sequence[str], encoded: EncodedItems) -> None:
         """A new segment; it has its name only once it is whole on the disk."""
-        arrays = {name: value.detach().cpu().numpy() for name, value in encoded.tensors().items()}
+        arrays = {name: _array(value) for name, value in encoded.tensors().items()}
         self._take(write_shard(self.directory / f"{uuid4().hex}.safetensors", keys, self.build, arrays))
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
@@ -95,6 +95,11 @@ class Segments:
 def embeddings_alone(encoded: EncodedItems) -> Mapping[str, Any]:
     """The one tensor that a search without reranking needs."""
     return {"embeds": encoded.tensors()["embeds"]}
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no bfloat16
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -23,11 +23,11 @@ def pool_boxes(feature_map: Tensor, boxes: Tensor) -> Tensor:
         (B, R, C).
     """
     rows, columns = feature_map.shape[-2:]
-    boxes = boxes.to(feature_map.dtype)
+    boxes = boxes.to(torch.promote_types(feature_map.dtype, torch.float32))  # half precision moves a box by a cell
     down = _covered(boxes[..., 1], boxes[..., 3], rows)
     across = _covered(boxes[..., 0], boxes[..., 2], columns)
     weights = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(2)
-    return weights @ feature_map.flatten(2).transpose(1, 2)
+    return weights.to(feature_map.dtype) @ feature_map.flatten(2).transpose(1, 2)
 
 
 def _covered(low: Tensor, high: Tensor, cells: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..trust_tvrn import MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, without_code
 from .fingerprint import module_fingerprint, preprocessor_fingerprint
 from .vector_pooling import POOLINGS, choose_pooling, pool, prefix_tokens
 
@@ -155,7 +156,7 @@ class Teacher:
             raise ValueError(f"modality is {modality!r}, expected 'image' or 'text'")
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}")
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
+        where = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
         name = os.fspath(name)
         model, missing = _load_model(name, dtype, where)
         read_file = _Repository(name, revision)
@@ -244,12 +245,14 @@ def _load_model(name: str, dtype: str, where: dict[str, Any]) -> tuple[Any, list
     """The network and the names of weights that its checkpoint lacks."""
     try:
         config = AutoConfig.from_pretrained(name, **where)
+        config = config if where["trust_remote_code"] else without_code(config)
         model, info = AutoModel.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **where
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"no teacher at {name!r}: {error} Expected a Hub model id or a folder with config.json and weights."
+            f"no teacher at {name!r}: {explained(error, name, MODEL_CODE, **where)} Expected a Hub model id or a "
+            "folder with config.json and weights."
         ) from error
     return model, sorted(map(str, info["missing_keys"]))
 
@@ -269,12 +272,20 @@ def _check_complete(name: str, model: Any, missing: list[str], pooling: str) -> 
             model.get_parameter(key).zero_()
 
 
+def _part(auto_class: Any, name: str, code: Mapping[str, tuple[str, ...]], where: dict[str, Any]) -> Any:
+    """The teacher's image processor or tokenizer."""
+    try:
+        return auto_class.from_pretrained(name, **where)
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"no teacher at {name!r}: {explained(error, name, code, **where)}") from error
+
+
 def _preparation(
     name: str, modality: str, config: Any, read_file: _Repository, max_length: int | None, where: dict[str, Any]
 ) -> TextPreparation | PicturePreparation:
     if modality == "image":
-        return PicturePreparation(AutoImageProcessor.from_pretrained(name, **where))
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        return PicturePreparation(_part(AutoImageProcessor, name, PICTURE_CODE, where))
+    tokenizer = _part(AutoTokenizer, name, TOKENIZER_CODE, where)
     tokenizer.padding_side = "right"
     settings = json.loads(read_file("sentence_bert_config.json") or "{}")
     text_config = getattr(config, "text_config", None) or config

@@ -13,6 +13,7 @@ from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
+from ..trust_tvrn import without_code
 from .lora import add_adapters
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor
     """The towers' own processor; words from the training captions where no text model brings them."""
     tokens_of = config.text or config.word_embeddings
     processor = TVRNProcessor.from_backbones(
-        config.vision, tokens_of, image_size=config.image_size, max_text_length=config.max_text_length
+        config.vision,
+        tokens_of,
+        image_size=config.image_size,
+        max_text_length=config.max_text_length,
+        trust_remote_code=config.trust_remote_code,
     )
     image_processor = processor.image_processor
     if config.model.get("vision_config") is not None:
@@ -92,12 +97,25 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
         fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
-    model = TVRNModel.from_backbones(config.vision, config.text, word_embeddings=config.word_embeddings, **fields)
+    towers = {"vision": config.vision, "text": config.text, "word_embeddings": config.word_embeddings}
+    model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
+    _check_classes(model)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def _check_classes(model: TVRNModel) -> None:
+    """Refuse now what could not be read back after the training."""
+    for key, tower in (("vision", model.vision_model), ("text", model.text_model)):
+        if tower is not None and not type(tower).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{key} is a {type(tower).__name__} of its repository's own code, and a saved TVRN is built by "
+                "transformers' classes alone; train on its cached features (regions=…, examples/extract_regions.py "
+                "--trust-remote-code), or take another tower"
+            )
 
 
 def _size_words(fields: dict[str, Any], processor: TVRNProcessor) -> None:
@@ -110,7 +128,7 @@ def _region_feature_size(fields: dict[str, Any], train_records: Any) -> int:
     vision_config = fields.get("vision_config")
     if vision_config is not None:
         tower_class = CONFIG_MAPPING[vision_config["model_type"]]
-        return region_feature_size(build_tower(tower_class.from_dict(dict(vision_config))))
+        return region_feature_size(build_tower(tower_class.from_dict(without_code(vision_config))))
     record = next(iter(train_records))
     if "region_features" not in record:
         raise ValueError(

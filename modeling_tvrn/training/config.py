@@ -65,6 +65,12 @@ class TrainingConfig:
         "BiGRU text: Hub id or path of the text model whose tokens and input embeddings it starts from (null: words "
         "of the training captions, from scratch); model.freeze_word_embeddings=true keeps them as they are",
     )
+    trust_remote_code: bool = setting(
+        False,
+        "towers",
+        "run Python code that the folder or repository of a tokenizer, image processor or word_embeddings brings; "
+        "a tower's own class must be one of transformers'",
+    )
     image_size: int | None = setting(
         None, "towers", "pixels a side that the image processor delivers (null: its own)", minimum=1
     )

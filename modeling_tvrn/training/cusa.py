@@ -234,7 +234,7 @@ def labelled_similarities(model: Any, terms: dict[str, Tensor], on_logits: bool 
     found = {}
     if "tokens" in terms:
         tokens = terms["tokens"]
-        found["tokens"] = tokens if on_logits else tokens / model.pair.token_logit_scale.exp().to(tokens.dtype)
+        found["tokens"] = tokens if on_logits else tokens / model.pair.token_logit_scale.to(tokens.dtype).exp()
     if "evidence" in terms:
         logits = model.trained_logits(terms)
         found["pairs"] = logits if on_logits else logits.sigmoid()

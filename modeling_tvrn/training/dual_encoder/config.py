@@ -23,6 +23,7 @@ class DualEncoderConfig:
     """
 
     checkpoint: str = setting("openai/clip-vit-base-patch32", "model", "Hub id or path of the dual encoder")
+    trust_remote_code: bool = setting(False, "model", "run Python code that the dual encoder's repository brings")
     data: str = like("data")
     data_options: dict[str, Any] = like("data_options")
     train_split: str = like("train_split")

@@ -58,7 +58,7 @@ class DualEncoderTraining:
         )
         check_precision(self.accelerator)
         set_seed(config.seed)
-        self.model, self.processor = load_dual_encoder(config.checkpoint)
+        self.model, self.processor = load_dual_encoder(config.checkpoint, config.trust_remote_code)
         self.collator = DualEncoderCollator(self.processor, self.model.config.model_type in PADDED_TO_THE_FULL)
         self.records = load_pairs(config.data, split=config.train_split, **config.data_options)
         self.validation_records = load_pairs(config.data, split=config.validation_split, **config.data_options)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ...layers_tvrn import UnimodalHead
+from ...trust_tvrn import MODEL_CODE, PROCESSOR_CODE, explained, without_code
 from ..cusa import CUSATerms, take_teachers
 from ..exchange import gather_rows
 
@@ -80,17 +81,25 @@ class DualObjective(nn.Module):
         return output.loss + extra, parts | extra_parts
 
 
-def load_dual_encoder(checkpoint: str) -> tuple[Any, Any]:
+def load_dual_encoder(checkpoint: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Model in float32 and processor.
+
+    Args:
+        checkpoint: Hub id or folder.
+        trust_remote_code: run code of its repository, where its files ask for it.
 
     Raises:
         ValueError: nothing loads there, or it is no dual encoder.
     """
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(checkpoint)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"no dual encoder at {checkpoint!r}: {error}") from error
+        config = AutoConfig.from_pretrained(checkpoint, **trust)
+        config = config if trust_remote_code else without_code(config)
+        model = AutoModel.from_pretrained(checkpoint, config=config, dtype=torch.float32, **trust)
+        processor = AutoProcessor.from_pretrained(checkpoint, **trust)
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        reason = explained(error, checkpoint, MODEL_CODE | PROCESSOR_CODE, **trust)
+        raise ValueError(f"no dual encoder at {checkpoint!r}: {reason}") from error
     methods = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
     if methods:
         raise ValueError(
