@@ -81,6 +81,8 @@ def _begun_format(head: bytes) -> str | None:
         return "WebP"
     if head[4:8] == b"ftyp" and _brands(head) & {b"avif", b"avis"}:
         return "AVIF"
+    if head[4:8] == b"ftyp" and _brands(head) & _HEIC_BRANDS:
+        return "HEIC"
     return next((name for magic, name in _RASTER if head.startswith(magic)), None)
 
 
@@ -140,7 +142,7 @@ def why_unreadable(path: str | os.PathLike[str], error: Exception) -> str:
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    r"""A file name as it can be printed and stored: bytes that are no UTF-8 become `\xe9`, lone surrogates `\ud800`."""
+    r"""A name as it can be printed and stored: bytes that are no UTF-8 become `\xe9`, lone surrogates `\ud800`."""
     try:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:

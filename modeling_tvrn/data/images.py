@@ -24,8 +24,8 @@ KEPT_BLOCKS = 64
 # JPEG with further pictures behind the first, has no opener of its own: JPEG's reads it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
-    ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
 )  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in `info`; TIFF's tags apart
@@ -85,7 +85,10 @@ def check_image(encoded: EncodedImage, how: Check, max_pixels: int = MAX_IMAGE_P
         decode_image(encoded, max_pixels)
         return
     with _opened(encoded, max_pixels) as image:
-        whole = _is_whole(image.format, encoded)
+        try:
+            whole = _is_whole(image.format, encoded)
+        except OSError as error:  # gone since it was opened
+            raise _unreadable(_described(encoded), error) from error
     if not whole:
         decode_image(encoded, max_pixels)
 
@@ -114,7 +117,9 @@ def _identified(encoded: EncodedImage) -> PIL.Image.Image:
         kind = kind_of_content(_head(encoded))
         if kind == HEIC and _registers_heif():
             return _identified(encoded)
-        raise _corrupt(encoded, error) if kind is None else _refused(encoded, kind) from error
+        if kind is None or (kind == HEIC and "HEIF" in PIL.Image.OPEN):
+            raise _corrupt(encoded, error) from error
+        raise ImageError(NO_IMAGE, f"{_described(encoded)}: {kind}", kind) from error
     except Exception as error:
         raise _corrupt(encoded, error) from error
 
@@ -166,6 +171,14 @@ def check_image_file(path: str | os.PathLike[str]) -> None:
         raise ImageError(UNREADABLE_FILE, f"{printable(path)}: {kind}", kind)
 
 
+def leads_out(path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a path leads out of a (resolved) folder by links; one that leads nowhere stays in it."""
+    try:
+        return not Path(path).resolve().is_relative_to(folder)
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a name that no file can have
+        return False
+
+
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)
     why = why_unreadable(path, error)
@@ -197,7 +210,10 @@ def _as_file(encoded: EncodedImage) -> Any:
     if isinstance(content, str | os.PathLike):
         check_image_file(content)
         return Path(content)
-    return io.BytesIO(content)
+    try:
+        return io.BytesIO(content)
+    except TypeError as error:
+        raise ImageError(NO_IMAGE, f"a {type(content).__name__} in place of encoded bytes") from error
 
 
 def _is_whole(image_format: str | None, encoded: EncodedImage) -> bool:
@@ -246,10 +262,6 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         page = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(page, image)
     return image.convert("RGB")
-
-
-def _refused(encoded: EncodedImage, kind: str) -> ImageError:
-    return ImageError(NO_IMAGE, f"{_described(encoded)}: {kind}", kind)
 
 
 def _corrupt(encoded: EncodedImage, error: Exception) -> ImageError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class Unusable(ValueError):
 class SkipReport(Mapping[str, int]):
     """A mapping reason -> how many; `examples[reason]` holds the first few cases in words.
 
-    Images are counted by record, captions that cannot be used by caption. In a data loader every worker keeps a report of its own.
+    Images are counted by record, captions that cannot be used by caption. In a data loader every worker keeps
+    a report of its own.
     """
 
     def __init__(self, max_examples: int = 5) -> None:
@@ -52,11 +53,14 @@ class SkipReport(Mapping[str, int]):
         if len(kept) < self.max_examples:
             kept.append(example)
 
-    def copy(self) -> SkipReport:
-        """A report of its own that begins with these cases."""
+    def after(self, former: object) -> SkipReport:
+        """A report of what another one counted, and of what this one did; of this one alone where that is none."""
         report = SkipReport(self.max_examples)
-        report._counts = dict(self._counts)
-        report.examples = {reason: list(cases) for reason, cases in self.examples.items()}
+        for part in (former, self):
+            if isinstance(part, SkipReport):
+                for reason, count in part.items():
+                    report._counts[reason] = report._counts.get(reason, 0) + count
+                    report.examples.setdefault(reason, []).extend(part.examples[reason])
         return report
 
     def clear(self) -> None:
@@ -89,3 +93,14 @@ class SkipReport(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return f"SkipReport({self._counts})"
+
+
+def good_captions(
+    image_id: int | str, captions: Sequence[Any], problems: Mapping[int, str], report: SkipReport
+) -> list[int]:
+    """The places of one image's captions that can be used; the others are counted."""
+    for place in problems:
+        report.add(WORDLESS_CAPTION, f"caption {place} of {image_id}: {problems[place]}")
+    if problems and len(problems) == len(captions):
+        report.add(NO_CAPTION, str(image_id))
+    return [place for place in range(len(captions)) if place not in problems]
