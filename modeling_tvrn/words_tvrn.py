@@ -64,7 +64,7 @@ def caption_problems(tokenizer: Any, captions: Sequence[Any], max_length: int) -
         for i, count in zip(unsure, inputs["word_mask"].sum(axis=1).tolist(), strict=True):
             if not count:
                 found[i] = f"{captions[i]!r:.80} has no word left after {type(tokenizer).__name__}"
-    return found
+    return dict(sorted(found.items()))
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
