@@ -14,7 +14,7 @@ from typing import Any
 
 import PIL.Image
 
-from .data.images import ImageError, decode_image
+from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out
 from .explain import Explanation, explain
 from .explain.page import html_body
 from .index import Hit, ImageTextIndex
@@ -78,7 +78,11 @@ class Searches:
         query = (query or "").strip()[:MAX_QUERY]
         if not query:
             return [], [], "Type what the photograph shows."
-        return self._shown(self._ask(text=query, limit=limit), query)
+        try:
+            hits = self._ask(text=query, limit=limit)
+        except ValueError as error:  # such as a text without a word
+            return [], [], str(error)
+        return self._shown(hits, query)
 
     def by_photograph(
         self, upload: Any, limit: int = 12
@@ -89,7 +93,7 @@ class Searches:
         try:
             picture = read_upload(upload)
         except ImageError as error:
-            return [], [], f"This file cannot be used: {error.reason}."
+            return [], [], f"{_refusal(error)}."
         return self._shown(self._ask(image=picture, limit=limit), None)
 
     def _ask(self, **query: Any) -> list[Hit]:
@@ -112,7 +116,7 @@ class Searches:
 
     def _photograph(self, path: str | None, side: int) -> PIL.Image.Image | None:
         """A smaller copy of an indexed photograph; None for what is gone, broken, or outside the folder."""
-        if path is None or not Path(path).resolve().is_relative_to(self.folder):
+        if path is None or leads_out(path, self.folder):
             logger.warning("%s is outside %s: not shown", path, self.folder)
             return None
         try:
@@ -133,7 +137,10 @@ class Searches:
         picture = self._photograph(state[number]["path"], SHOWN)
         if picture is None:
             return "<p>This photograph is not there any more.</p>"
-        return page_part(explain(self.model, self.processor, picture, text), state[number]["id"])
+        try:
+            return page_part(explain(self.model, self.processor, picture, text), state[number]["id"])
+        except ValueError as error:  # such as a text without a word
+            return f"<p>{html.escape(str(error))}</p>"
 
     def score(self, upload: Any, caption: str) -> str:
         """HTML with the score of an uploaded pair."""
@@ -144,7 +151,7 @@ class Searches:
             picture = read_upload(upload)
             return page_part(explain(self.model, self.processor, picture, caption), "your photograph")
         except ImageError as error:
-            return f"<p>This file cannot be used: {html.escape(error.reason)}.</p>"
+            return f"<p>{html.escape(_refusal(error))}.</p>"
         except ValueError as error:  # such as a caption without a word
             return f"<p>{html.escape(str(error))}</p>"
 
@@ -159,6 +166,11 @@ def read_upload(path: str | os.PathLike) -> PIL.Image.Image:
     if size > MAX_UPLOAD_BYTES:
         raise ImageError(f"it has {size / 2**20:.0f} MB, at most {MAX_UPLOAD_BYTES // 2**20} are taken", str(path))
     return decode_image(Path(path), max_pixels=MAX_UPLOAD_PIXELS)
+
+
+def _refusal(error: ImageError) -> str:
+    """Why an upload is not taken, without the server's name for it."""
+    return f"This file cannot be used: {error.reason}{f' ({error.why})' if error.why else ''}"
 
 
 def page_part(explanation: Explanation, name: str) -> str:
@@ -208,8 +220,7 @@ def build_demo(searches: Searches) -> Any:
 
 def _upload(gr: Any, label: str, name: str) -> Any:
     """A plain file field: an image field would decode what was sent before this module has looked at it."""
-    types = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
-    return gr.File(label=label, file_types=types, type="filepath", height=110, elem_id=name)
+    return gr.File(label=label, file_types=list(IMAGE_SUFFIXES), type="filepath", height=110, elem_id=name)
 
 
 def _chosen(gr: Any, searches: Searches) -> Any:

@@ -17,7 +17,7 @@ from transformers.utils import PROCESSOR_NAME
 from .pixels_tvrn import PixelTable, hub_pixels, pixel_table, rgb_images, with_image_size
 from .regions_tvrn import pad_regions
 from .trust_tvrn import HUB_ARGUMENTS, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
-from .words_tvrn import build_word_tokenizer, check_captions, check_length, tokenize
+from .words_tvrn import build_word_tokenizer, caption_problems, check_captions, check_length, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,12 @@ class TVRNProcessor(ProcessorMixin):
             )
         self.truncated_captions += cut.size
         return inputs
+
+    def caption_problems(self, captions: Sequence[Any]) -> dict[int, str]:
+        """Why captions cannot be processed, such as one without a word: their places and reasons; good ones are not in
+        it. To leave them out of many, where a call would refuse them all."""
+        tokenizer = self._need("tokenizer", "text")
+        return caption_problems(tokenizer, captions, check_length(self.max_text_length, tokenizer))
 
     def _need(self, name: str, given: str) -> Any:
         part = getattr(self, name)

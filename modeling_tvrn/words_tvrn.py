@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN = "<pad>", "<unk>"
+_LETTER = re.compile("[A-Za-z0-9]")
 
 
 def check_captions(text: str | Iterable[str]) -> list[str]:
@@ -22,18 +24,47 @@ def check_captions(text: str | Iterable[str]) -> list[str]:
     captions = [text] if isinstance(text, str) else list(text)
     if not captions:
         raise ValueError("text holds zero captions: pass at least one")
-    wrong = [i for i, caption in enumerate(captions) if not isinstance(caption, str)]
-    if wrong:
-        i = wrong[0]
-        raise ValueError(f"text[{i}] is {type(captions[i]).__name__} {captions[i]!r:.80}: expected a string a caption")
-    empty = [i for i, caption in enumerate(captions) if not caption.strip()]
-    if empty:
-        i = empty[0]
+    faults = {i: fault for i, caption in enumerate(captions) if (fault := _fault(caption)) is not None}
+    if faults:
+        i = next(iter(faults))
         raise ValueError(
-            f"text[{i}] is an empty caption {captions[i]!r} ({len(empty)} of {len(captions)} are): drop it, and "
-            "with it its pairing with an image"
+            f"text[{i}] {faults[i]} ({len(faults)} of {len(captions)} captions cannot be used): drop it, and with it "
+            "its pairing with an image"
         )
     return captions
+
+
+def _fault(caption: Any) -> str | None:
+    """What is wrong with a caption before it is tokenized."""
+    if not isinstance(caption, str):
+        return f"is {type(caption).__name__} {caption!r:.80}, expected a string a caption"
+    if not caption.strip():
+        return f"is an empty caption {caption!r:.80}"
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return f"is no Unicode text, it holds lone surrogates: {caption!r:.80}"
+    return None
+
+
+def caption_problems(tokenizer: Any, captions: Sequence[Any], max_length: int) -> dict[int, str]:
+    """Why captions cannot be used, by their place; good ones are not in it. Most are known without being tokenized."""
+    found: dict[int, str] = {}
+    unsure = []
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    for i, caption in enumerate(captions):
+        fault = _fault(caption)
+        if fault is not None:
+            found[i] = fault
+        # a letter or digit becomes a word, or at least the unknown one, unless a special token is spelt with it
+        elif tokenizer.unk_token is None or not _LETTER.search(caption) or any(token in caption for token in special):
+            unsure.append(i)
+    if unsure:
+        inputs, _ = encode(tokenizer, [captions[i] for i in unsure], max_length)
+        for i, count in zip(unsure, inputs["word_mask"].sum(axis=1).tolist(), strict=True):
+            if not count:
+                found[i] = f"{captions[i]!r:.80} has no word left after {type(tokenizer).__name__}"
+    return dict(sorted(found.items()))
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -48,6 +79,16 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[
     Raises:
         ValueError: the tokenizer cannot pad, or leaves a caption without a single word.
     """
+    inputs, lengths = encode(tokenizer, captions, max_length)
+    wordless = np.flatnonzero(inputs["word_mask"].sum(axis=1) == 0)
+    if wordless.size:
+        i = wordless[0]
+        raise ValueError(f"text[{i}] {captions[i]!r:.80} has no word left after {type(tokenizer).__name__}: drop it")
+    return inputs, lengths
+
+
+def encode(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """As `tokenize`, also where a caption has no word."""
     if tokenizer.pad_token is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no padding token, which a batch of captions needs: set "
@@ -61,10 +102,6 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[
         encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
     inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
     inputs["word_mask"] = inputs["attention_mask"] * ~np.isin(inputs["input_ids"], special_ids(tokenizer))
-    wordless = np.flatnonzero(inputs["word_mask"].sum(axis=1) == 0)
-    if wordless.size:
-        i = wordless[0]
-        raise ValueError(f"text[{i}] {captions[i]!r:.80} has no word left after {type(tokenizer).__name__}: drop it")
     return inputs, lengths
 
 

@@ -57,7 +57,7 @@ def test_size_is_bounded_before_decoding():
 
 def test_other_programs_formats_are_not_opened():
     """Pillow hands PostScript to Ghostscript, whatever the file is called."""
-    with pytest.raises(ImageError, match="corrupt image"):
+    with pytest.raises(ImageError, match="not an image: .*PostScript"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
@@ -118,10 +118,11 @@ class TestReport:
     def test_header_check(self, damaged, caplog):
         records = load_pairs(damaged)
         assert records.image_ids == [0, 3]
-        assert dict(records.skipped) == {"corrupt image": 2, "missing image": 1} and records.skipped.total == 3
-        assert "1: corrupt image" in records.skipped.examples["corrupt image"][0]
+        assert dict(records.skipped) == {"not an image": 1, "corrupt image": 1, "missing image": 1}
+        assert records.skipped.total == 3 and "2: corrupt image" in records.skipped.examples["corrupt image"][0]
+        assert "1: not an image: 12 bytes: text ('not an image')" in records.skipped.examples["not an image"][0]
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "skipped 2 x corrupt image (such as 1: " in caplog.text
+        assert "1 x corrupt image (such as 2: " in caplog.text
 
     def test_what_the_header_check_cannot_see_is_named_when_read(self, damaged):
         records = load_pairs(damaged)
@@ -131,7 +132,7 @@ class TestReport:
     def test_full_check(self, damaged):
         records = load_pairs(damaged, verify="full")
         assert [record["image_id"] for record in records] == [0]
-        assert dict(records.skipped) == {"corrupt image": 3, "missing image": 1}
+        assert dict(records.skipped) == {"not an image": 1, "corrupt image": 2, "missing image": 1}
 
     def test_no_check(self, damaged):
         records = load_pairs(damaged, verify=False)
@@ -144,8 +145,8 @@ class TestReport:
         for _ in range(2):  # a second pass counts anew
             caplog.clear()
             assert [record["image_id"] for record in stream] == [0]
-            assert dict(stream.skipped) == {"corrupt image": 3, "missing image": 1}
-            assert len(caplog.records) == 1 and "3 x corrupt image" in caplog.text
+            assert dict(stream.skipped) == {"not an image": 1, "corrupt image": 2, "missing image": 1}
+            assert len(caplog.records) == 1 and "2 x corrupt image" in caplog.text
 
     def test_pixel_limit(self, damaged):
         with pytest.raises(ValueError, match=r"no usable record is left; skipped: .*over the pixel limit"):
@@ -168,6 +169,6 @@ class TestReport:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_nothing_left_is_an_error(self, tmp_path, streaming):
-        write_parquet(tmp_path / "a.parquet", {"image": [b"", b"x"], "caption": ["one", "two"]})
+        write_parquet(tmp_path / "a.parquet", {"image": [b"", b"\x80"], "caption": ["one", "two"]})
         with pytest.raises(ValueError, match=r"no usable record is left; skipped: 2 x corrupt image"):
             list(load_pairs(tmp_path, streaming=streaming))

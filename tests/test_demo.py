@@ -50,7 +50,7 @@ def test_an_uploaded_pair_is_scored_and_bad_files_are_named_not_opened(searches:
     for name, content, reason in (
         ("cut.jpg", noise("JPEG")[:900], "corrupt image"),
         ("bomb.png", bomb(), "image over the pixel limit"),
-        ("page.png", b"<html>", "corrupt image"),
+        ("page.png", b"<html>", "not an image (an HTML page"),
     ):
         (tmp_path / name).write_bytes(content)
         assert reason in searches.score(tmp_path / name, "dogs run")

@@ -296,6 +296,34 @@ class TestCaptions:
         with pytest.raises(ValueError, match=message):
             TVRNProcessor(tokenizer=bert_like_tokenizer())(text=text)
 
+    def test_problems_are_those_of_captions_that_a_call_refuses(self):
+        """Found for many at once, most of them untokenized: each as if it were processed alone."""
+        captions = [
+            "a dog",
+            "[CLS] [PAD]",
+            "[SEP]",
+            "x[PAD]",
+            " ",
+            None,
+            "half \ud83d",
+            "!",
+            "[PAD]" * 70 + "dog",
+            "7",
+        ]
+        for tokenizer in (bert_like_tokenizer(), TVRNProcessor.from_captions(["a dog runs"]).tokenizer):
+            processor = TVRNProcessor(tokenizer=tokenizer)
+            refused = []
+            for place, caption in enumerate(captions):
+                try:
+                    processor(text=[caption])
+                except ValueError:
+                    refused.append(place)
+            assert (
+                list(processor.caption_problems(captions)) == sorted(processor.caption_problems(captions)) == refused
+            )
+        assert refused == [4, 5, 6]
+        assert "NoneType" in processor.caption_problems(captions)[5]
+
     def test_a_tokenizer_that_cannot_pad_is_refused(self):
         tokenizer = bert_like_tokenizer()
         tokenizer.pad_token = None

@@ -41,7 +41,15 @@ def quiet_libraries() -> None:
 
 def say(value: Any, text: str, as_json: bool) -> None:
     """Print the value as JSON, or the text."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text)
+    typer.echo(as_json_text(value, indent=2) if as_json else text.encode("utf-8", "backslashreplace").decode())
+
+
+def as_json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in its own letters; with escapes throughout where it holds lone surrogates, which cannot be printed."""
+    from ..data.file_kinds import is_unicode
+
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    return text if is_unicode(text) else json.dumps(value, indent=indent, default=str)
 
 
 def fail(message: str) -> typer.Exit:

@@ -171,7 +171,7 @@ def _cached_index(model: str, folder: Path) -> Path:
     """Where the index of a folder of photographs is kept between searches, for each model."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     local = Path(model).resolve() if Path(model).exists() else model
-    digest = hashlib.sha256(f"{local}\n{folder.resolve()}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(f"{local}\n{folder.resolve()}")).hexdigest()[:16]
     return cache / "modeling_tvrn" / "indexes" / f"{folder.resolve().name}-{digest}"
 
 
@@ -189,16 +189,23 @@ def _filters(keep: list[str]) -> dict[str, Any] | None:
 
 
 def _draw(query: str, hits: Any, path: Path) -> None:
-    from ..data.images import decode_image
+    from ..data.images import ImageError, decode_image
     from ..plots import plot_search_results
 
-    shown = [hit for hit in hits if hit.path is not None]
+    shown, pictures = [], []
+    for hit in hits:
+        if hit.path is None:
+            continue
+        try:
+            pictures.append(decode_image(hit.path))
+        except ImageError as error:  # gone or changed since it was indexed
+            typer.echo(f"tvrn: not drawn: {error}", err=True)
+        else:
+            shown.append(hit)
     if not shown:
-        raise fail("--picture needs hits with files; this index holds none, or nothing was found")
+        raise fail("--picture needs hits with files that can be read; there is none among what was found")
     names = [Path(hit.path).name for hit in shown]
-    plot_search_results(
-        query, [decode_image(hit.path) for hit in shown], [hit.score for hit in shown], path, labels=names
-    )
+    plot_search_results(query, pictures, [hit.score for hit in shown], path, labels=names)
 
 
 def explain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -14,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..redaction import redacted_text
-from .common import AsJson, Device, Dtype, Model, TrustRemoteCode, fail, load, progress, say, writable
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    TrustRemoteCode,
+    as_json_text,
+    fail,
+    load,
+    progress,
+    say,
+    writable,
+)
 
 if TYPE_CHECKING:
     from .pairs import ScoredPair
@@ -143,8 +156,8 @@ def score(
 ) -> None:
     """Score how well each caption of a table fits its image, and filter the rows by that.
 
-    The table comes out with the column `score`, between 0 and 1. A row whose image cannot be read or whose caption is
-    empty has no score, is reported on stderr, and is left out where there is a threshold. --json: one object a line.
+    The table comes out with the column `score`, between 0 and 1. A row whose image cannot be read or whose caption has
+    no word has no score, is reported on stderr, and is left out where there is a threshold. --json: one object a line.
 
     \b
     Examples:
@@ -163,8 +176,10 @@ def score(
     kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)
     columns = [*(rows[0] if rows else [image_column, caption_column]), "score"]
     if output is None:
+        with contextlib.suppress(AttributeError):  # a stream that is no file
+            sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         return _write_rows(kept, columns, sys.stdout, as_json)
-    with writable(output).open("w", newline="", encoding="utf-8") as file:
+    with writable(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return _write_rows(kept, columns, file, as_json)
 
 
@@ -178,10 +193,10 @@ def _filtered(
     scored: Iterable[ScoredPair], threshold: float | None, below: bool, image_column: str
 ) -> Iterator[ScoredPair]:
     unscored = 0
-    for pair in scored:
+    for number, pair in enumerate(scored, start=1):
         if pair.score is None:
             unscored += 1
-            typer.echo(f"tvrn: no score for {pair.row[image_column]!r}: {pair.problem}", err=True)
+            typer.echo(f"tvrn: row {number}: no score for {pair.row[image_column]!r}: {pair.problem}", err=True)
         if threshold is None or (pair.score is not None and (pair.score < threshold) is below):
             yield pair
     if unscored:
@@ -191,7 +206,7 @@ def _filtered(
 def _write_rows(kept: Iterable[ScoredPair], columns: list[str], file: Any, as_json: bool) -> None:
     if as_json:
         for pair in kept:
-            file.write(json.dumps({**pair.row, "score": pair.score}, ensure_ascii=False) + "\n")
+            file.write(as_json_text({**pair.row, "score": pair.score}) + "\n")
         return
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()

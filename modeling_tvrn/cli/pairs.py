@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from ..data.file_kinds import is_unicode
 from ..data.images import ImageError, decode_image
+from ..data.skipped import BROKEN_CAPTION
+from ..data.worded import unusable_captions
 
 __all__ = ["ScoredPair", "read_pairs", "score_pairs"]
 
@@ -32,12 +35,12 @@ class ScoredPair:
 
 
 def read_pairs(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file with a header.
+    """The rows of a CSV file with a header; bytes that are no UTF-8 stand as lone surrogates, as in file names.
 
     Raises:
         ValueError: a column is missing (those seen are named), or a row has more cells than the header.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         missing = [name for name in (image_column, caption_column) if name not in columns]
@@ -74,7 +77,8 @@ def score_pairs(
         batch_size: rows at a time.
 
     Yields:
-        Every row: with its score, or with the reason why it has none (image missing or corrupt, caption empty).
+        Every row: with its score, or with the reason why it has none: an image that cannot be read, a caption without
+        a word.
 
     Raises:
         ValueError: the model reads region features and not pictures.
@@ -84,17 +88,26 @@ def score_pairs(
     remaining = iter(rows)
     while batch := list(islice(remaining, batch_size)):
         pairs = [(str(folder / row[image_column]), row[caption_column].strip()) for row in batch]
-        pictures, problems = _pictures(pairs)
-        scores = _scores(model, processor, pictures, pairs)
+        unusable = _unusable(processor, [caption for _, caption in pairs])
+        usable = [pair for pair in pairs if pair[1] not in unusable]
+        pictures, problems = _pictures(usable)
+        scores = _scores(model, processor, pictures, usable)
         for row, pair in zip(batch, pairs, strict=True):
-            problem = problems.get(pair[0]) or ("empty caption" if not pair[1] else "")
+            problem = problems.get(pair[0]) or unusable.get(pair[1], "")
             yield ScoredPair(row, scores.get(pair), problem)
+
+
+def _unusable(processor: Any, captions: list[str]) -> dict[str, str]:
+    """Captions that cannot be scored, and why."""
+    found = {captions[place]: f"the caption {why}" for place, why in unusable_captions([processor], captions).items()}
+    found |= {caption: BROKEN_CAPTION for caption in captions if not is_unicode(caption)}
+    return found | {"": "empty caption"}
 
 
 def _pictures(pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
     """The images that can be read, and why the others cannot."""
     pictures, problems = {}, {}
-    for path in dict.fromkeys(path for path, caption in pairs if caption):
+    for path in dict.fromkeys(path for path, _ in pairs):
         try:
             pictures[path] = decode_image(path)
         except ImageError as error:
@@ -108,7 +121,7 @@ def _scores(
 ) -> dict[tuple[str, str], float]:
     wanted: dict[str, list[str]] = {path: [] for path in pictures}
     for path, caption in dict.fromkeys(pairs):
-        if caption and path in wanted:
+        if path in wanted:
             wanted[path].append(caption)
     if not wanted:
         return {}

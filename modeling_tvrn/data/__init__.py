@@ -8,6 +8,7 @@ from .sampler import EpochShuffledSampler
 from .shuffled import RawItem, ShuffledStream, StreamItems
 from .skipped import SkipReport
 from .training_pairs import CaptionDataset, CaptionStream, PairCollator
+from .worded import unusable_captions, with_words
 
 __all__ = [
     "MAX_IMAGE_PIXELS",
@@ -26,4 +27,6 @@ __all__ = [
     "data_fingerprint",
     "keep_picture_memory",
     "load_pairs",
+    "unusable_captions",
+    "with_words",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ def find_image(root: Path, names: Sequence[str]) -> Path:
     for name in names:
         for folder in _IMAGE_FOLDERS:
             for path in (root / folder / name, root / folder / Path(name).name):
-                if path.is_file():
+                if os.path.isfile(path):  # False, and no error, for names that no file can have
                     return path
     return root / (names[0] if names else "(no file name)")
 
@@ -133,4 +134,5 @@ def _merged(rows: Sequence[Mapping[str, Any]], layout: Layout) -> dict[str, Any]
 
 def caption_files_in(folder: Path) -> list[Path]:
     """Files directly in a folder that may be caption tables."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file())
+    tables = (path for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES)
+    return sorted(path for path in tables if os.path.isfile(path))

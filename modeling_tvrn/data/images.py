@@ -12,15 +12,21 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from .skipped import CORRUPT_IMAGE, HUGE_IMAGE, MISSING_IMAGE
+from .file_kinds import HEAD, HEIC, kind_of_content, kind_of_damage, kind_of_file, printable, why_unreadable
+from .skipped import CORRUPT_IMAGE, HUGE_IMAGE, MISSING_IMAGE, NO_IMAGE, UNREADABLE_FILE, Unusable
 
 Check = Literal["header", "full", False]
 
 # Pillow's own warning threshold: a quarter of a gigabyte once decoded.
 MAX_IMAGE_PIXELS = 89_478_485
 KEPT_BLOCKS = 64
-# Raster formats only. Pillow would also start Ghostscript for an EPS file, whatever the file is called.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+# Raster formats only. Pillow would also start Ghostscript for an EPS file, whatever the file is called. MPO, phones'
+# JPEG with further pictures behind the first, has no opener of its own: JPEG's reads it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
+)  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in `info`; TIFF's tags apart
 _TAIL = 64  # bytes at the end of a file in which its end marker is looked for
@@ -29,12 +35,8 @@ _TAIL = 64  # bytes at the end of a file in which its end marker is looked for
 EncodedImage = bytes | memoryview | str | os.PathLike[str] | Mapping[str, Any] | PIL.Image.Image
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; `reason` is the heading under which it is counted."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+class ImageError(Unusable):
+    """An image that cannot be used; `reason` is the heading under which it is counted, `why` says more in words."""
 
 
 def decode_image(encoded: EncodedImage, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image:
@@ -83,30 +85,115 @@ def check_image(encoded: EncodedImage, how: Check, max_pixels: int = MAX_IMAGE_P
         decode_image(encoded, max_pixels)
         return
     with _opened(encoded, max_pixels) as image:
-        whole = _is_whole(image.format, encoded)
+        try:
+            whole = _is_whole(image.format, encoded)
+        except OSError as error:  # gone since it was opened
+            raise _unreadable(_described(encoded), error) from error
     if not whole:
         decode_image(encoded, max_pixels)
 
 
 def _opened(encoded: EncodedImage, max_pixels: int) -> PIL.Image.Image:
     """The image with its header read and its size within bounds."""
-    if isinstance(encoded, PIL.Image.Image):
-        image = encoded.copy()  # the caller closes what it gets
-    else:
-        file = _as_file(encoded)
-        try:
-            image = PIL.Image.open(file, formats=FORMATS)
-        except PIL.Image.DecompressionBombError as error:
-            raise ImageError(HUGE_IMAGE, f"{_described(encoded)}: {error}") from error
-        except FileNotFoundError as error:
-            raise ImageError(MISSING_IMAGE, f"{_described(encoded)}: there is no such file") from error
-        except Exception as error:
-            raise _corrupt(encoded, error) from error
+    image = encoded.copy() if isinstance(encoded, PIL.Image.Image) else _identified(encoded)  # the caller closes it
     width, height = image.size
     if width * height > max_pixels:
         image.close()
-        raise ImageError(HUGE_IMAGE, f"{_described(encoded)} is {width} x {height}, over {max_pixels} pixels")
+        why = f"{width} x {height}, over {max_pixels} pixels"
+        raise ImageError(HUGE_IMAGE, f"{_described(encoded)} is {why}", why)
     return image
+
+
+def _identified(encoded: EncodedImage) -> PIL.Image.Image:
+    """The image with its header read, by the first format that takes it."""
+    file = _as_file(encoded)
+    try:
+        return PIL.Image.open(file, formats=_formats())
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(HUGE_IMAGE, f"{_described(encoded)}: {error}", str(error)) from error
+    except OSError as error:
+        if error.errno is not None:  # gone since it was looked at
+            raise _unreadable(_described(encoded), error) from error
+        kind = kind_of_content(_head(encoded))
+        if kind == HEIC and _registers_heif():
+            return _identified(encoded)
+        if kind is None or (kind == HEIC and "HEIF" in PIL.Image.OPEN):
+            raise _corrupt(encoded, error) from error
+        raise ImageError(NO_IMAGE, f"{_described(encoded)}: {kind}", kind) from error
+    except Exception as error:
+        raise _corrupt(encoded, error) from error
+
+
+def _formats() -> list[str]:
+    """Of the formats those that this Pillow has: the last ones need a new one, or a plug-in."""
+    PIL.Image.preinit()
+    if any(name not in PIL.Image.OPEN for name in FORMATS):
+        PIL.Image.init()
+    return [name for name in FORMATS if name in PIL.Image.OPEN]
+
+
+def _registers_heif() -> bool:
+    """Whether HEIC can be read from now on: its plug-in is there, and nobody had registered it."""
+    if "HEIF" in PIL.Image.OPEN:
+        return False
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return "HEIF" in PIL.Image.OPEN
+
+
+def read_image_file(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a plain file.
+
+    Raises:
+        ImageError: there is none, it may not be read, or the path leads to a pipe, a socket, a device or a folder.
+    """
+    check_image_file(path)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def check_image_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what would block, never end, or cannot be opened.
+
+    Raises:
+        ImageError: as `read_image_file`.
+    """
+    try:
+        kind = kind_of_file(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # a ValueError: a name with a null character, or with lone surrogates
+        raise _unreadable(path, error) from error
+    if kind is not None:
+        raise ImageError(UNREADABLE_FILE, f"{printable(path)}: {kind}", kind)
+
+
+def leads_out(path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a path leads out of a (resolved) folder by links; one that leads nowhere stays in it."""
+    try:
+        return not Path(path).resolve().is_relative_to(folder)
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a name that no file can have
+        return False
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    why = why_unreadable(path, error)
+    return ImageError(MISSING_IMAGE if missing else UNREADABLE_FILE, f"{printable(path)}: {why}", why)
+
+
+def _head(encoded: EncodedImage) -> bytes:
+    content = _content(encoded)
+    if not isinstance(content, str | os.PathLike):
+        return bytes(memoryview(content)[:HEAD])
+    try:
+        with open(content, "rb") as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise _unreadable(content, error) from error
 
 
 def _content(encoded: EncodedImage) -> Any:
@@ -121,8 +208,12 @@ def _as_file(encoded: EncodedImage) -> Any:
     if content is None:
         raise ImageError(MISSING_IMAGE, "the image field is empty")
     if isinstance(content, str | os.PathLike):
+        check_image_file(content)
         return Path(content)
-    return io.BytesIO(content)
+    try:
+        return io.BytesIO(content)
+    except TypeError as error:
+        raise ImageError(NO_IMAGE, f"a {type(content).__name__} in place of encoded bytes") from error
 
 
 def _is_whole(image_format: str | None, encoded: EncodedImage) -> bool:
@@ -174,13 +265,16 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _corrupt(encoded: EncodedImage, error: Exception) -> ImageError:
-    return ImageError(CORRUPT_IMAGE, f"{_described(encoded)}: {type(error).__name__}: {error}")
+    why = f"{type(error).__name__}: {error}"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        why = kind_of_damage(_head(encoded))
+    return ImageError(CORRUPT_IMAGE, f"{_described(encoded)}: {why}", why)
 
 
 def _described(encoded: EncodedImage) -> str:
     content = _content(encoded)
     if isinstance(content, str | os.PathLike):
-        return str(content)
+        return printable(content)
     if isinstance(content, PIL.Image.Image):
         return f"a {content.mode} picture"
     return f"{len(content)} bytes"

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -19,6 +20,7 @@ from .images import MAX_IMAGE_PIXELS, Check
 from .parquet_tables import open_parquet
 from .records import PairDataset, PairStream, build_dataset
 from .scan import open_scan, scan_stems
+from .skipped import OF_CAPTIONS
 from .sources import JoinedSource, PairSource, ScenesSource, joined
 from .splits import EVERY_SPLIT, SplitChoice, canonical_split, choose_splits
 from .tables import TableSource
@@ -196,13 +198,15 @@ def _files(name: str) -> list[Path]:
     if Path(name).is_file():
         return [Path(name)]
     if not Path(name).is_dir():
-        found = sorted(Path(path) for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        found = sorted(Path(path) for path in glob.glob(name, recursive=True) if isfile(path))
         if not found:
             raise ValueError(f"source={name!r}: the pattern matches no file; check it from {os.getcwd()}")
         return found
     folder = Path(name)
-    large = [path for suffix in (".parquet", *TAR_SUFFIXES) for path in folder.rglob(f"*{suffix}")]
-    return sorted(large) or sorted({*folder.glob("*_ims.npy"), *caption_files_in(folder)})
+    # a pipe or a folder of such a name is no table
+    large = [path for ending in (".parquet", *TAR_SUFFIXES) for path in folder.rglob(f"*{ending}") if isfile(path)]
+    arrays = [path for path in folder.glob("*_ims.npy") if isfile(path)]
+    return sorted(large) or sorted({*arrays, *caption_files_in(folder)})
 
 
 def _open_preset(
@@ -235,7 +239,7 @@ def _check_count(name: str, split: str | None, records: PairDataset) -> None:
     images = PRESETS[name].images
     parts = list(images) if split in (None, EVERY_SPLIT) else [canonical_split(part) for part in str(split).split("+")]
     expected = sum(images[part] for part in parts)
-    lost = sum(count for reason, count in records.skipped.items() if reason != "empty caption")
+    lost = sum(count for reason, count in records.skipped.items() if reason not in OF_CAPTIONS)
     if len(records) + lost != expected:
         raise ValueError(
             f"{name}, split {split!r}: {len(records)} images and {lost} left out, expected {expected}: the public "

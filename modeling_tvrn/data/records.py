@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .images import MAX_IMAGE_PIXELS, Check, ImageError
 from .schema import ItemId, Pair, SourceRow, read_pair
-from .skipped import SkipReport
+from .skipped import SkipReport, good_captions
 from .sources import Content, PairSource, Shard, check_content, decode_content
 from .splits import SplitChoice
 
@@ -171,6 +171,14 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         self._source = source
         self._choice = choice
         self._max_pixels = max_pixels
+        self._problems: Callable[[Sequence[str]], Mapping[int, str]] | None = None
+
+    def leaving_out(self, problems: Callable[[Sequence[str]], Mapping[int, str]]) -> PairStream:
+        """The stream without captions that a function finds unusable: it gives their places and why."""
+        stream = copy.copy(self)
+        stream.skipped = SkipReport()
+        stream._problems = problems
+        return stream
 
     def shards(self) -> list[Shard]:
         """The parts of the source that can be read alone."""
@@ -178,8 +186,18 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
 
     def pair(self, row: SourceRow) -> Pair | None:
         """A row's captions and names; None where it has none that are wanted, which is counted in `skipped`."""
+        return self._wanted(row, set())
+
+    def _wanted(self, row: SourceRow, seen: set[str]) -> Pair | None:
         pair = read_pair(self._source.layout, row, self.skipped)
-        return pair if pair is not None and _is_wanted(pair, self._choice, set()) else None
+        if pair is None or not _is_wanted(pair, self._choice, seen):
+            return None
+        problems = self._problems(pair.captions) if self._problems is not None else {}
+        if problems:
+            kept = good_captions(pair.image_id, pair.captions, problems, self.skipped)
+            pair.captions = [pair.captions[place] for place in kept]
+            pair.caption_ids = [pair.caption_ids[place] for place in kept]
+        return pair if pair.captions else None
 
     def decode(self, content: Content, pair: Pair) -> Record:
         """A record of a row's content and pair.
@@ -196,8 +214,8 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         seen: set[str] = set()
         found = False
         for row, content in itertools.islice(self._source.stream(), first, None, step):
-            pair = read_pair(self._source.layout, row, self.skipped)
-            if pair is not None and _is_wanted(pair, self._choice, seen):
+            pair = self._wanted(row, seen)
+            if pair is not None:
                 try:
                     decoded = decode_content(content(), self._max_pixels)
                 except ImageError as error:

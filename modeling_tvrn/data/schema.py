@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .skipped import EMPTY_CAPTION, ID_MISMATCH, NO_CAPTION, SkipReport
+from .file_kinds import is_unicode, printable
+from .skipped import BAD_NAME, BROKEN_CAPTION, EMPTY_CAPTION, ID_MISMATCH, NO_CAPTION, SkipReport
 from .splits import EVERY_SPLIT, canonical_split
 
 ItemId = int | str
 
 # In order of preference: of several columns that say the same, the first one counts.
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
+IMAGE_COLUMNS = (
+    "image", "jpg", "jpeg", "png", "webp", "img", "jpe", "jfif", "mpo", "gif", "bmp", "tif", "tiff", "avif",
+    "jp2", "heic", "heif",
+)  # fmt: skip
 CAPTION_COLUMNS = (
     "captions", "caption", "sentences_raw", "sentences", "raw", "txt", "text", "sentence", "comment",
 )  # fmt: skip
@@ -24,6 +30,7 @@ SPLIT_COLUMNS = ("split",)
 FOLDER_COLUMNS = ("filepath", "file_path")
 FILENAME_COLUMNS = ("filename", "file_name", "image_name", "image_path", "path", *FOLDER_COLUMNS)
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
 _NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$")
 
 ROLES = ("image", "captions", "image_id", "caption_ids", "split", "filename")
@@ -149,7 +156,8 @@ def _first(names: Iterable[str], columns: Sequence[str]) -> str | None:
 
 
 def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None:
-    """One row in the common shape; empty captions are left out and counted, and None is returned where none is left.
+    """One row in the common shape; captions that cannot be used are left out and counted, and None is returned where
+    none is left.
 
     A row without an image id is named by its file name, else by its place in the source. Captions without ids are
     named `image#0`, `image#1`, ... in the source's order, as Flickr's are; an image without a file name has its place
@@ -159,21 +167,44 @@ def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None
     image_id = _plain_id(row.values.get(layout.image_id)) if layout.image_id else None
     if image_id is None:
         image_id = filename or row.key
+    if not is_unicode(f"{image_id}{filename}"):
+        report.add(BAD_NAME, printable(filename or str(image_id)))
+        return None
     captions = read_captions([row.values.get(name) for name in layout.captions])
     given = read_ids(row.values, layout)
     if given is not None and len(given) != len(captions):
         report.add(ID_MISMATCH, f"{image_id}: {len(captions)} captions, {len(given)} ids")
         return None
     ids: list[ItemId] = [f"{image_id}#{k}" for k in range(len(captions))] if given is None else given
-    kept = [(text.strip(), caption_id) for text, caption_id in zip(captions, ids, strict=True) if text.strip()]
-    for _ in range(len(captions) - len(kept)):
-        report.add(EMPTY_CAPTION, f"a caption of {image_id}")
+    kept = []
+    for text, caption_id in zip(captions, ids, strict=True):
+        reason = caption_fault(text)
+        if reason is None:
+            kept.append((text.strip(), caption_id))
+        else:
+            report.add(reason, f"a caption of {image_id}")
     if not kept:
         report.add(NO_CAPTION, str(image_id))
         return None
     own_split = row.values.get(layout.split) if layout.split else None
     split = canonical_split(str(own_split or row.split or EVERY_SPLIT))
     return Pair(image_id, [t for t, _ in kept], [i for _, i in kept], split, filename or row.key, bool(own_split))
+
+
+def caption_fault(text: str) -> str | None:
+    """Under which heading a caption is left out that says nothing, or cannot be written down; None for a good one."""
+    if not is_unicode(text):
+        return BROKEN_CAPTION
+    return EMPTY_CAPTION if is_blank(text) else None
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: blanks, control and format characters, marks and variation selectors."""
+    return not any(letter not in _BLANK_LETTERS and _shows(unicodedata.category(letter)) for letter in text)
+
+
+def _shows(category: str) -> bool:
+    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs")
 
 
 def read_captions(values: Sequence[Any]) -> list[str]:
@@ -188,11 +219,13 @@ def read_captions(values: Sequence[Any]) -> list[str]:
     if isinstance(value, Mapping):
         value = value.get("raw")
     if isinstance(value, bytes):
-        value = value.decode("utf-8")
+        value = value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
     if isinstance(value, str):
         return _split_text(value)
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
+    if isinstance(value, int | float):
+        return [str(value)]
     texts = (item.get("raw") if isinstance(item, Mapping) else item for item in value)
     return ["" if text is None else str(text) for text in texts]
 

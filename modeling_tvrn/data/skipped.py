@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 CORRUPT_IMAGE = "corrupt image"
 MISSING_IMAGE = "missing image"
 HUGE_IMAGE = "image over the pixel limit"
+NO_IMAGE = "not an image"  # a file of another kind
+UNREADABLE_FILE = "unreadable file"  # no plain file, or one that may not be read
 BAD_REGIONS = "bad region features"
+BAD_NAME = "name that is not UTF-8"
 EMPTY_CAPTION = "empty caption"
+WORDLESS_CAPTION = "caption without a word"
+BROKEN_CAPTION = "caption that is not UTF-8"
 NO_CAPTION = "no caption left"
 ID_MISMATCH = "caption ids do not match the captions"
+OF_CAPTIONS = (EMPTY_CAPTION, WORDLESS_CAPTION, BROKEN_CAPTION)  # counted by caption, the others by record
+
+
+class Unusable(ValueError):
+    """An item that cannot be used; `reason` is the heading under which it is counted, `why` says more in words."""
+
+    def __init__(self, reason: str, detail: str, why: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.why = reason, detail, why
+
+    def __reduce__(self) -> Any:  # workers of a data loader send it to the main process
+        return type(self), (self.reason, self.detail, self.why)
 
 
 class SkipReport(Mapping[str, int]):
     """A mapping reason -> how many; `examples[reason]` holds the first few cases in words.
 
-    Images are counted by record, empty captions by caption. In a data loader every worker keeps a report of its own.
+    Images are counted by record, captions that cannot be used by caption. In a data loader every worker keeps
+    a report of its own.
     """
 
     def __init__(self, max_examples: int = 5) -> None:
@@ -33,6 +52,16 @@ class SkipReport(Mapping[str, int]):
         kept = self.examples.setdefault(reason, [])
         if len(kept) < self.max_examples:
             kept.append(example)
+
+    def after(self, former: object) -> SkipReport:
+        """A report of what another one counted, and of what this one did; of this one alone where that is none."""
+        report = SkipReport(self.max_examples)
+        for part in (former, self):
+            if isinstance(part, SkipReport):
+                for reason, count in part.items():
+                    report._counts[reason] = report._counts.get(reason, 0) + count
+                    report.examples.setdefault(reason, []).extend(part.examples[reason])
+        return report
 
     def clear(self) -> None:
         """Forget everything, for another pass over the same data."""
@@ -64,3 +93,14 @@ class SkipReport(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return f"SkipReport({self._counts})"
+
+
+def good_captions(
+    image_id: int | str, captions: Sequence[Any], problems: Mapping[int, str], report: SkipReport
+) -> list[int]:
+    """The places of one image's captions that can be used; the others are counted."""
+    for place in problems:
+        report.add(WORDLESS_CAPTION, f"caption {place} of {image_id}: {problems[place]}")
+    if problems and len(problems) == len(captions):
+        report.add(NO_CAPTION, str(image_id))
+    return [place for place in range(len(captions)) if place not in problems]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import logging
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from .file_kinds import printable
 from .schema import IMAGE_COLUMNS, SourceRow, detect_layout
 from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
+
+logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SEEN_SAMPLES = 20  # of the first shard, from which the layout is told: one of them may lack a member
@@ -102,7 +106,7 @@ class TarSource(PairSource):
 
     def _row(self, shard: Path, key: str, values: Mapping[str, Any]) -> SourceRow:
         # keys begin anew in every shard of many data sets, so the shard and the split are part of the name
-        place = [part for part in (self.split, shard.name.split(".")[0], key) if part]
+        place = [part for part in (self.split, printable(shard.name).split(".")[0], key) if part]
         return SourceRow({k: v for k, v in values.items() if k not in self._image_names}, self.split, "/".join(place))
 
     def _image_of(self, values: Mapping[str, Any]) -> Any:
@@ -137,13 +141,14 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _text_columns(shard: Path, name: str, extension: str, content: bytes) -> dict[str, Any]:
-    try:
-        text = content.decode("utf-8")
-        found = json.loads(text) if extension == "json" else None
-    except ValueError as error:
-        raise ValueError(f"{name} in {shard} is not UTF-8 text or not valid JSON: {error}") from error
+    text = content.decode("utf-8", "surrogateescape")  # a caption that is no UTF-8 is left out as such
     if extension != "json":
         return {extension: text}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        logger.warning("%s in %s is not valid JSON (%s): read without it", printable(name), shard, error)
+        found = {}
     # images come from members alone, whatever a JSON field of that name says
     fields = found if isinstance(found, Mapping) else {}
     return {"json": True} | {column: value for column, value in fields.items() if column not in IMAGE_COLUMNS}

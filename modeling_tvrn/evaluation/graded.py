@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..data import unusable_captions
 from ..metrics.graded import GradedMetrics, graded_metrics
 from ..scoring import EmbeddingScore
 from ..scoring.gathered import ChosenPairs, score_pairs
@@ -17,6 +20,8 @@ from ..scoring.models import evaluating
 from ..scoring.processes import Processes
 from .captions import CaptionTable
 from .encoding import encode_captions, encode_images
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,9 @@ def evaluate_graded(
     columns = _places("caption", pairs.captions, numbers)
     own = owners[columns] == rows
     kept = np.ones(len(rows), dtype=bool) if keep_own_captions else ~own
-    captions, local = np.unique(columns[kept], return_inverse=True)
     flat = table.flat_captions
+    kept &= _readable(processor, flat, columns)
+    captions, local = np.unique(columns[kept], return_inverse=True)
     texts = encode_captions(model, processor, [flat[number] for number in captions], batch_size, progress)
     order = np.argsort(rows[kept], kind="stable")
     chosen = ChosenPairs(rows[kept][order], local[order])
@@ -148,11 +154,21 @@ def evaluate_graded(
     return GradedReport(
         metrics=graded_metrics(scores, grades),
         embedding_metrics=graded_metrics(cosines, grades),
-        own_captions_left_out=int((own & ~kept).sum()),
+        own_captions_left_out=0 if keep_own_captions else int(own.sum()),
         image_count=len(np.unique(chosen.rows)),
         caption_count=len(captions),
         model=str(getattr(model.config, "name_or_path", "")),
     )
+
+
+def _readable(processor: Any, captions: Sequence[str], columns: np.ndarray) -> np.ndarray:
+    """(pairs,) whether the model finds a word in each pair's caption."""
+    graded = np.unique(columns)
+    problems = unusable_captions([processor], [captions[column] for column in graded])
+    kept = ~np.isin(columns, graded[list(problems)])
+    if problems:
+        logger.warning("left out %d graded pairs (such as: %s)", (~kept).sum(), next(iter(problems.values())))
+    return kept
 
 
 def _encoded_images(

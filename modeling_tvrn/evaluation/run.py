@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data import with_words
 from ..metrics import RetrievalMetrics, chance_level, mean_metrics
 from ..scoring import (
     BestCandidates,
@@ -146,7 +147,10 @@ def _pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, A
             f"evaluate got {len(models)} models, {len(processors)} processors and {len(datasets)} data sets; expected"
             " at least one model, a processor for each, and one data set for all or for each."
         )
-    return list(zip(models, processors, datasets, strict=True))
+    # what one of the models cannot read is left out for all, so that they are measured on the same captions
+    different = {id(each): each for each in datasets}
+    worded = {key: with_words(each, *processors) for key, each in different.items()}
+    return [(*each, worded[id(own)]) for *each, own in zip(models, processors, datasets, strict=True)]
 
 
 def _encode(

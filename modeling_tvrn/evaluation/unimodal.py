@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import unusable_captions, with_words
 from ..metrics import RECALL_AT, UnimodalMetrics, spearman, unimodal_metrics
 from ..scoring.models import evaluating
 from .captions import CaptionTable
 from .encoding import encode_captions, encode_images
+
+logger = logging.getLogger(__name__)
 
 ItemId = int | str
 STS_COLUMNS = ("sentence1", "sentence2", "score")
@@ -143,9 +147,10 @@ def evaluate_unimodal(
     found: dict[str, Any] = {}
     with evaluating(model):
         if dataset is not None:
+            dataset = with_words(dataset, processor)
             found |= _recalls(model, processor, dataset, image_labels, batch_size, progress)
         if sentence_pairs is not None:
-            found |= _sts(model, processor, sentence_pairs, batch_size, progress)
+            found |= _sts(model, processor, _with_words(sentence_pairs, processor), batch_size, progress)
     return UnimodalReport(**found, model=str(getattr(model.config, "name_or_path", "")))
 
 
@@ -191,6 +196,22 @@ def _recalls(
     labels = [image_labels[image_id] for image_id in table.image_ids]
     by_kind = {kind: unimodal_metrics(each, labels) for kind, each in _kinds(model, "image", images.embeds).items()}
     return found | {"image_to_image": by_kind, "images": len(labels)}
+
+
+def _with_words(pairs: SentencePairs, processor: Any) -> SentencePairs:
+    """The pairs in both of whose sentences the model finds a word."""
+    count = len(pairs.first)
+    problems = unusable_captions([processor], [*pairs.first, *pairs.second])
+    left_out = {place % count for place in problems}
+    if not left_out:
+        return pairs
+    place, why = next(iter(problems.items()))
+    logger.warning("%s: left out %d pairs (such as %d: %s)", pairs.name, len(left_out), place % count, why)
+    kept = [place for place in range(count) if place not in left_out]
+    first, second = ([part[place] for place in kept] for part in (pairs.first, pairs.second))
+    if len(kept) < 2:
+        raise ValueError(f"{pairs.name}: {len(kept)} usable pairs are left; a rank correlation needs at least two.")
+    return SentencePairs(first, second, pairs.scores[kept], pairs.name)
 
 
 def _sts(model: Any, processor: Any, pairs: SentencePairs, batch_size: int, progress: bool) -> dict[str, Any]:

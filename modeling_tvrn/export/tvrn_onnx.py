@@ -28,6 +28,7 @@ from ..pixels_tvrn import PixelTable, rgb_images
 Arrays = dict[str, np.ndarray]
 
 MANIFEST = "tvrn_onnx.json"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")  # none that runs a program
 CAPTIONS_AT_ONCE = 16  # of a block of pairs: sorted by length, so that little of it is padding
 
 
@@ -284,7 +285,10 @@ def _opened(picture: Any) -> Any:
     import PIL.Image
     import PIL.ImageOps
 
-    with PIL.Image.open(picture) as opened:
+    if not os.path.isfile(picture):  # a pipe would be waited for
+        raise ValueError(f"{os.fspath(picture)!r} is no file.")
+    PIL.Image.init()
+    with PIL.Image.open(picture, formats=[name for name in FORMATS if name in PIL.Image.OPEN]) as opened:
         return PIL.ImageOps.exif_transpose(opened).copy()
 
 

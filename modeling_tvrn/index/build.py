@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import ImageError
-from ..data.skipped import SkipReport
+from ..data.file_kinds import printable
+from ..data.skipped import WORDLESS_CAPTION, SkipReport, Unusable
 from ..data.training_pairs import image_inputs
+from ..data.worded import unusable_captions
 from ..encoded_tvrn import EncodedItems
 from ..redaction import redacted
 from ..scoring.models import evaluating
@@ -26,7 +27,7 @@ from ..teachers.fingerprint import digest
 from ..teachers.shards import Shard, write_shard
 from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments, embeddings_alone
-from .sources import Item, Loaded, Source
+from .sources import Item, Loaded, Source, check_name
 from .table import ItemTable
 from .vectors import VectorSearch
 from .versions import building, current, drop_old_versions, next_version, switch_to
@@ -124,7 +125,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         report.encode_seconds = time.perf_counter() - started
         _compare(report, {item.id: key for item, key in zip(items, keys, strict=True)}, known)
         if not items:
-            raise ValueError(f"{source.name} holds nothing to index (skipped: {report.skipped})")
+            raise ValueError(f"{printable(source.name)} holds nothing to index (skipped: {report.skipped})")
         version = next_version(directory)
         _write_search(version, segments.embeds(keys), settings, report)
         ItemTable.of(items, keys).save(version / ITEMS)
@@ -133,7 +134,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         report.seconds = time.perf_counter() - started
         manifest = {
             "side": source.side,
-            "source": redacted(source.name),
+            "source": printable(redacted(source.name)),
             "fingerprint": fingerprint,
             "build": build,
             "precision": settings.precision,
@@ -146,7 +147,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         (version / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
         switch_to(directory, version)
         _clean(directory, segments)
-    report.skipped.warn(source.name)
+    report.skipped.warn(printable(source.name))
     logger.info("%s: %s", directory, report)
     return report
 
@@ -171,7 +172,7 @@ class _Encoder:
         ):
             for item, loaded in self._loaded(source, known):
                 bar.update()
-                if isinstance(loaded, ImageError):
+                if isinstance(loaded, Unusable):
                     self.report.skipped.add(loaded.reason, str(loaded))
                     continue
                 self._add(loaded)
@@ -183,7 +184,7 @@ class _Encoder:
 
     def _loaded(
         self, source: Iterable[Item], known: dict[str, tuple[int, int, str]]
-    ) -> Iterator[tuple[Item, Loaded | ImageError]]:
+    ) -> Iterator[tuple[Item, Loaded | Unusable]]:
         """Items with their content, in their order; files are read and decoded by threads, a few batches ahead."""
         ahead: deque[tuple[Item, Future]] = deque()
         with ThreadPoolExecutor(self.settings.num_workers) as pool:
@@ -196,15 +197,23 @@ class _Encoder:
                 first, future = ahead.popleft()
                 yield first, future.result()
 
-    def _load(self, item: Item, known: tuple[int, int, str] | None) -> Loaded | ImageError:
+    def _load(self, item: Item, known: tuple[int, int, str] | None) -> Loaded | Unusable:
         """A file of the same size and time as before is not read again."""
         unchanged = known is not None and item.size > 0 and known[:2] == (item.size, item.mtime_ns)
         if known is not None and unchanged and known[2] in self.segments.place:
             return Loaded(known[2], None)
         try:
-            return item.load()
-        except ImageError as error:
+            check_name(item)
+            loaded = item.load()
+            self._check_caption(item, loaded.content)
+        except Unusable as error:
             return error
+        return loaded
+
+    def _check_caption(self, item: Item, content: Any) -> None:
+        problems = unusable_captions([self.processor], [content]) if isinstance(content, str) else {}
+        if problems:
+            raise Unusable(WORDLESS_CAPTION, f"{item.id}: {problems[0]}")
 
     def _add(self, loaded: Loaded) -> None:
         if loaded.key in self.earlier:

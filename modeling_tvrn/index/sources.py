@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..data.images import ImageError, decode_image
-from ..data.skipped import MISSING_IMAGE
+from ..data.file_kinds import is_unicode, printable, why_unreadable
+from ..data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out, read_image_file
+from ..data.skipped import BAD_NAME, BROKEN_CAPTION, UNREADABLE_FILE, WORDLESS_CAPTION, Unusable
 from ..encoded_tvrn import EncodedItems
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 RESERVED = ("id", "path", "text", "key", "size", "mtime_ns")
 READ_TRIES = 3  # of a file that changes while it is read
 
@@ -40,7 +40,7 @@ class Item:
 
     Attributes:
         id: Its name in the index.
-        load: Reads it; raises `ImageError` for what cannot be used.
+        load: Reads it; raises `Unusable` for what cannot be used.
         path: Its file, where it has one.
         text: Its caption, where it is one.
         size: Of its file, bytes; 0 without a file.
@@ -77,21 +77,27 @@ class FolderSource:
         self.folder = folder.resolve()
         self.name = str(self.folder)
         self.metadata = metadata or {}
+        self._closed: list[OSError] = []
         self._paths = sorted(self._scan())
 
     def _scan(self) -> Iterator[Path]:
-        for root, folders, names in os.walk(self.folder):
+        for root, folders, names in os.walk(self.folder, onerror=self._closed.append):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(root, name)
-                inside = not path.is_symlink() or path.resolve().is_relative_to(self.folder)
-                if inside and not name.startswith(".") and path.suffix.lower() in SUFFIXES:
+                if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and not self._leads_out(path):
                     yield path
 
+    def _leads_out(self, path: Path) -> bool:
+        return path.is_symlink() and leads_out(path, self.folder)
+
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._paths) + len(self._closed)
 
     def __iter__(self) -> Iterator[Item]:
+        for error in self._closed:
+            detail = f"{printable(error.filename)}: {why_unreadable(error.filename, error)}"
+            yield Item(printable(error.filename), _Refused(Unusable(UNREADABLE_FILE, detail)))
         for path in self._paths:
             name = path.relative_to(self.folder).as_posix()
             item = Item(name, load=lambda: Loaded("", None), path=str(path))
@@ -112,17 +118,14 @@ class _FileLoader:
         content = b""
         for _ in range(READ_TRIES):
             before = (self.item.size, self.item.mtime_ns)
-            try:
-                content = self.path.read_bytes()
-            except OSError as error:
-                raise ImageError(MISSING_IMAGE, f"{self.path}: {error}") from error
+            content = read_image_file(self.path)
             _note_file(self.item, self.path)
             if before == (self.item.size, self.item.mtime_ns) and len(content) == self.item.size:
                 break
         try:
             image = decode_image(content)
         except ImageError as error:
-            raise ImageError(error.reason, f"{self.path}: {str(error).partition(': ')[2]}") from error
+            raise ImageError(error.reason, f"{printable(self.path)}: {error.why}", error.why) from error
         return Loaded(_hash(content), {"image": image})
 
 
@@ -151,17 +154,27 @@ class RecordSource:
         return self._captions() if self.side == "texts" else self._images()
 
     def _images(self) -> Iterator[Item]:
-        for record in self.records:
-            metadata = {name: record[name] for name in ("split", "captions") if record.get(name) is not None}
-            item = Item(str(record["image_id"]), _Ready(_record_key(record), record), metadata=metadata)
-            item.path = record.get("filename") or None
-            yield item
+        ids = getattr(self.records, "image_ids", None)
+        if ids is None or not hasattr(self.records, "__getitem__"):
+            yield from map(self._image, self.records)
+            return
+        for row, image_id in enumerate(ids):
+            try:
+                yield self._image(self.records[row])
+            except ImageError as error:  # what a check of the headers cannot see
+                yield Item(str(image_id), _Refused(error))
+
+    def _image(self, record: Mapping[str, Any]) -> Item:
+        metadata = {name: record[name] for name in ("split", "captions") if record.get(name) is not None}
+        item = Item(str(record["image_id"]), _Ready(_record_key(record), record), metadata=metadata)
+        item.path = record.get("filename") or None
+        return item
 
     def _captions(self) -> Iterator[Item]:
         for captions, ids, image_id, filename in self._texts():
             for caption, caption_id in zip(captions, ids, strict=True):
                 metadata = {"image_id": str(image_id)} | ({"filename": filename} if filename else {})
-                yield Item(str(caption_id), _Ready(_hash(caption), caption), text=caption, metadata=metadata)
+                yield Item(str(caption_id), _Caption(caption), text=caption, metadata=metadata)
 
     def _texts(self) -> Iterator[tuple[Sequence[str], Sequence[Any], Any, str | None]]:
         """Captions without decoding an image, where the records know them."""
@@ -188,7 +201,7 @@ class CaptionSource:
     def __iter__(self) -> Iterator[Item]:
         for number, caption in enumerate(self.captions):
             metadata = dict(self.metadata.get(str(number), {}))
-            yield Item(str(number), _Ready(_hash(caption), caption), text=caption, metadata=metadata)
+            yield Item(str(number), _Caption(caption), text=caption, metadata=metadata)
 
 
 class EncodedSource:
@@ -234,7 +247,7 @@ def open_source(source: Any, side: str | None, ids: Any, metadata: Any) -> Sourc
         if side == "texts":
             raise ValueError("a folder of photographs has no captions to index; give records, or a list of captions")
         return FolderSource(Path(source), metadata)
-    if isinstance(source, Sequence) and source and all(isinstance(each, str) for each in source):
+    if isinstance(source, Sequence) and any(isinstance(each, str) for each in source):
         return CaptionSource(source, metadata)
     if isinstance(source, Iterable):
         return RecordSource(source, side or "images")
@@ -253,6 +266,40 @@ class _Ready:
 
     def __call__(self) -> Loaded:
         return Loaded(self.key, self.content)
+
+
+@dataclass
+class _Caption:
+    """A caption; what is none is refused when it is its turn."""
+
+    caption: Any
+
+    def __call__(self) -> Loaded:
+        if not isinstance(self.caption, str):
+            raise Unusable(WORDLESS_CAPTION, f"{self.caption!r:.80} is a {type(self.caption).__name__}")
+        if not is_unicode(self.caption):
+            raise Unusable(BROKEN_CAPTION, f"{self.caption!r:.80}")
+        return Loaded(_hash(self.caption), self.caption)
+
+
+@dataclass
+class _Refused:
+    """What turned out to be of no use while it was listed."""
+
+    error: Unusable
+
+    def __call__(self) -> Loaded:
+        raise self.error
+
+
+def check_name(item: Item) -> None:
+    """Refuse what the table of the index could not hold: after everything was encoded would be too late.
+
+    Raises:
+        Unusable: the id or the path is no UTF-8.
+    """
+    if not is_unicode(f"{item.id}{item.path}"):
+        raise Unusable(BAD_NAME, f"{printable(item.path or item.id)}: rename it")
 
 
 def _record_key(record: Mapping[str, Any]) -> str:

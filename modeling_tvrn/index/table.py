@@ -109,8 +109,9 @@ def expression(where: Mapping[str, Any], names: Sequence[str]) -> pc.Expression:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Values as Arrow has them; where they are of several types, as text."""
+    """Values as Arrow has them; where they are of several types, or no Unicode, as text."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        texts = [None if value is None else str(value) for value in values]
+        return pa.array([text and text.encode("utf-8", "backslashreplace").decode() for text in texts], pa.string())

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..data import PairCollator
+from ..data import PairCollator, with_words
 from ..teachers import TeacherCache
 from .build import build_model, build_processor, load_records, with_cached_regions
 from .checkpoint import BestModel
@@ -52,6 +52,8 @@ class Run:
         self.train_records = load_records(config, config.train_split)
         self.validation_records = load_records(config, config.validation_split)
         self.processor = build_processor(config, self.train_records)
+        self.train_records = with_words(self.train_records, self.processor)
+        self.validation_records = with_words(self.validation_records, self.processor)
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
         self.trained = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
