@@ -28,8 +28,10 @@ def shared_images(training: PairDataset, validation: PairDataset) -> list[tuple[
         same = row_of.get(str(name))
         if same is not None and not _differ((training, same), (validation, row)):
             found[row] = same
-    rows = [(validation, row) for row in range(len(validation)) if row not in found]
-    for group in equal_content([*((training, row) for row in range(len(training))), *rows]):
+    others = [(validation, row) for row in range(len(validation)) if row not in found]
+    sizes = {_size(item) for item in others}
+    candidates = [(training, row) for row in range(len(training)) if training.image_size(row) in sizes]
+    for group in equal_content([*candidates, *others]):
         trained = [row for records, row in group if records is training]
         found |= {row: trained[0] for records, row in group if records is validation and trained}
     return [(found[row], row) for row in sorted(found)]
