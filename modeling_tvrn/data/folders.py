@@ -26,6 +26,14 @@ def find_image(root: Path, names: Sequence[str]) -> Path:
     return root / (names[0] if names else "(no file name)")
 
 
+def size_of_file(path: str | Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return None
+
+
 def names_of_file(values: Mapping[str, Any], layout: Layout) -> list[str]:
     """The names under which a row's image file may be found, the fullest first."""
     folder, name = (str(values.get(column or "") or "") for column in (layout.folder, layout.filename))
@@ -62,7 +70,13 @@ class FolderSource(PairSource):
     def content(self, row: int) -> Content:
         values = self._rows[row]
         kept = {column: values.get(column) for column in self.extra_columns}
-        return kept | {"image": find_image(self.root, names_of_file(values, self.layout))}
+        return kept | {"image": self._path(values)}
+
+    def image_size(self, row: int) -> int | None:
+        return size_of_file(self._path(self._rows[row]))
+
+    def _path(self, values: Mapping[str, Any]) -> Path:
+        return find_image(self.root, names_of_file(values, self.layout))
 
 
 def open_folder(
@@ -114,11 +128,14 @@ def _grouped_table(
 
 
 def _grouped(table: Sequence[Mapping[str, Any]], layout: Layout) -> list[dict[str, Any]]:
-    """Rows of the same file brought together, in the order in which each file first appears."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """Rows of the same file and split brought together, in the order in which each file first appears.
+
+    A file whose rows are of two splits is in both, so that who trains on one and validates on the other hears of it.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in table:
-        folder = str(row.get(layout.folder) or "") if layout.folder else ""
-        groups.setdefault((folder, str(row.get(layout.filename or "") or "")), []).append(row)
+        place = tuple(str(row.get(name or "") or "") for name in (layout.folder, layout.filename, layout.split))
+        groups.setdefault(place, []).append(row)
     return [_merged(rows, layout) for rows in groups.values()]
 
 

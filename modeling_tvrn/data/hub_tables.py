@@ -1,7 +1,8 @@
-"""Datasets of the Hub, read through `datasets`: parquet or webdataset, without loading scripts."""
+"""Datasets of the Hub (parquet or webdataset, without loading scripts) and in memory, read through `datasets`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..redaction import redacted_text
+from .paths import near_paths
 from .schema import SourceRow
 from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits
@@ -16,7 +18,7 @@ from .tables import TableOptions, TableSource, left_encoded
 
 
 class HubSource(TableSource):
-    """One split of a dataset on the Hub, mapped or streamed."""
+    """A `datasets.Dataset` or `IterableDataset`: one split of a dataset on the Hub, or of one in memory."""
 
     def __init__(self, dataset: Any, name: str, split: str | None, options: TableOptions) -> None:
         super().__init__(name, split, dataset.column_names or list(next(iter(dataset))), options)
@@ -81,6 +83,73 @@ def open_hub(
     return joined(repository, parts), choice
 
 
+def is_dataset(source: Any) -> bool:
+    """Whether a source is a dataset in memory, or datasets by split, and no name or path."""
+    return not isinstance(source, str | os.PathLike)
+
+
+def name_of(source: Any) -> str:
+    """What to call a source in messages: a name or path as it is, a dataset by its class."""
+    return f"datasets.{type(source).__name__}" if is_dataset(source) else os.fspath(source)
+
+
+def open_datasets(
+    source: Any,
+    split: str | None,
+    streaming: bool,
+    columns: Mapping[str, Any] | None = None,
+    image_root: str | Path | None = None,
+    extra_columns: Sequence[str] = (),
+    split_file: str | Path | None = None,
+) -> tuple[PairSource, SplitChoice]:
+    """A `datasets.Dataset`, an `IterableDataset`, or a mapping of split to these, such as a `DatasetDict`.
+
+    Args:
+        columns, image_root, extra_columns, split_file: see `TableOptions`.
+
+    Raises:
+        ValueError: something else, a mapping that holds something else, or a stream that is not to be streamed.
+    """
+    name = name_of(source)
+    parts = dict(source) if isinstance(source, Mapping) else {_own_split(source): source}
+    _check_datasets(parts)
+    choice = choose_splits(list(parts), split, name)
+    options = TableOptions(columns, image_root, extra_columns, split_file)
+    # Without the user's format or transform: records hold what the columns hold.
+    chosen = {part: _checked_stream(parts[part], name, streaming).with_format(None) for part in choice.parts}
+    return joined(name, [HubSource(part, name, split, options) for split, part in chosen.items()]), choice
+
+
+def _own_split(dataset: Any) -> str | None:
+    """The split that a dataset says it is, without the rows chosen of it (`train[:10%]`)."""
+    found = getattr(dataset, "split", None)
+    return None if found is None else str(found).partition("[")[0]
+
+
+def _check_datasets(parts: Mapping[Any, Any]) -> None:
+    import datasets
+
+    allowed = datasets.Dataset | datasets.IterableDataset
+    kinds = {type(part).__name__ for part in parts.values() if not isinstance(part, allowed)}
+    if kinds or not parts:
+        raise ValueError(
+            f"source is or holds {', '.join(sorted(kinds)) or 'nothing'}; expected a name, a path, a datasets.Dataset "
+            "or IterableDataset, or these by split (Dataset.from_list makes one of a list of dicts, "
+            "Dataset.from_pandas of a table)"
+        )
+
+
+def _checked_stream(dataset: Any, name: str, streaming: bool) -> Any:
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset) and not streaming:
+        raise ValueError(
+            f"{name} is a stream, without a length or rows by number; pass streaming=True, or make a datasets.Dataset "
+            "of it (Dataset.from_generator, or load_dataset without streaming)"
+        )
+    return dataset
+
+
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
     """Failures to find or reach a dataset, said in one way."""
@@ -88,8 +157,9 @@ def _hub_errors(repository: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
         problem = redacted_text(str(error))
+        near = near_paths(repository)
         raise ValueError(
             f"{repository!r} is no file or folder here and could not be loaded from the Hub: {problem} "
             f"({type(error).__name__}). Check the name, the network and, for gated data, the token; or download it "
-            "and pass the folder"
+            f"and pass the folder{f'. Did you mean {near[0]}?' if near else ''}"
         ) from error

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from os.path import isfile
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 from .caption_files import CAPTION_SUFFIXES
 from .folders import caption_files_in, open_folder
-from .hub_tables import open_hub
+from .hub_tables import is_dataset, name_of, open_datasets, open_hub
 from .images import MAX_IMAGE_PIXELS, Check
 from .parquet_tables import open_parquet
+from .paths import is_local, missing_path
 from .records import PairDataset, PairStream, build_dataset
 from .scan import open_scan, scan_stems
 from .skipped import OF_CAPTIONS
@@ -25,6 +26,11 @@ from .sources import JoinedSource, PairSource, ScenesSource, joined
 from .splits import EVERY_SPLIT, SplitChoice, canonical_split, choose_splits
 from .tables import TableSource
 from .webdataset import TAR_SUFFIXES, open_webdataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    Source: TypeAlias = str | os.PathLike[str] | Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset]
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +72,7 @@ PRESETS: dict[str, Preset] = {
 
 @overload
 def load_pairs(
-    source: str | os.PathLike[str],
+    source: Source,
     split: str | None = ...,
     streaming: Literal[False] = ...,
     *,
@@ -76,7 +82,7 @@ def load_pairs(
 ) -> PairDataset: ...
 @overload
 def load_pairs(
-    source: str | os.PathLike[str],
+    source: Source,
     split: str | None = ...,
     *,
     streaming: Literal[True],
@@ -84,7 +90,7 @@ def load_pairs(
     **options: Any,
 ) -> PairStream: ...
 def load_pairs(
-    source: str | os.PathLike[str],
+    source: Source,
     split: str | None = None,
     streaming: bool = False,
     *,
@@ -97,7 +103,8 @@ def load_pairs(
     Args:
         source: "flickr8k", "flickr30k" or "coco" (copies on the Hub, Karpathy's splits); "scenes" (generated); or a
             path: parquet files, webdataset tars, a table of captions beside image files, SCAN's `{split}_ims.npy` and
-            `{split}_caps.txt`, one file, a folder or a pattern such as "data/*.parquet"; or a Hub dataset's id.
+            `{split}_caps.txt`, one file, a folder or a pattern such as "data/*.parquet"; or a Hub dataset's id; or a
+            `datasets.Dataset`, several by split (`DatasetDict`), or with streaming an `IterableDataset`.
         split: "train", "validation" (or "val", "dev"), "test", ...; "train+restval" for two, "all" for all. May be
             left out where the source has only one. A preset's name never means a folder: write "./coco" for one.
         streaming: read the records in the order of the source as they are needed, without a length.
@@ -119,32 +126,32 @@ def load_pairs(
         raise ValueError(f"verify={verify!r}: expected 'header', 'full' or False")
     if max_pixels < 1:
         raise ValueError(f"max_pixels={max_pixels}: expected at least 1")
-    name = os.fspath(source)
-    opened, choice = _open(name, split, streaming, options)
+    name = name_of(source)
+    opened, choice = _open(name, source if is_dataset(source) else None, split, streaming, options)
     if streaming:
         return PairStream(opened, choice, max_pixels)
     records = build_dataset(opened, choice, verify, max_pixels)
-    if name in PRESETS:
+    if name in PRESETS and not is_dataset(source):
         _check_count(name, split, records)
     return records
 
 
-def _open(name: str, split: str | None, streaming: bool, options: dict[str, Any]) -> Opened:
+def _open(name: str, dataset: Any, split: str | None, streaming: bool, options: dict[str, Any]) -> Opened:
     """Find the reader for a source, and let it open the source."""
     reader: Callable[..., Opened]
-    if name == "scenes":
+    path = os.path.expanduser(name)
+    if dataset is not None:
+        reader = partial(open_datasets, dataset, split, streaming)
+    elif name == "scenes":
         reader = partial(_open_scenes, split=split)
     elif name in PRESETS:
         reader = partial(_open_preset, name, split, streaming)
-    elif Path(name).exists() or glob.has_magic(name):
-        reader, options = _file_reader(name, split, dict(options))
-    elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    elif Path(path).exists() or glob.has_magic(path):
+        reader, options = _file_reader(path, split, dict(options))
+    elif name.count("/") == 1 and not is_local(name):
         reader = partial(open_hub, name, split, streaming)
     else:
-        raise ValueError(
-            f"source={name!r} is no file or folder here, no preset ({', '.join([*PRESETS, 'scenes'])}) and no Hub id "
-            "(owner/name); correct the path or the name"
-        )
+        raise missing_path(name, f"a path, one of {', '.join([*PRESETS, 'scenes'])}, or a Hub id (owner/name)")
     _check_options(name, reader, options)
     return reader(**options)
 

@@ -17,7 +17,7 @@ from .images import MAX_IMAGE_PIXELS, Check, ImageError
 from .schema import ItemId, Pair, SourceRow, read_pair
 from .skipped import SkipReport, good_captions
 from .sources import Content, PairSource, Shard, check_content, decode_content
-from .splits import SplitChoice
+from .splits import NoSuchSplit, SplitChoice
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,14 @@ class PairDataset(torch.utils.data.Dataset[Record]):
         chosen._table = self._table.select([range(len(self))[row] for row in rows])
         return chosen
 
+    def image_size(self, row: int) -> int | None:
+        """Bytes of a record's encoded image, where the source tells them without reading it."""
+        return self._source.image_size(self._table.source_rows[row])
+
+    def encoded_image(self, row: int) -> Any:
+        """A record's image as the source has it, not decoded: bytes, a path, or a struct of both; None for regions."""
+        return self._source.content(self._table.source_rows[row]).get("image")
+
     def __repr__(self) -> str:
         count = sum(map(len, self.captions))
         return f"PairDataset({self.name!r}, images={len(self)}, captions={count}, skipped={dict(self.skipped)})"
@@ -237,9 +245,12 @@ def build_dataset(
 
     Raises:
         ValueError: nothing is left, or several splits are mixed without having been asked for.
+        NoSuchSplit: no row is of the chosen split.
     """
     report = SkipReport()
     table, seen = _read_table(source, choice, report)
+    if not table.image_ids:
+        raise _nothing_left(source.name, choice, seen, report)
     if choice.rows is None and len(seen) > 1 and not choice.several:
         raise ValueError(f"{source.name} holds the splits {sorted(seen)}; pass split= one of them, or 'all'")
     if verify and not source.is_trusted:
@@ -314,8 +325,6 @@ def _checked(source: PairSource, table: PairTable, how: Check, max_pixels: int, 
 
 def _nothing_left(name: str, choice: SplitChoice, seen: set[str], report: SkipReport) -> ValueError:
     if choice.rows is not None and not seen & choice.rows:
-        return ValueError(
-            f"{name} has no record of the split {sorted(choice.rows)}; its rows are of {sorted(seen)}: pass "
-            "one of these"
-        )
+        text = f"{name} has no record of the split {sorted(choice.rows)}; its rows are of {sorted(seen)}"
+        return NoSuchSplit(f"{text}: pass one of these", seen)
     return ValueError(f"{name}: no usable record is left; skipped: {report}")

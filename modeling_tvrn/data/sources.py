@@ -56,6 +56,10 @@ class PairSource(ABC):
     def content(self, row: int) -> Content:
         """The image of one row, not yet decoded, or its regions."""
 
+    def image_size(self, row: int) -> int | None:
+        """Bytes of one row's encoded image, where they are known without reading it."""
+        return None
+
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         """Rows in one pass from front to back, each with a function for its content (rows left out never call it)."""
         for number, row in enumerate(self.rows()):
@@ -83,10 +87,18 @@ class JoinedSource(PairSource):
             yield from part.rows()
 
     def content(self, row: int) -> Content:
+        part, own_row = self._place(row)
+        return part.content(own_row)
+
+    def image_size(self, row: int) -> int | None:
+        part, own_row = self._place(row)
+        return part.image_size(own_row)
+
+    def _place(self, row: int) -> tuple[PairSource, int]:
         if self._starts is None:
             self._starts = np.cumsum([0] + [len(part) for part in self.parts]).tolist()
         number = bisect.bisect_right(self._starts, row) - 1
-        return self.parts[number].content(row - self._starts[number])
+        return self.parts[number], row - self._starts[number]
 
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         for part in self.parts:

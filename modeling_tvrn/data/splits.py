@@ -49,6 +49,18 @@ def group_by_split(paths: Iterable[Path], root: Path) -> dict[str | None, list[P
     return groups
 
 
+class NoSuchSplit(ValueError):
+    """The chosen split is not in the source.
+
+    Attributes:
+        available: the splits that are; `["all"]` where nothing in the source names a split.
+    """
+
+    def __init__(self, message: str, available: Iterable[str]) -> None:
+        super().__init__(message)
+        self.available = sorted({canonical_split(name) for name in available})
+
+
 @dataclass(frozen=True)
 class SplitChoice:
     """Which parts of a source to read, and which of their rows.
@@ -75,7 +87,8 @@ def choose_splits(available: Sequence[str | None], split: str | None, source: st
         source: the source's name, for the message.
 
     Raises:
-        ValueError: the source has several splits and none was chosen, or the chosen one is none of them.
+        ValueError: the source has several splits and none was chosen.
+        NoSuchSplit: the chosen one is none of them.
     """
     named = [name for name in available if name is not None]
     if split is None and len(available) > 1:
@@ -94,7 +107,8 @@ def choose_splits(available: Sequence[str | None], split: str | None, source: st
     if len(available) == 1:
         return SplitChoice(tuple(available), frozenset(wanted), by_name=False, several=True)
     missing = [name for name in wanted if name not in map(canonical_split, named)]
-    raise ValueError(f"{source} has no split {_listed(missing)}; it has {_listed(named)}: pass one of these, or 'all'")
+    text = f"{source} has no split {_listed(missing)}; it has {_listed(named)}: pass one of these, or 'all'"
+    raise NoSuchSplit(text, named)
 
 
 def _wanted(split: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .caption_files import read_splits
-from .folders import find_image, names_of_file
+from .folders import find_image, names_of_file, size_of_file
 from .schema import Layout, SourceRow, detect_layout
 from .sources import Content, PairSource
 from .splits import EVERY_SPLIT
@@ -88,6 +88,17 @@ class TableSource(PairSource):
     def content(self, row: int) -> Content:
         return self._content(self._contents[row])
 
+    def image_size(self, row: int) -> int | None:
+        return self._image_sizes[row] if self._image_sizes else None
+
+    @cached_property
+    def _image_sizes(self) -> list[int | None]:
+        """Bytes of each image in the table itself, from the column's offsets: none of them is read."""
+        if self.layout.image is None or self.image_root is not None:
+            return []
+        column = self.dataset.select_columns([self.layout.image]).with_format("arrow")
+        return [size for batch in column.iter(1000) for size in _sizes(batch.column(0).combine_chunks())]
+
     @cached_property
     def _contents(self) -> Any:
         """The dataset without the columns that a record's content does not need."""
@@ -123,6 +134,23 @@ class TableSource(PairSource):
             path = image.get("path") if isinstance(image, Mapping) else image
             image = find_image(self.image_root, [*([path] if path else []), *names_of_file(values, self.layout)])
         return content | {"image": image}
+
+
+def _sizes(images: Any) -> list[int | None]:
+    """Sizes of a column's images: of bytes, of structs with bytes or a path, or of the files that paths name."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = images.type
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        found = _sizes(images.field("bytes"))
+        files = images.field("path").to_pylist() if kind.get_field_index("path") >= 0 else [None] * len(found)
+        return [size_of_file(path) if size is None and path else size for size, path in zip(found, files, strict=True)]
+    if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+        return list(pyarrow.compute.binary_length(images).to_pylist())
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        return [size_of_file(path) if path else None for path in images.to_pylist()]
+    return [None] * len(images)
 
 
 def _holds_bytes(image: Any) -> bool:

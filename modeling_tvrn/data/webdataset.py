@@ -57,6 +57,10 @@ class TarSource(PairSource):
             file.seek(start)
             return {"image": file.read(size)}
 
+    def image_size(self, row: int) -> int | None:
+        place = self._index[row][1]
+        return None if place is None else place[2]
+
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         for shard in self._tars:
             yield from self._shard_stream(shard)

@@ -4,7 +4,7 @@ from .card import CardMetadata, write_model_card
 from .examination import doctor
 from .publishing import Pushed, push_to_hub
 from .report import Check, DoctorReport
-from .run_card import write_run_card
+from .run_card import split_label, write_run_card
 
 __all__ = [
     "CardMetadata",
@@ -13,6 +13,7 @@ __all__ = [
     "Pushed",
     "doctor",
     "push_to_hub",
+    "split_label",
     "write_model_card",
     "write_run_card",
 ]

@@ -18,7 +18,7 @@ from ..redaction import redacted
 from .card import CardMetadata, write_model_card
 from .portable import is_hub_id, portable, portable_command
 
-__all__ = ["read_results", "write_run_card"]
+__all__ = ["read_results", "split_label", "write_run_card"]
 
 USAGE = """\
 import torch
@@ -126,13 +126,15 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any], name: str, 
     pretrained = _pretrained(config)
     generated = config["data"] == "scenes" and not pretrained
     chosen = license or ("apache-2.0" if generated else "other")
+    shown = {key: value for key, value in results["metrics"].items() if "R@" in key or key == "rsum"}
     return CardMetadata(
         name=name,
         base_models=[name for name in pretrained.values() if is_hub_id(name)],
         datasets=_hub_datasets(config["data"]),
         dataset_name=portable(config["data"]).removeprefix("./"),
-        split=config["validation_split"],
-        metrics={key: value for key, value in results["metrics"].items() if "R@" in key or key == "rsum"},
+        split=split_label(results),
+        # The Hub ranks by these: figures of images that were trained on have no place there.
+        metrics=None if results["data"].get("overlap") else shown,
         license=chosen,
         license_name="terms-of-data-and-towers" if chosen == "other" else None,
     )
@@ -153,6 +155,7 @@ def _sections(
         "results_title": f"{metadata.dataset_name}, split {metadata.split}, {data['validation']['images']} images and "
         f"{data['validation']['captions']} captions",
         "results_table": results_table(results, metadata.split),
+        "overlap": portable(data.get("overlap")),
         "protocol": evaluation.get("protocol"),
         "gallery_fingerprint": evaluation.get("gallery_fingerprint"),
         "weights_sha256": next((model["sha256"] for model in evaluation.get("models", [])), None),
@@ -172,6 +175,18 @@ def _sections(
         "max_text_length": config["max_text_length"],
         "truncated_captions": data["train"].get("truncated_captions", 0),
     }
+
+
+def split_label(results: Mapping[str, Any]) -> str:
+    """The validation split's name, and how it came about where the run set it aside itself.
+
+    Args:
+        results: results.json's content, or its `config` and `data` alone.
+    """
+    name, aside = str(results["config"]["validation_split"]), results["data"].get("set_aside")
+    if aside is None:
+        return name
+    return f"{name} ({aside['share']:.0%} of {aside['of']} images, set aside by seed {aside['seed']})"
 
 
 def results_table(results: Mapping[str, Any], split: str) -> str:

@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: the records of both splits, the processor and the model."""
+"""From a configuration to what is trained: the processor and the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, ViTImageProcessorPil
 
-from ..data import load_pairs
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
 from ..teachers import with_checked_regions
@@ -21,24 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["build_model", "build_processor", "load_records", "with_cached_regions"]
-
-
-def load_records(config: TrainingConfig, split: str) -> Any:
-    """The records of one split, with pictures or region features; the training split may be a stream."""
-    if config.streaming and split == config.train_split:
-        logger.info("%s, split %s: read as a stream", config.data, split)
-        return load_pairs(config.data, split=split, streaming=True, **config.data_options)
-    records = load_pairs(config.data, split=split, **config.data_options)
-    if split == config.train_split and config.max_train_images is not None:
-        records = records.select(range(min(config.max_train_images, len(records))))
-    logger.info("%s, split %s: %d images, %d captions", config.data, split, len(records), caption_count(records))
-    return records
-
-
-def caption_count(records: Any) -> int:
-    """Captions of all records, without decoding an image."""
-    return sum(len(captions) for captions in records.captions)
+__all__ = ["build_model", "build_processor", "with_cached_regions"]
 
 
 def with_cached_regions(config: TrainingConfig, split: str, records: Any, model: TVRNModel, processor: Any) -> Any:

@@ -36,7 +36,12 @@ class TrainingConfig:
     )
     data_options: dict[str, Any] = setting({}, "data", "further keywords of load_pairs, the same for both splits")
     train_split: str = setting("train", "data", "name of the split that is trained on")
-    validation_split: str = setting("validation", "data", "name of the split that chooses the best checkpoint")
+    validation_split: str = setting(
+        "validation",
+        "data",
+        "name of the split that chooses the best checkpoint; where the data have none, 10 % of the training images are "
+        "set aside, drawn by seed",
+    )
     max_train_images: int | None = setting(None, "data", "train on the first N images only (null: all)", minimum=1)
     streaming: bool = setting(
         False,
@@ -54,6 +59,9 @@ class TrainingConfig:
         None, "data", "folder of a region cache read instead of the pictures; {split} in it becomes the split's name"
     )
     num_workers: int = setting(0, "data", "processes that load data; 0 loads in the main process", minimum=0)
+    allow_overlap: bool = setting(
+        False, "data", "go on although validation images are trained on too; results.json and the card then say so"
+    )
 
     vision: str | None = setting(None, "towers", "Hub id or path of the vision backbone (null: region features)")
     text: str | None = setting(
@@ -301,7 +309,7 @@ class TrainingConfig:
     )
     cpu: bool = setting(False, "run", "stay on the CPU even where there is an accelerator")
     logging_steps: int = setting(50, "run", "optimizer steps between two logged lines and tracked values", minimum=1)
-    trackers: list[str] = setting([], "run", "where values are tracked", choices=("tensorboard", "trackio"))
+    trackers: list[str] = setting([], "run", "where values are tracked", choices=("tensorboard", "trackio", "wandb"))
     query: str | None = setting(None, "run", "a text searched among the validation pictures in the end: query.png")
 
     def __post_init__(self) -> None:

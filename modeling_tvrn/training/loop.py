@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 __all__ = ["Training", "train"]
 
 
-def train(config: TrainingConfig) -> dict[str, Any]:
+def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
     """Train a model as configured and write its folder: weights, processor, card, results, curve.
 
     Args:
         config: the run. Its `output_dir` holds the best model by validation rSum from the first evaluation on.
+        data: what to train on in place of `config.data`: records of `load_pairs`, a `datasets.Dataset`, or several by
+            split. Where they have no validation split, one is set aside by image.
 
     Returns:
         What `results.json` holds (`metrics` in percent, `history`, `seconds`, …), and `table`, the recalls in words.
@@ -44,7 +46,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         TrainingStopped: the loss became NaN or infinite or the scores collapsed; names the step and the image ids.
         SystemExit: with code 0, when SIGTERM or SIGUSR1 came and the run's state is saved.
     """
-    run = Training(config)
+    run = Training(config, data)
     run.fit()
     result = write_results(run)
     if run.accelerator.num_processes > 1:

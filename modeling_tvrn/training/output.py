@@ -13,7 +13,7 @@ import torch
 from ..data import PairStream
 from ..evaluation import EvaluationReport
 from ..evaluation.encoding import encode_images
-from ..hub import write_run_card
+from ..hub import split_label, write_run_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
 from ..redaction import redacted
@@ -50,7 +50,7 @@ def write_results(run: Run) -> dict[str, Any]:
     calibrate(model, run.input_processor, run.validation_records)
     save_model(folder, model, run.processor)
     results = collect_results(run, model, report)
-    table = recall_table(report.systems(), f"{config.validation_split}, percent")
+    table = recall_table(report.systems(), f"{split_label(results)}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_training_curve(run.progress.history, folder / "curve.png", chance=report.chance.rsum, title=folder.name)
     (folder / "query.png").unlink(missing_ok=True)  # of an earlier run with another query
@@ -86,6 +86,7 @@ def collect_results(run: Run, model: Any, report: EvaluationReport) -> dict[str,
         "data": {
             "train": describe_records(run.train_records, run.processor),
             "validation": describe_records(run.validation_records, run.processor),
+            **run.about_data,
         },
         "teachers": {cache.modality: cache.source for cache in run.teachers},
         "evaluation": {name: value for name, value in evaluation.items() if value is not None},

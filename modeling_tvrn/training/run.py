@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import PairCollator, with_words
 from ..teachers import TeacherCache
-from .build import build_model, build_processor, load_records, with_cached_regions
+from .build import build_model, build_processor, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
@@ -21,6 +21,7 @@ from .interrupt import Interrupt
 from .launch import leave_group, make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer
+from .pairs import load_training_pairs, named_data
 from .progress import Progress
 from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
@@ -39,18 +40,19 @@ class Run:
 
     Attributes:
         model: the TVRNModel in training; `best` tells which of its states the folder holds.
+        about_data: what there is to say of the splits, as `TrainingPairs.about`.
         trained: sizes of the weights that learn in any phase, by name.
         step: optimizer steps made.
         phase_number, phase_epoch, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
         progress: bar, logs and `history`.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainingConfig, data: Any = None) -> None:
+        self.config = config = named_data(config, data)
         self.started = time.perf_counter()
         self.accelerator = make_accelerator(config)
-        self.train_records = load_records(config, config.train_split)
-        self.validation_records = load_records(config, config.validation_split)
+        pairs = load_training_pairs(config, data)
+        self.train_records, self.validation_records, self.about_data = pairs.train, pairs.validation, pairs.about
         self.processor = build_processor(config, self.train_records)
         self.train_records = with_words(self.train_records, self.processor)
         self.validation_records = with_words(self.validation_records, self.processor)
