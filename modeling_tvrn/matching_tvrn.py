@@ -1,5 +1,8 @@
 """Pairs in blocks, memory bounded by a chunk; their terms, and the losses of these. Shipped."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +24,8 @@ from .pair_tvrn import PairStage
 CAPTIONS_PER_CHUNK = 32
 # One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Each has its weight in the configuration.
+LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "token_contrastive", "distillation")
 
 
 class PairMatching:
@@ -187,6 +192,7 @@ class PairMatching:
         text_embeds: Tensor,
         image_ids: Tensor,
         text_image_ids: Tensor,
+        losses: Collection[str] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses in use, and each of them, detached.
 
@@ -194,20 +200,21 @@ class PairMatching:
             terms: (I, T) each, as `match_terms` gives them.
             image_embeds, text_embeds: (I, P) and (T, P) unit norm.
             image_ids, text_image_ids: (I,) and (T,), what decides positives.
+            losses: Names of those that may enter, such as "contrastive"; default: all.
 
         Raises:
             ValueError: If no loss with a weight above 0 applies to these terms.
         """
-        config = self.config
+        config, weights = self.config, self._loss_weights(losses)
         ids = (image_ids, text_image_ids)
-        parts = self._pair_losses(terms, ids) if "evidence" in terms else {}
-        if config.contrastive_loss_weight:
+        parts = self._pair_losses(terms, ids, weights) if "evidence" in terms else {}
+        if weights["contrastive"]:
             parts["contrastive"] = contrastive_loss(
                 image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
             )
-        if config.token_contrastive_loss_weight and "tokens" in terms:
+        if weights["token_contrastive"] and "tokens" in terms:
             parts["token_contrastive"] = positives_cross_entropy(terms["tokens"], *ids, config.label_smoothing)
-        if config.distillation_loss_weight:
+        if weights["distillation"] and terms:
             parts["distillation"] = distillation_loss(
                 image_embeds, text_embeds, self.logit_scale, self.pair_logits(terms), config.distillation_temperature
             )
@@ -215,19 +222,26 @@ class PairMatching:
             raise ValueError(
                 "return_loss=True but no loss is left: every *_loss_weight that could apply is 0; set one above 0."
             )
-        loss = sum(getattr(config, f"{name}_loss_weight") * part for name, part in parts.items())
+        loss = sum(weights[name] * part for name, part in parts.items())
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _pair_losses(self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _loss_weights(self, losses: Collection[str] | None) -> dict[str, Any]:
+        """The configured weights by the losses' names; 0 for those that may not enter."""
+        found = {name: getattr(self.config, f"{name}_loss_weight") for name in LOSSES}
+        return {name: weight if losses is None or name in losses else 0.0 for name, weight in found.items()}
+
+    def _pair_losses(
+        self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor], weights: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """The losses of the pair score, or of the evidence alone."""
         config, parts, logits = self.config, {}, self.trained_logits(terms)
-        if config.matching_loss_weight:
+        if weights["matching"]:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
             )
-        if config.pair_contrastive_loss_weight:
+        if weights["pair_contrastive"]:
             parts["pair_contrastive"] = positives_cross_entropy(logits, *ids, config.label_smoothing)
-        if config.hardest_negative_loss_weight:
+        if weights["hardest_negative"]:
             parts["hardest_negative"] = hardest_negative_loss(logits.sigmoid(), *ids, margin=config.margin)
         return parts
 

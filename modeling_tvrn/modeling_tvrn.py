@@ -53,18 +53,6 @@ from .matching_tvrn import PairMatching
 from .pair_tvrn import PairStage
 from .towers_tvrn import build_tower, freeze_unused, load_tower, load_word_embeddings, region_feature_size, region_map
 
-# What the tokens go through, and what the refined features of the embeddings go through besides.
-_TOKENS = (
-    "vision_model", "text_model", "word_encoder", "region_projection", "word_projection", "word_perceptron",
-    "text_pooling", "pair.token", "pair.embedding",
-)  # fmt: skip
-_REFINED_FEATURES = (
-    "attention", "geometry", "visual_refinement", "image_pooling", "image_embedding", "text_embedding",
-)  # fmt: skip
-_POOLED_FEATURES = (
-    "pooled_image_embedding", "pooled_text_embedding", "unimodal", "logit_scale", "word_encoder.embeddings",
-)  # fmt: skip
-
 
 @dataclass
 class TVRNOutput(ModelOutput):
@@ -239,47 +227,6 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             else:
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
-
-    def freeze_coarse(self, tokens: bool = True, embeddings: bool = True) -> None:
-        """Leave the coarse terms of the score as they are: only the evidence is trained from here on.
-
-        Those terms are the embeddings' and the tokens' similarity, with all that the tokens go through.
-
-        Args:
-            tokens: False freezes the embeddings alone.
-            embeddings: False freezes the tokens alone; word embeddings and towers, which both read, with them.
-
-        Raises:
-            ValueError: If the embeddings are to be frozen but see refined regions or words, and what refines them is
-                to be trained; or nothing is to be frozen.
-        """
-        config = self.config
-        if not embeddings:
-            if not tokens:
-                raise ValueError("tokens and embeddings are both False; expected one of them at least to be frozen.")
-            self._freeze_named(_TOKENS)
-            return
-        if not tokens and config.use_refined_features:
-            raise ValueError(
-                "The embeddings of this model see its refined regions and words, so training these moves them; "
-                "keeping the embeddings fixed needs use_refined_features=False."
-            )
-        if config.use_refined_features and config.use_text_refinement and config.refinement == "gru":
-            raise ValueError(
-                "The text embeddings of this model see words that its textual refinement has read, so training the "
-                "pair score moves them; keeping them fixed needs use_refined_features=False or refinement='gate'."
-            )
-        frozen: tuple[str, ...] = _POOLED_FEATURES
-        if tokens and (config.use_token_similarity or config.use_refined_features):
-            frozen += _TOKENS
-        if config.use_refined_features:
-            frozen += _REFINED_FEATURES
-        self._freeze_named(frozen)
-
-    def _freeze_named(self, beginnings: tuple[str, ...]) -> None:
-        for name, weight in self.named_parameters():
-            if name.startswith(beginnings):
-                weight.requires_grad_(False)
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
         if self.vision_model is not None:

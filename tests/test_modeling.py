@@ -14,6 +14,7 @@ from modeling_tvrn.losses import (
     positives_cross_entropy,
 )
 from modeling_tvrn.pair_tvrn import PairStage
+from modeling_tvrn.training.phases import learns
 
 BERT = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 41, "vocab_size": 31}
 
@@ -68,6 +69,13 @@ def terms_after_a_step(model, images, texts):
             if weight.grad is not None:
                 weight.sub_(weight.grad.sign() * 0.05)
     return terms(model, images, texts)
+
+
+def let_learn(model, components, kept):
+    """Freeze what does not learn in a phase that trains some components beside others that stay."""
+    learning = learns(dict(model.named_parameters()), model.config, frozenset(components), frozenset(kept))
+    for key, weight in model.named_parameters():
+        weight.requires_grad_(key in learning)
 
 
 def terms(model, images, texts):
@@ -282,34 +290,38 @@ class TestOutput:
             model(**regions(3), **words(3), with_evidence=False)
 
     @pytest.mark.parametrize("variant", [*HEADS, {"use_refined_features": False}], ids=name)
-    def test_frozen_coarse_terms_stay(self, variant):
-        """What is kept after a head start must not drift with the evidence that is trained beside it."""
+    def test_embeddings_and_tokens_stay_while_the_reasoning_learns(self, variant):
+        """What an earlier phase trained must not drift with the evidence that is trained beside it."""
         model, images, texts = tiny_model(**variant), regions(4), words(4)
-        if variant.get("refinement") == "gru":
-            with pytest.raises(ValueError, match="use_refined_features=False or refinement='gate'"):
-                model.freeze_coarse()
-            return
         before = terms(model, images, texts)
-        model.freeze_coarse()
+        let_learn(model, {"reasoning"}, {"embeddings", "late_interaction"})
         after = terms_after_a_step(model, images, texts)
         assert_same(after["tokens"], before["tokens"], 0)
         assert_same(after["embeddings"], before["embeddings"], 0)
         assert (after["evidence"] - before["evidence"]).abs().max() > 1e-3
         learning = {key.split(".")[0] for key, weight in model.named_parameters() if weight.requires_grad}
-        own = {"textual_refinement", "pair"}  # what no coarse term sees learns on, refined regions among it
-        refined = {"attention", "geometry", "visual_refinement", "image_pooling"}
-        assert learning == own | (set() if model.config.use_refined_features else refined)
+        own = {"pair"} if variant.get("refinement") == "gru" else {"textual_refinement", "pair"}
+        refined = {"attention", "geometry", "visual_refinement", "image_pooling", "textual_refinement"}
+        assert learning == (own if model.config.use_refined_features else {"pair"} | refined)
 
     @pytest.mark.parametrize("variant", [{}, {"use_refined_features": False}], ids=name)
-    def test_tokens_that_teach_stay_while_the_embeddings_learn(self, variant):
+    def test_tokens_that_are_learned_from_stay_while_the_embeddings_learn(self, variant):
         model, images, texts = tiny_model(**variant), regions(4), words(4)
         before = terms(model, images, texts)
-        model.freeze_coarse(embeddings=False)
+        let_learn(model, {"embeddings"}, {"late_interaction"})
         after = terms_after_a_step(model, images, texts)
         assert_same(after["tokens"], before["tokens"], 0)
         assert (after["embeddings"] - before["embeddings"]).abs().max() > 1e-3
-        with pytest.raises(ValueError, match="tokens and embeddings are both False"):
-            model.freeze_coarse(tokens=False, embeddings=False)
+
+    @pytest.mark.parametrize("refined", [True, False])
+    @pytest.mark.parametrize("heads", [True, False])
+    def test_every_weight_has_readers(self, refined, heads):
+        """A weight that the table lacks would stay as it was drawn."""
+        for model in (tiny_model(use_refined_features=refined, use_unimodal_heads=heads), tiny_model(refinement="gru")):
+            named = [key for key, _ in model.named_parameters()]
+            parts = {"embeddings", "late_interaction", "reasoning"}
+            alone = [learns(named, model.config, frozenset({part}), frozenset()) for part in sorted(parts)]
+            assert set().union(*alone) == set(named) == learns(named, model.config, frozenset(parts), frozenset())
 
     def test_text_k_belongs_to_image_k_unless_ids_say_otherwise(self):
         model, images, texts = tiny_model(), regions(4), words(4)

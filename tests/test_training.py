@@ -64,7 +64,7 @@ def configure(data: Path, tmp_path: Path) -> Configure:
         model = {**SIZES, **keys.pop("model", {})}
         base = {
             "data": str(data),
-            "epochs": 2,
+            "epochs": None if "phases" in keys else 2,
             "batch_size": 25,
             "learning_rate": 3e-3,
             "output_dir": str(tmp_path / "run"),
@@ -78,7 +78,8 @@ def configure(data: Path, tmp_path: Path) -> Configure:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One run to the end, and what it returned."""
     folder = tmp_path_factory.mktemp("finished") / "tiny"
-    keys = {"epochs": 12, "batch_size": 25, "learning_rate": 5e-3, "logging_steps": 10, "head_start_epochs": 1}
+    phases = [{"train": ["embeddings", "late_interaction"], "epochs": 1}, {"train": "all", "epochs": 12}]
+    keys = {"phases": phases, "batch_size": 25, "learning_rate": 5e-3, "logging_steps": 10}
     drops = {"word_dropout": 0.1, "region_dropout": 0.1}
     config = {"data": str(data), "output_dir": str(folder), "cpu": True, "model": SIZES, **keys, **drops}
     return folder, train(TrainingConfig.from_mapping(config))
@@ -164,7 +165,7 @@ def test_the_card_has_the_hub_s_metadata_and_its_code_runs(
     assert "{{" not in body and "{%" not in body and result["table"] in body and "![Loss" in body
     assert str(folder.parent) not in card, "a path of this machine"
     assert "steps, in batches of 25 captions" in card
-    phased = {**result, "config": {**result["config"], "head_start_batch_size": 40}}
+    phased = {**result, "config": {**result["config"], "phases": [{"batch_size": 40}, {}]}}
     other = write_run_card(folder, folder.parent / "phased.md", results=phased).read_text(encoding="utf-8")
     assert "steps, in batches of 40, then 25 captions" in other
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)
@@ -291,9 +292,10 @@ def test_the_rates_of_towers_and_new_parts_are_those_that_move_the_weights(confi
     assert (run.model.word_projection.weight - before["word_projection.weight"]).abs().max() > 5e-3
 
 
+@pytest.mark.parametrize("side", ["region", "word"])
 @pytest.mark.parametrize(("own", "expected"), [(0.5, {0.5, 0.25}), (0.0, {0.25}), (None, {0.25})])
-def test_the_head_start_may_leave_out_other_shares_of_regions(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, own: float | None, expected: set[float]
+def test_a_phase_may_leave_out_other_shares_of_regions_and_words(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, side: str, own: float | None, expected: set[float]
 ) -> None:
     seen: list[float] = []
 
@@ -302,7 +304,8 @@ def test_the_head_start_may_leave_out_other_shares_of_regions(
         return drop_valid(mask, probability)
 
     monkeypatch.setattr("modeling_tvrn.training.objective.drop_valid", remember)
-    run = Training(configure(head_start_epochs=1, head_start_region_dropout=own, region_dropout=0.25, epochs=1))
+    phases = [{"train": "embeddings", "epochs": 1, f"{side}_dropout": own}, {"train": "all", "epochs": 1}]
+    run = Training(configure(phases=phases, **{f"{side}_dropout": 0.25}))
     run.fit()
     assert set(seen) == expected
     steps = run.phases[0].steps_per_epoch
@@ -310,51 +313,76 @@ def test_the_head_start_may_leave_out_other_shares_of_regions(
     assert own is None or own == 0.0 or seen[:steps] == [own] * steps
 
 
-def test_the_head_start_has_its_own_batches_and_rate_and_can_be_kept(configure: Configure) -> None:
-    head_start = {"head_start_epochs": 1, "head_start_batch_size": 50, "head_start_learning_rate": 9e-3}
-    rates = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "scheduler": "constant", "logging_steps": 1}
-    model = {"use_refined_features": False, "dropout": 0.0}
-    run = Training(configure(**head_start, **rates, keep_head_start=True, epochs=1, model=model))
-    freeze, started = run.model.freeze_coarse, {}
-
-    def freeze_and_remember(tokens: bool) -> None:
-        freeze(tokens=tokens)
-        started.update({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    run.model.freeze_coarse = freeze_and_remember  # type: ignore[method-assign]
-    run.fit()
-    found = [event["learning_rate"] for event in run.progress.history if "learning_rate" in event]
-    assert found == pytest.approx([9e-3] * 3 + [1e-3] * 6)
-    after = run.model.state_dict()
-    for name in ("pooled_image_embedding", "pooled_text_embedding", "logit_scale"):
-        kept = [key for key in started if key.startswith(name)]
-        assert kept and all(torch.equal(started[key], after[key]) for key in kept)
-    assert not torch.equal(started["pair.local_similarity.weight"], after["pair.local_similarity.weight"])
-
-
-def test_the_embeddings_learn_once_more_from_the_tokens_and_are_kept_then(configure: Configure) -> None:
-    model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
-    phases = {"head_start_epochs": 1, "token_epochs": 1, "distillation_epochs": 1, "keep_head_start": True}
-    run = Training(configure(**phases, epochs=1, model=model))
-    states, run_phase = [], run._run_phase
+def moved_in_each_phase(run: Training) -> list[set[str]]:
+    """Run to the end; the names of the weights that each phase changed."""
+    run_phase, found = run._run_phase, []
 
     def remember(*arguments: Any) -> None:
+        before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
         run_phase(*arguments)
-        states.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        found.append({name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])})
 
     run._run_phase = remember  # type: ignore[method-assign]
     run.fit()
-    moved = [
-        {name for name, value in after.items() if not torch.equal(value, before[name])}
-        for before, after in pairwise(states)
+    return found
+
+
+def test_each_phase_has_its_own_batches_and_rate(configure: Configure) -> None:
+    phases = [
+        {"train": "embeddings", "epochs": 1, "batch_size": 50, "learning_rate": 9e-3},
+        {"train": "late_interaction", "steps": 4, "learning_rate": 5e-3, "warmup_ratio": 1.0},
+        {"train": "reasoning", "epochs": 1},
     ]
-    embeddings = ("pooled_image_embedding", "pooled_text_embedding", "logit_scale", "word_encoder.embeddings")
-    for name, phase in (("tokens", moved[0]), ("evidence", moved[2])):
-        assert phase and not {weight for weight in phase if weight.startswith(embeddings)}, name
-    assert {"pooled_image_embedding.linear.weight", "pooled_text_embedding.linear.weight"} <= moved[1]
-    assert all(weight.startswith(embeddings) for weight in moved[1])
-    assert "word_encoder.embeddings.weight" not in moved[1], "the tokens, which teach, read them too"
-    assert not moved[2] & moved[1], "the evidence leaves both as they are"
+    rates = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "scheduler": "constant", "logging_steps": 1}
+    run = Training(configure(phases=phases, **rates, model={"use_refined_features": False}))
+    run.fit()
+    found = [event["learning_rate"] for event in run.progress.history if "learning_rate" in event]
+    assert found == pytest.approx([9e-3] * 3 + [2.5e-3, 3.75e-3, 5e-3, 5e-3] + [1e-3] * 6)
+    assert [event["step"] for event in run.progress.history if "rsum" in event] == [13]
+
+
+EMBEDDINGS = ("pooled_image_embedding", "pooled_text_embedding", "logit_scale")
+
+
+def test_each_phase_moves_what_it_names_and_nothing_else(configure: Configure) -> None:
+    names = ["embeddings", "late_interaction", "distilled_embeddings", "reasoning", "all"]
+    model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
+    run = Training(configure(phases=[{"train": name, "epochs": 1} for name in names], model=model))
+    embeddings, late, distilled, reasoning, everything = moved_in_each_phase(run)
+    assert {name for name in embeddings if not name.startswith(EMBEDDINGS)} == {"word_encoder.embeddings.weight"}
+    assert {"region_projection.weight", "pair.token_logit_scale", "word_encoder.gru.weight_ih_l0"} <= late
+    assert not {name for name in late if name.startswith((*EMBEDDINGS, "word_encoder.embeddings", "pair.head"))}
+    assert {"pooled_image_embedding.linear.weight", "pooled_text_embedding.linear.weight"} <= distilled
+    assert all(name.startswith(EMBEDDINGS) for name in distilled), "the late interaction reads the words, and stays"
+    assert {"pair.local_similarity.weight", "pair.head.logit.weight", "attention.key.weight"} <= reasoning
+    assert not reasoning & (embeddings | late)
+    assert embeddings | late | reasoning <= everything
+
+
+def test_a_tower_that_is_not_frozen_learns_until_what_reads_it_is_to_stay(configure: Configure) -> None:
+    model = {"text_config": TINY_BERT, "use_refined_features": False}
+    for first in ("embeddings", "late_interaction"):
+        phases = [{"train": first, "epochs": 1}, {"train": "reasoning", "epochs": 1}]
+        before, after = moved_in_each_phase(Training(configure(phases=phases, model=model)))
+        assert {name for name in before if name.startswith("text_model.")}, first
+        assert after and not {name for name in after if name.startswith("text_model.")}, first
+
+
+def test_the_losses_of_a_phase_are_those_of_what_it_trains(configure: Configure) -> None:
+    names = ["embeddings", "late_interaction", "distilled_embeddings", "reasoning"]
+    model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
+    phases = [{"train": name, "epochs": 1} for name in names]
+    run = Training(configure(phases=phases, logging_steps=1, model=model))
+    run.fit()
+    logged = [event for event in run.progress.history if "loss" in event]
+    seen = [{key.removesuffix("_loss") for key in event if key.endswith("_loss")} for event in logged[5::6]]
+    assert seen == [{"contrastive"}, {"token_contrastive"}, {"contrastive", "distillation"}, {"matching"}]
+
+
+def test_a_run_of_embeddings_alone_is_evaluated_as_it_goes(configure: Configure) -> None:
+    result = train(configure(phases=[{"train": "embeddings", "epochs": 3}]))
+    assert [event["step"] for event in result["history"] if "rsum" in event] == [6, 12, 18]
+    assert result["parameters"]["trained"] < result["parameters"]["total"]
 
 
 def test_accumulated_batches_make_one_step(configure: Configure) -> None:

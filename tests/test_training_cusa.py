@@ -15,10 +15,10 @@ from modeling_tvrn.data import CaptionStream, load_pairs
 from modeling_tvrn.losses import CUSA
 from modeling_tvrn.teachers import StaleStoreError, TeacherCache
 from modeling_tvrn.training import TrainingConfig, train
-from modeling_tvrn.training.batches import Stage
 from modeling_tvrn.training.cusa import TeacherCollator
 from modeling_tvrn.training.exchange import processes
 from modeling_tvrn.training.loop import Training
+from modeling_tvrn.training.phases import PhaseConfig
 
 STILL = {"dropout": 0.0, "image_dropout": 0.0, "text_dropout": 0.0}
 
@@ -55,23 +55,27 @@ def test_each_caption_comes_with_its_own_teachers_vectors(data: Path, caches: di
     assert seen == 28
 
 
-@pytest.mark.parametrize("stage", list(Stage))
+NAMED = [["embeddings"], ["embeddings", "late_interaction"], ["distilled_embeddings"], ["all"]]
+
+
+@pytest.mark.parametrize("train", NAMED, ids=" ".join)
 @pytest.mark.parametrize("alone", [True, False])
-def test_what_gets_soft_labels_in_each_stage(
-    data: Path, caches: dict, tmp_path: Path, stage: Stage, alone: bool
+def test_what_gets_soft_labels_in_each_phase(
+    data: Path, caches: dict, tmp_path: Path, train: list[str], alone: bool
 ) -> None:
-    """The embeddings' cosines always, the tokens' without their scale, and the score that the pair losses see."""
+    """The embeddings' cosines, the tokens' without their scale, and the score that the pair losses see."""
     model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5, "evidence_scale": 2.0}
     run = Training(config(data, caches, tmp_path, batch_captions_per_image=2, cusa_alpha=0.6, model=model))
     batch = next(iter(run.loaders[0]))
     with torch.no_grad():  # dissimilar on purpose: at their start the three are alike
         for number, cusa in enumerate((run.cusa.embeddings, *run.cusa.others.values())):
             cusa.student_temperature.fill_(0.2 + 0.15 * number)
-    output = run.objective(batch, stage=stage)
+    run.objective.enter(PhaseConfig(train, epochs=1))
+    output = run.objective(batch)
     own = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
     plain = run.objective
     plain.cusa, kept = None, plain.cusa
-    without = plain(own, stage=stage)
+    without = plain(own)
     plain.cusa = kept
     text = ("input_ids", "attention_mask", "word_mask")
     images = run.model.encode_images(**{k: v for k, v in own.items() if "region" in k})
@@ -83,12 +87,12 @@ def test_what_gets_soft_labels_in_each_stage(
     oracle.student_temperature.data.fill_(0.2)
     expected = oracle(*teachers, images.embeds[rows] @ texts.embeds.T, *heads)
     total = expected.loss
-    terms = run.model.match_terms(images, texts, with_evidence=stage is Stage.EVIDENCE)
-    if stage is not Stage.EMBEDDINGS:
+    terms = run.model.match_terms(images, texts)
+    if {"late_interaction", "all"} & set(train):
         tokens = CUSA(0.6, 0.0, 0.35, teacher_temperature=0.2)(*teachers, terms["tokens"][rows] / np.exp(1.5))
         total = total + tokens.loss
         assert output["parts"]["cusa_tokens"].item() == pytest.approx(tokens.cross_modal.item(), rel=1e-4)
-    if stage is Stage.EVIDENCE:
+    if train == ["all"]:
         logits = terms["evidence"] / 2.0 if alone else sum(terms.values())
         total = total + CUSA(0.6, 0.0, 0.5, teacher_temperature=0.2)(*teachers, logits.sigmoid()[rows]).loss
     assert (output["loss"] - without["loss"]).item() == pytest.approx(total.item(), rel=1e-4)
@@ -138,7 +142,8 @@ def test_a_run_says_once_that_its_labels_teach_nothing(data: Path, caches: dict,
 
 
 def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: dict, tmp_path: Path) -> None:
-    keys = {"head_start_epochs": 12, "head_start_learning_rate": 1e-2, "epochs": 1, "logging_steps": 4}
+    first = {"train": ["embeddings", "late_interaction"], "epochs": 12, "learning_rate": 1e-2}
+    keys = {"phases": [first, {"train": "all", "epochs": 1}], "logging_steps": 4}
     result = train(config(data, caches, tmp_path / "run", **keys, cusa_alpha=0.5, cusa_beta=2.0))
     events = [event for event in result["history"] if "loss" in event]
     assert events[-1]["cusa_uni_modal_loss"] < 0.85 * events[0]["cusa_uni_modal_loss"]
@@ -170,7 +175,8 @@ def test_temperatures_are_learned_within_their_bounds(data: Path, caches: dict, 
 
 def test_kept_embeddings_get_no_labels_in_the_pair_phase(data: Path, caches: dict, tmp_path: Path) -> None:
     model = {"use_refined_features": False, "use_token_similarity": False}
-    keys = {"head_start_epochs": 1, "keep_head_start": True, "epochs": 1, "logging_steps": 1, "model": model}
+    phases = [{"train": "embeddings", "epochs": 1}, {"train": "reasoning", "epochs": 1}]
+    keys = {"phases": phases, "logging_steps": 1, "model": model}
     run = Training(config(data, caches, tmp_path, **keys))
     run.fit()
     events = [event for event in run.progress.history if "loss" in event]
@@ -188,13 +194,14 @@ def test_one_part_alone(data: Path, caches: dict, tmp_path: Path, alpha: float, 
     assert run.model.config.use_unimodal_heads == bool(beta)
 
 
-def gradients(settings: TrainingConfig, stages: list[str], name: str) -> dict[str, Any]:
-    """The loss of the first batch in some stages, and the gradients of weights and temperatures together."""
+def gradients(settings: TrainingConfig, trained: list[str], name: str) -> dict[str, Any]:
+    """The loss of the first batch in some phases, and the gradients of weights and temperatures together."""
     run = Training(settings)
     run.objective.train()
     batch, losses = next(iter(run.loaders[0])), []
-    for stage in stages:
-        output = run._forward_backward(dict(batch), Stage(stage), 1, True)
+    for each in trained:
+        run.accelerator.unwrap_model(run.objective).enter(PhaseConfig([each], epochs=1))
+        output = run._forward_backward(dict(batch), 1, True)
         losses.append(output["loss"].item())
     named = {**dict(run.model.named_parameters()), **dict(run.cusa.named_parameters())}
     found = {key: value.grad.clone() for key, value in named.items() if value.grad is not None}
@@ -203,18 +210,18 @@ def gradients(settings: TrainingConfig, stages: list[str], name: str) -> dict[st
     return {"losses": losses, "world": processes()}
 
 
-@pytest.mark.parametrize("stage", ["embeddings", "evidence"])
+@pytest.mark.parametrize("train", ["embeddings", "all"])
 @pytest.mark.parametrize(
     "keys", [{"batch_size": 9}, {"batch_size": 14, "tower_batch_size": 3}], ids=["plain", "cached"]
 )
 def test_two_processes_have_the_gradients_of_one(
-    data: Path, caches: dict, tmp_path: Path, keys: dict, stage: str
+    data: Path, caches: dict, tmp_path: Path, keys: dict, train: str
 ) -> None:
     """Soft labels span the batch of all processes, and every process's rows get their gradients."""
     keys = {**keys, "batch_captions_per_image": 2, "model": STILL}
     runner = Processes(tmp_path)
-    [alone] = runner.run(gradients, config(data, caches, tmp_path / "1", **keys), [stage], str(tmp_path / "1"))
-    both = runner.run(gradients, config(data, caches, tmp_path / "2", **keys), [stage], str(tmp_path / "2"), count=2)
+    [alone] = runner.run(gradients, config(data, caches, tmp_path / "1", **keys), [train], str(tmp_path / "1"))
+    both = runner.run(gradients, config(data, caches, tmp_path / "2", **keys), [train], str(tmp_path / "2"), count=2)
     assert [result["world"] for result in both] == [2, 2]
     assert [result["losses"] for result in both] == [pytest.approx(alone["losses"], abs=1e-5)] * 2
     expected, found = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from training_makers import TINY_BERT
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.training import TrainingConfig
-from modeling_tvrn.training.batches import CaptionBatches, Stage, phases
+from modeling_tvrn.training.batches import CaptionBatches, phases
 from modeling_tvrn.training.objective import Objective, Sides, drop_valid
 from modeling_tvrn.training.optim import WeightAverage, make_optimizer, parameter_groups, rate_factor
+from modeling_tvrn.training.phases import PhaseConfig
 from modeling_tvrn.training.text_cache import CachedTextProcessor
 from modeling_tvrn.training.watch import PATIENCE, TrainingStopped, Watch
 
@@ -106,9 +108,15 @@ def test_the_objective_drops_while_training_only() -> None:
     assert not torch.allclose(objective(batch)["logits"], plain.logits_per_image)
 
 
-def test_the_head_start_trains_the_embeddings_and_leaves_the_pair_stage_alone() -> None:
+def objective_of(model: Any, *train: str, **dropouts: float) -> Objective:
+    objective = Objective(model)
+    objective.enter(PhaseConfig(list(train), epochs=1, **dropouts))
+    return objective
+
+
+def test_the_embeddings_are_trained_without_the_pair_stage() -> None:
     model = tiny_model(dropout=0.0)
-    output = Objective(model)(tiny_batch(), stage=Stage.EMBEDDINGS)
+    output = objective_of(model, "embeddings")(tiny_batch())
     output["loss"].backward()
     assert output["logits"] is None and list(output["parts"]) == ["contrastive"]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -118,24 +126,25 @@ def test_the_head_start_trains_the_embeddings_and_leaves_the_pair_stage_alone() 
     assert {"matching", "contrastive"} <= set(everything["parts"])
 
 
-def test_the_tokens_are_trained_without_the_evidence() -> None:
+def test_the_late_interaction_is_trained_without_the_reasoning() -> None:
     model = tiny_model(dropout=0.0)
-    output = Objective(model)(tiny_batch(), stage=Stage.TOKENS)
+    output = objective_of(model, "embeddings", "late_interaction")(tiny_batch())
     output["loss"].backward()
     assert set(output["parts"]) == {"contrastive", "token_contrastive"}
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"region_projection.weight", "pair.token_logit_scale", "logit_scale"} <= reached
     assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
+    assert set(objective_of(model, "late_interaction")(tiny_batch())["parts"]) == {"token_contrastive"}
 
 
-def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
-    """What teaches sees every region and word, without dropout; the embeddings see what the step leaves them."""
+def test_the_embeddings_learn_from_a_late_interaction_that_stays() -> None:
+    """What they learn from sees every region and word, without dropout; they see what the step leaves them."""
     weights = {"distillation_loss_weight": 2.0, "contrastive_loss_weight": 0.0, "distillation_temperature": 3.0}
     model, batch = tiny_model(use_refined_features=False, dropout=0.4, **weights), tiny_batch()
-    taught = Objective(model, word_dropout=0.5, region_dropout=0.5).train()
+    distilled = objective_of(model, "distilled_embeddings", word_dropout=0.5, region_dropout=0.5).train()
     sides = Sides.of(batch)
-    images, texts = taught.encode_images(sides.images, Stage.TAUGHT), taught.encode_texts(sides.texts, Stage.TAUGHT)
-    assert taught.training and model.training and model.text_pooling.training
+    images, texts = distilled.encode_images(sides.images), distilled.encode_texts(sides.texts)
+    assert distilled.training and model.training and model.text_pooling.training
     assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
     found = model.match_terms(images, texts, with_evidence=False)
     model.eval()
@@ -143,33 +152,31 @@ def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
     expected = model.match_terms(*whole, with_evidence=False)
     torch.testing.assert_close(found["tokens"], expected["tokens"])
     assert not torch.allclose(found["embeddings"], expected["embeddings"])
-    taught.train()(batch, stage=Stage.TAUGHT)["loss"].backward()
+    distilled.train()(batch)["loss"].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"pooled_image_embedding.linear.weight", "logit_scale"} <= reached
     assert not {name for name in reached if name.startswith("pair.") or "pooling" in name}
 
 
-def test_each_phase_has_its_own_batches_and_rate() -> None:
-    keys = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1, "head_start_epochs": 2, "head_start_batch_size": 8}
-    found = phases(TrainingConfig(**keys, token_epochs=3, token_learning_rate=2e-3), [0, 0, 1, 1, 2, 2, 3, 3, 4])
-    assert [phase.stage for phase in found] == ["embeddings", "tokens", "evidence"]
-    assert [phase.epochs for phase in found] == [2, 3, 1]
+def test_what_a_phase_leaves_out_comes_from_the_run() -> None:
+    given = [
+        {"train": "embeddings", "epochs": 2, "batch_size": 8},
+        {"train": "late_interaction", "steps": 3, "learning_rate": 2e-3, "warmup_ratio": 0.5},
+        {"train": "all", "epochs": 1, "region_dropout": 0.2},
+    ]
+    config = TrainingConfig(learning_rate=1e-3, batch_size=4, region_dropout=0.1, word_dropout=0.3, phases=given,
+                            model={"use_refined_features": False})  # fmt: skip
+    found = phases(config, [0, 0, 1, 1, 2, 2, 3, 3, 4])
+    assert [phase.steps for phase in found] == [2 * 1, 3, 2]  # nine captions: one left over joins the others
     assert [phase.batches.batch_size for phase in found] == [8, 4, 4]
     assert [phase.rate for phase in found] == [1.0, 2.0, 1.0]
-    taught = phases(
-        TrainingConfig(
-            **keys, token_epochs=3, distillation_epochs=4, head_start_learning_rate=3e-3,
-            head_start_region_dropout=0.2, model={"distillation_loss_weight": 1.0},
-        ),
-        [0, 0, 1, 1],
-    )  # fmt: skip
-    assert [phase.stage for phase in taught] == ["embeddings", "tokens", "taught embeddings", "evidence"]
-    assert taught[2].epochs == 4 and taught[2].rate == 3.0 and taught[2].region_dropout == 0.2
-    assert taught[2].batches.batch_size == 8
-    together = phases(TrainingConfig(**keys), [0, 0, 1, 1])
-    assert [phase.stage for phase in together] == ["tokens", "evidence"]  # no epochs of their own
-    without = phases(TrainingConfig(**keys, model={"use_token_similarity": False}), [0, 0, 1, 1])
-    assert [phase.stage for phase in without] == ["embeddings", "evidence"]
+    assert [phase.config.warmup_ratio for phase in found] == [0.05, 0.5, 0.05]
+    assert [phase.config.region_dropout for phase in found] == [0.1, 0.1, 0.2]
+    assert {phase.config.word_dropout for phase in found} == {0.3}
+    assert [set(phase.kept) for phase in found] == [set(), {"embeddings"}, set()]
+    [alone] = phases(TrainingConfig(max_steps=7), [0, 0, 1, 1])
+    assert alone.config.train == ["all"] and alone.steps == 7
+    assert [phase.config.epochs for phase in phases(TrainingConfig(), [0, 0, 1, 1])] == [10]
 
 
 def test_the_reported_matching_loss_stands_above_its_floor() -> None:

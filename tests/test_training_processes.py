@@ -36,13 +36,23 @@ KEYS = {
     "max_steps": 5, "logging_steps": 1, "adam_epsilon": 1e-3, "learning_rate": 2e-2, "keep_checkpoints": 0,
     "evaluation_steps": 100, "evaluate_embeddings": False, "max_grad_norm": 0.5,
 }  # fmt: skip
+
+
+def phases(*named: Any) -> dict[str, Any]:
+    """Of names and steps in turn."""
+    found = [{"train": name, "steps": steps} for name, steps in zip(named[::2], named[1::2], strict=True)]
+    return {"phases": found, "max_steps": None}
+
+
 BERT = {**TINY_BERT, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "saf": {"batch_size": 8, "model": {"similarity_head": "saf"}},
     "sgr": {"batch_size": 9, "model": {"similarity_head": "sgr", "refinement": "gru"}},
-    "head start, images repeated": {"batch_size": 7, "head_start_epochs": 1, "batch_captions_per_image": 2},
-    "kept head start": {
-        "batch_size": 14, "head_start_epochs": 1, "distillation_epochs": 1, "keep_head_start": True,
+    "two phases, images repeated": {
+        "batch_size": 7, **phases(["embeddings", "late_interaction"], 4, "all", 1), "batch_captions_per_image": 2,
+    },
+    "phases that keep the ones before": {
+        **phases("embeddings", 2, "late_interaction", 1, "distilled_embeddings", 2, "reasoning", 1), "batch_size": 14,
         "model": {"use_refined_features": False, "distillation_loss_weight": 1.0},
     },
     "a last batch of two captions": {"batch_size": 13, "model": {"similarity_head": "sgr"}},
@@ -115,7 +125,8 @@ def test_several_processes_learn_what_one_does(data: Path, tmp_path: Path, varia
 
 
 def test_towers_run_a_few_items_at_a_time_with_the_gradients_of_the_plain_way(data: Path, tmp_path: Path) -> None:
-    keys = {**KEYS, "batch_size": 13, "head_start_epochs": 1, "model": {"dropout": 0.0}}
+    learned = phases(["embeddings", "late_interaction"], 3, "all", 2)
+    keys = {**KEYS, "batch_size": 13, **learned, "model": {"dropout": 0.0}}
     keys["model"] |= {"image_dropout": 0.0, "text_dropout": 0.0, "refinement": "gru"}
     runner, found = Processes(tmp_path), []
     for size in (None, 3, 50):
@@ -140,7 +151,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "sgr, accumulated": {"batch_size": 6, "gradient_accumulation_steps": 2, "model": {"similarity_head": "sgr"}},
     "a last batch of two captions": {"batch_size": 13},
     "phases, embeddings kept, means of weights": {
-        "batch_size": 14, "head_start_epochs": 1, "keep_head_start": True, "ema_decay": 0.9,
+        **phases("embeddings", 1, "late_interaction", 2, "reasoning", 2), "batch_size": 14, "ema_decay": 0.9,
         "model": {"use_refined_features": False},
     },
     "soft labels": {"batch_size": 8, "batch_captions_per_image": 2, "cusa": True, "cusa_teacher_temperature": 0.2},

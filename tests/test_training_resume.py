@@ -20,11 +20,13 @@ from modeling_tvrn.training import TrainingConfig, TrainingStopped
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.snapshots import Snapshots, read_snapshot
 
-# 28 captions: 2 + 4 epochs' batches; dropout, so that the random state matters; means of weights; the head start
+# 28 captions; dropout, so that the random state matters; means of weights; two phases
 KEYS = {
-    "head_start_epochs": 1, "head_start_batch_size": 10, "epochs": 2, "save_steps": 2, "ema_decay": 0.9,
-    "word_dropout": 0.2, "region_dropout": 0.2,
+    "save_steps": 2, "ema_decay": 0.9, "word_dropout": 0.2, "region_dropout": 0.2,
 }  # fmt: skip
+PHASES = (
+    {"train": ["embeddings", "late_interaction"], "epochs": 1, "batch_size": 10}, {"train": "all", "epochs": 2},
+)  # fmt: skip
 STEPS = 3 + 2 * 4
 
 
@@ -36,6 +38,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def configure(data: Path, tmp_path: Path) -> Callable[..., TrainingConfig]:
     def make(**keys: Any) -> TrainingConfig:
+        if "max_steps" not in keys:
+            keys.setdefault("phases", list(PHASES))
         return tiny_config(data, tmp_path / keys.pop("name", "run"), **{**KEYS, **keys})
 
     return make
@@ -107,7 +111,7 @@ def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(
     configure: Callable[..., TrainingConfig], processes: Processes, count: int
 ) -> None:
-    keys = {"epochs": 8 if count == 1 else 3}
+    keys = {"phases": [PHASES[0], {"train": "all", "epochs": 8 if count == 1 else 3}]}
     whole = processes.run(fit, configure(**keys, name="whole"), count=count)
     going_on = configure(**keys, name="killed", resume="auto")
     draw = random.Random(count)
@@ -127,15 +131,40 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(
     assert_equal_bits(final(configure(name="whole").output_dir, steps), final(going_on.output_dir, steps))
 
 
-@pytest.mark.parametrize("step", [2, 4, 6, 8])
-def test_each_phase_goes_on_with_the_same_bits(configure: Callable[..., TrainingConfig], step: int) -> None:
+FIVE = [  # ends after 3, 9, 12, 14 and 18 steps: at the end of an epoch and within one
+    {"train": "embeddings", "epochs": 1, "batch_size": 10}, {"train": "late_interaction", "steps": 6},
+    {"train": "distilled_embeddings", "epochs": 1, "batch_size": 10}, {"train": "reasoning", "steps": 2},
+    {"train": "all", "epochs": 1},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_step_of_every_phase_goes_on_with_the_same_bits(configure: Callable[..., TrainingConfig]) -> None:
     model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
-    keys = {"keep_checkpoints": 100, "model": model, "distillation_epochs": 1, "keep_head_start": True}
+    keys = {"keep_checkpoints": 100, "save_steps": 1, "model": model, "phases": FIVE}
     whole, again = configure(**keys, name="whole"), configure(**keys, name="again")
-    fit(whole)
-    path = Path(whole.output_dir) / "checkpoints" / f"step-{step:08d}"
-    fit(configure(**keys, name="again", resume=str(path)))
-    assert_equal_bits(final(whole.output_dir, STEPS + 3), final(again.output_dir, STEPS + 3))
+    expected = fit(whole)
+    assert expected["step"] == 18
+    for step in range(1, 18):
+        path = Path(whole.output_dir) / "checkpoints" / f"step-{step:08d}"
+        assert fit(configure(**keys, name="again", resume=str(path))) == expected, step
+        assert_equal_bits(final(whole.output_dir, 18), final(again.output_dir, 18))
+
+
+@pytest.mark.slow
+def test_processes_killed_in_each_phase_go_on_with_the_same_bits(
+    configure: Callable[..., TrainingConfig], processes: Processes
+) -> None:
+    model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
+    keys = {"model": model, "phases": FIVE}
+    whole = processes.run(fit, configure(**keys, name="whole"), count=2)
+    killed, kills = configure(**keys, name="killed", resume="auto"), 0
+    for _ in range(8):
+        codes = processes.finish(processes.start(kill_at, killed, "update", 4, count=2))
+        kills += -signal.SIGKILL in codes
+    assert kills >= 5
+    assert processes.run(fit, killed, count=2)[0] == whole[0]
+    assert_equal_bits(final(configure(**keys, name="whole").output_dir, 18), final(killed.output_dir, 18))
 
 
 def test_the_newest_are_kept_and_a_former_run_s_go(
@@ -161,6 +190,17 @@ def test_a_finished_run_has_nothing_left_to_do(configure: Callable[..., Training
 
 
 # -- what does not fit -----------------------------------------------------------------------------------
+
+
+def test_another_phase_is_named_by_its_place_and_key(configure: Callable[..., TrainingConfig]) -> None:
+    fit(configure())
+    changed = [PHASES[0], {**PHASES[1], "epochs": 3}]
+    with pytest.raises(ValueError, match=r"made with other settings: phases\.1\.epochs: 2 → 3\. Go on"):
+        Training(configure(phases=changed, resume="auto"))
+    run = Training(configure(phases=changed, resume="auto", resume_changed=True))
+    assert run.step == STEPS
+    run.fit()
+    assert run.step == STEPS + 4
 
 
 def test_other_settings_are_named_and_refused_unless_meant(configure: Callable[..., TrainingConfig]) -> None:

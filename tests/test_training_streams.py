@@ -16,14 +16,16 @@ from transformers import AutoTokenizer
 from modeling_tvrn.data import ShuffledStream, load_pairs
 from modeling_tvrn.teachers import StaleStoreError
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
-from modeling_tvrn.training.batches import Stage
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.snapshots import read_snapshot
 
 STEPS = 7  # of 6 captions: 48 captions are an epoch, so that it ends on the way
 PHASES = {  # ends of phases where it is saved, and where it is not
-    "head_start_steps": 2, "token_steps": 3, "distillation_steps": 1, "head_start_batch_size": 9,
-    "token_batch_size": 7, "gradient_accumulation_steps": 2,
+    "phases": [
+        {"train": "embeddings", "steps": 2, "batch_size": 9}, {"train": "late_interaction", "steps": 3, "batch_size": 7},
+        {"train": "distilled_embeddings", "steps": 1, "batch_size": 9}, {"train": "all", "steps": 1},
+    ],
+    "gradient_accumulation_steps": 2, "max_steps": None,
 }  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def configure(data: Path, output: Path, tower: Path, **keys: Any) -> TrainingCon
     base: dict[str, Any] = {
         "streaming": True, "stream_shards_at_once": 2, "stream_rows_at_once": 4, "max_steps": STEPS, "batch_size": 6,
         "data_options": {}, "text": str(tower),
-        "model": {"vision_config": TINY_VIT, "vision_grid_size": None, "distillation_loss_weight": 0.5},
+        "model": {"vision_config": TINY_VIT, "vision_grid_size": None, "distillation_loss_weight": 0.5, "use_refined_features": False},
         "save_steps": 2, "evaluation_steps": 4, "image_size": 16, "word_dropout": 0.2,
     }  # fmt: skip
     return tiny_config(data, output, **{**base, **keys})
@@ -127,10 +129,7 @@ def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
 ) -> None:
     run = Training(configure(data, tmp_path / "run", text_tower, **PHASES))
     phases, group = run.phases, PHASES["gradient_accumulation_steps"]
-    assert [(phase.stage, len(phase.batches)) for phase in phases] == [
-        (Stage.EMBEDDINGS, 2 * group), (Stage.TOKENS, 3 * group), (Stage.TAUGHT, group),
-        (Stage.EVIDENCE, (STEPS - 6) * group),
-    ]  # fmt: skip
+    assert [len(phase.batches) for phase in phases] == [2 * group, 3 * group, group, group]
     read = [list(phases[0].batches)]
     for former, phase in itertools.pairwise(phases):
         phase.batches.follow(former.batches)
@@ -143,9 +142,9 @@ def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     ]
     run, seen = Training(configure(data, tmp_path / "fitted", text_tower, **PHASES)), []
     forward = run._forward_backward
-    run._forward_backward = lambda batch, stage, *rest: seen.append(stage) or forward(batch, stage, *rest)
+    run._forward_backward = lambda *rest: seen.append(run.objective.learning) or forward(*rest)
     run.fit()
-    assert seen == [phase.stage for phase in phases for _ in range(len(phase.batches))]
+    assert seen == [phase.learning for phase in phases for _ in range(len(phase.batches))]
     assert run.step == STEPS and run.best.rsum is not None
 
 
@@ -186,11 +185,10 @@ def test_a_stream_of_other_data_than_the_teachers_is_refused(data: Path, text_to
     [
         ({"max_steps": None}, "streaming = True needs max_steps"),
         (
-            {"head_start_epochs": 1},
-            "head_start_epochs = 1 and streaming = True.*set head_start_epochs=0 and give head_start_steps",
+            {"phases": [{"train": "all", "steps": 2}, {"train": "all", "epochs": 1}], "max_steps": None},
+            r"phases.1.epochs = 1 and streaming = True: .*give phases.1.epochs=null and phases.1.steps",
         ),
-        ({"head_start_steps": 4, "token_steps": 3}, "leave nothing of max_steps = 7, which counts all phases"),
-        ({"keep_head_start": True}, "keep_head_start = True needs head_start_steps of at least 1"),
+        ({"phases": [{"train": "all", "steps": 2}]}, "max_steps = 7 beside phases.0.steps = 2"),
         ({"regions": "cache"}, "regions = 'cache', which needs the whole training split; set regions=null"),
         ({"text": None}, "needs a text tower, got text = None.*word_embeddings="),
         ({"scheduler": "step", "decay_epochs": [1]}, "no epochs for scheduler = 'step'"),

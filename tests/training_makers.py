@@ -46,7 +46,7 @@ def tiny_config(data: Path, output: Path, **keys: Any) -> TrainingConfig:
     model = {**SIZES, **keys.pop("model", {})}
     base: dict[str, Any] = {
         "data": str(data), "data_options": {"captions_per_image": 2}, "output_dir": str(output), "cpu": True,
-        "epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "logging_steps": 2,
+        "epochs": None if "phases" in keys else 2, "batch_size": 8, "learning_rate": 3e-3, "logging_steps": 2,
     }  # fmt: skip
     return TrainingConfig.from_mapping({**base, **keys, "model": model})
 

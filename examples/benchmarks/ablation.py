@@ -1,10 +1,10 @@
 r"""What each module of the pair score earns: the evidence trained again, without it, beside the same coarse terms.
 
     python examples/benchmarks/ablation.py runs/flickr8k --config examples/configs/flickr8k.yaml --images 400 \
-        data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 max_steps=400
+        data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 'phases.3={train: reasoning, steps: 400, batch_size: 32}'
 
 Embeddings and tokens are the trained checkpoint's and stay as they are; everything that only the evidence goes through
-starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase for `max_steps`.
+starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase.
 Prints for each variant the rSum in percent of the evidence alone and of the whole score on the first photographs of
 the validation split, with a paired bootstrap against the first variant, beside the coarse terms alone. "full" has all
 of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision: the
@@ -71,19 +71,16 @@ def read_captions_once() -> None:
 
 def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
     """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens, and its CPU seconds."""
-    overrides = [
-        *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "distillation_epochs=0",
-        "keep_head_start=false", "head_start_region_dropout=null", f"output_dir={folder}", "keep_checkpoints=0",
-        "evaluation_steps=1000000",
-        *(f"model.{key}={value}" for key, value in VARIANTS[variant].items()),
-    ]  # fmt: skip
-    run = Training(TrainingConfig.from_yaml(arguments.config, overrides))
+    recipe = TrainingConfig.from_yaml(arguments.config, arguments.overrides).as_dict()
+    model = {**recipe["model"], **VARIANTS[variant], "distillation_loss_weight": 0.0}
+    last = {"phases": recipe["phases"][-1:], "model": model, "evaluation_steps": 1000000}
+    run = Training(TrainingConfig.from_mapping({**recipe, **last, "output_dir": folder, "keep_checkpoints": 0}))
     given = load_file(cached_file(arguments.checkpoint, "model.safetensors"))
     if variant == "checkpoint":
         run.model.load_state_dict(given)  # strictly: a recipe with other modules is not the checkpoint's
         return run, 0.0
-    run.model.freeze_coarse()
-    kept = {name for name, weight in run.model.named_parameters() if not weight.requires_grad}
+    run.phases[0].kept = frozenset({"embeddings", "late_interaction"})
+    kept = {name for name, _ in run.model.named_parameters()} - run.learning_in(run.phases[0])
     if missing := kept - set(given):
         raise ValueError(
             f"{arguments.checkpoint} has no {sorted(missing)}; expected a model trained by the same recipe"

@@ -5,7 +5,7 @@
 
 Pictures of its own (JPEG of noise, 200 to a shard) are streamed, decoded, collated and trained on by a model so small
 that an hour's worth of steps takes minutes; checkpoints and logs are written as in any run. There is nothing to learn:
-all steps but the last ten are those of the head start, whose scores nobody watches. Memory is that of the main process
+all steps but the last ten train the embeddings alone, whose scores nobody watches. Memory is that of the main process
 and of its workers (Linux), sampled every so many steps; the slope is that of a straight line through the second half
 of the samples, in MB an hour if an hour has 10,000 steps. SIGTERM ends the run early, with its result.
 """
@@ -79,8 +79,9 @@ def configuration(folder: Path, arguments: argparse.Namespace) -> TrainingConfig
     model = {**sizes, "vision_config": vision, "use_token_similarity": False}
     return TrainingConfig.from_mapping(
         {
-            "data": str(folder), "streaming": True, "max_steps": arguments.steps,
-            "head_start_steps": arguments.steps - 10, "batch_size": arguments.batch_size,
+            "data": str(folder), "streaming": True, "phases": [
+                {"train": "embeddings", "steps": arguments.steps - 10}, {"train": "all", "steps": 10},
+            ], "batch_size": arguments.batch_size,
             "text": str(folder / "text"), "image_size": 32, "num_workers": arguments.workers, "model": model,
             "output_dir": str(folder / "run"), "cpu": True, "save_steps": max(arguments.steps // 5, 1),
             "evaluation_steps": arguments.steps, "logging_steps": 100, "learning_rate": 1e-9,

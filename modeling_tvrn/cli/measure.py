@@ -50,7 +50,7 @@ def train(
     \b
     Examples:
       tvrn train --config examples/configs/scenes.yaml
-      tvrn train -c examples/configs/flickr8k.yaml batch_size=64 model.hidden_size=128
+      tvrn train -c examples/configs/flickr8k.yaml phases.0.epochs=5 model.hidden_size=128
       tvrn train --keys
     """
     from ..training import TrainingConfig, TrainingStopped, describe

@@ -220,12 +220,8 @@ def _training_summary(config: Mapping[str, Any], results: Mapping[str, Any]) -> 
 
 def _batch_sizes(config: Mapping[str, Any]) -> str:
     """Those of the run's phases, one after another; phases of equal size are one. Keys at their defaults may lack."""
-    sizes = [
-        config.get(f"{owner}_batch_size") or config["batch_size"]
-        for phase, owner in (("head_start", "head_start"), ("token", "token"), ("distillation", "head_start"))
-        if config.get(f"{phase}_epochs") or config.get(f"{phase}_steps")
-    ]
-    return ", then ".join(str(size) for size, _ in groupby([*sizes, config["batch_size"]]))
+    sizes = [phase.get("batch_size") or config["batch_size"] for phase in config.get("phases") or [{}]]
+    return ", then ".join(str(size) for size, _ in groupby(sizes))
 
 
 def _limits(config: Mapping[str, Any]) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
+
+from .phases import Learning, PhaseConfig, kept_in
 
 if TYPE_CHECKING:
     from ..data import CaptionDataset, PairCollator
     from .config import TrainingConfig
     from .streams import StreamBatches
 
-__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "Stage", "phases", "plans"]
+__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "make_phases", "phases"]
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -139,101 +140,52 @@ class ShareCollator:
         return {**batch, "stand_in": True} if items[0].get("stand_in") else batch
 
 
-class Stage(StrEnum):
-    """How much of the pair score a step computes and trains: each stage holds the ones before it.
-
-    TAUGHT trains the embeddings alone, as EMBEDDINGS does, but computes the tokens too, which teach them.
-    """
-
-    EMBEDDINGS = "embeddings"
-    TOKENS = "tokens"
-    TAUGHT = "taught embeddings"
-    EVIDENCE = "evidence"
-
-
 @dataclass
 class Phase:
-    """A stretch of training with its own warm-up and decay of the rates.
+    """A phase of a run under way.
 
     Attributes:
-        stage: what its steps train.
-        rate: what the configured learning rate is multiplied by.
-        region_dropout: probability that a region is left out of a step.
+        config: what the run's configuration says of it.
+        batches: those of an epoch.
+        rate: what the configured learning rates are multiplied by.
         accumulation: batches an optimizer step.
+        kept: components that stay as they are because an earlier phase trained them.
     """
 
+    config: PhaseConfig
     batches: CaptionBatches | StreamBatches
-    epochs: int
-    stage: Stage
     rate: float = 1.0
-    region_dropout: float = 0.0
     accumulation: int = 1
+    kept: frozenset[str] = frozenset()
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps."""
         return math.ceil(len(self.batches) / self.accumulation)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole phase, which may end within an epoch."""
+        return self.config.steps or (self.config.epochs or 1) * self.steps_per_epoch
 
-@dataclass(frozen=True)
-class Plan:
-    """What the configuration says of a phase.
-
-    Attributes:
-        length: epochs; of a stream, optimizer steps.
-        batch_size: captions a batch.
-        rate: what the configured learning rate is multiplied by.
-        region_dropout: probability that a region is left out of a step.
-    """
-
-    stage: Stage
-    length: int
-    batch_size: int
-    rate: float
-    region_dropout: float
+    @property
+    def learning(self) -> Learning:
+        """What its steps compute and learn."""
+        return self.config.learning
 
 
-def plans(config: TrainingConfig) -> list[Plan]:
-    """The head start, the tokens' phase and the distillation, where there are any, then the one that scores pairs."""
-    head_start, tokens, taught = config.head_start_epochs, config.token_epochs, config.distillation_epochs
-    evidence = config.epochs
-    if config.streaming:
-        head_start, tokens, taught = config.head_start_steps, config.token_steps, config.distillation_steps
-        evidence = (config.max_steps or 0) - head_start - tokens - taught
-
-    def plan(
-        stage: Stage,
-        length: int,
-        batch_size: int | None = None,
-        learning_rate: float | None = None,
-        region_dropout: float | None = None,
-    ) -> Plan:
-        rate = (learning_rate or config.learning_rate) / config.learning_rate
-        dropout = config.region_dropout if region_dropout is None else region_dropout
-        return Plan(stage, length, batch_size or config.batch_size, rate, dropout)
-
-    # Without a phase of their own the tokens learn in the head start.
-    first = Stage.EMBEDDINGS if tokens or not config.use_token_similarity else Stage.TOKENS
-    embeddings = config.head_start_batch_size, config.head_start_learning_rate, config.head_start_region_dropout
-    found = [
-        plan(first, head_start, *embeddings),
-        plan(Stage.TOKENS, tokens, config.token_batch_size, config.token_learning_rate),
-        plan(Stage.TAUGHT, taught, *embeddings),
-        plan(Stage.EVIDENCE, evidence),
+def make_phases(
+    config: TrainingConfig, batches_of: Callable[[PhaseConfig], CaptionBatches | StreamBatches]
+) -> list[Phase]:
+    """The phases of a run, whose batches a function makes."""
+    planned, group = config.schedule(), config.gradient_accumulation_steps
+    return [
+        Phase(each, batches_of(each), each.learning_rate / config.learning_rate, group, kept)
+        for each, kept in zip(planned, kept_in(planned), strict=True)
     ]
-    return [each for each in found if each.length]
 
 
 def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
     """The phases of a run over captions whose images are known."""
-    return [
-        Phase(
-            CaptionBatches(image_rows, plan.batch_size, config.batch_captions_per_image, config.seed),
-            plan.length,
-            plan.stage,
-            plan.rate,
-            plan.region_dropout,
-            config.gradient_accumulation_steps,
-        )
-        for plan in plans(config)
-    ]
+    grouped, seed = config.batch_captions_per_image, config.seed
+    return make_phases(config, lambda each: CaptionBatches(image_rows, each.batch_size, grouped, seed))

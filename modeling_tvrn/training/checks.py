@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from .phases import ALL, LEVELS, NAMES, PhaseConfig, kept_in, readers
+from .settings import model_fields
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -27,48 +32,114 @@ def check_together(config: TrainingConfig) -> None:
 
 def _check_schedule(config: TrainingConfig) -> None:
     """Batches and phases."""
-    if config.batch_captions_per_image > config.batch_size // 2:
-        raise ValueError(
-            f"batch_captions_per_image = {config.batch_captions_per_image} leaves a batch of batch_size = "
-            f"{config.batch_size} with one image and no negatives; use at most {config.batch_size // 2}"
-        )
+    phases = config.schedule()
+    for name, phase in zip(_names(config), phases, strict=True):
+        if config.batch_captions_per_image > phase.batch_size // 2:
+            raise ValueError(
+                f"batch_captions_per_image = {config.batch_captions_per_image} leaves a batch of {name}batch_size = "
+                f"{phase.batch_size} with one image and no negatives; use at most {phase.batch_size // 2}"
+            )
     if config.scheduler == "step" and not config.decay_epochs:
         raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
-    unit, other = ("steps", "epochs") if config.streaming else ("epochs", "steps")
-    for phase in ("head_start", "token", "distillation"):
-        if length := getattr(config, f"{phase}_{other}"):
+    _check_lengths(config)
+    if config.phases is not None:
+        model = SimpleNamespace(**{**model_fields(), **config.model})
+        _check_phases(phases, model)
+
+
+def _names(config: TrainingConfig) -> list[str]:
+    """What stands before a key of each phase."""
+    return [f"phases.{number}." for number in range(len(config.phases))] if config.phases is not None else [""]
+
+
+def _check_lengths(config: TrainingConfig) -> None:
+    """Phases say how long they are; the run as a whole, and a stream, do not."""
+    phases = config.schedule() if config.phases is not None else []
+    for key in ("epochs", "max_steps"):
+        if phases and (value := getattr(config, key)) is not None:
+            own = ", ".join(f"phases.{number}.{phase.length}" for number, phase in enumerate(phases))
             raise ValueError(
-                f"{phase}_{other} = {length} and streaming = {config.streaming}: a stream's phases are counted in "
-                f"steps, others in epochs; set {phase}_{other}=0 and give {phase}_{unit}"
+                f"{key} = {value} beside {own}: phases have lengths of their own; leave out {key}, or phases for one "
+                "phase of all"
             )
-    for phase in ("token", "distillation"):
-        if (length := getattr(config, f"{phase}_{unit}")) and not config.use_token_similarity:
+    for key in ("batch_size", "region_dropout", "word_dropout", "warmup_ratio"):
+        default, own = type(config).__dataclass_fields__[key].default, [phase.get(key) for phase in config.phases or []]
+        if phases and None not in own and getattr(config, key) != default:
             raise ValueError(
-                f"{phase}_{unit} = {length} but model.use_token_similarity = False: nothing would be learned in them; "
-                f"set {phase}_{unit}=0"
+                f"{key} = {getattr(config, key)} reaches no phase, each of which has its own "
+                f"({', '.join(map(str, own))}); give phases.N.{key}, or leave it out"
             )
-    if (length := getattr(config, f"distillation_{unit}")) and not config.model.get("distillation_loss_weight"):
+    for number, phase in enumerate(phases):
+        if config.streaming and phase.epochs is not None:
+            raise ValueError(
+                f"phases.{number}.epochs = {phase.epochs} and streaming = True: the length of a stream is not known; "
+                f"give phases.{number}.epochs=null and phases.{number}.steps, or streaming=false"
+            )
+
+
+def _check_phases(phases: Sequence[PhaseConfig], model: Any) -> None:
+    """Refuse phases in which something that they name has nothing to learn, or may not move.
+
+    Args:
+        phases: of the whole run.
+        model: the model's configuration.
+
+    Raises:
+        ValueError: names the phase, what it names, and the model's fields that stand against it.
+    """
+    trained = frozenset[str]()
+    for number, (phase, kept) in enumerate(zip(phases, kept_in(phases), strict=True)):
+        for name in phase.train:
+            if name != ALL:
+                _check_losses(f"phases.{number}", name, model)
+        _check_source(f"phases.{number}", phase, trained)
+        _check_kept(f"phases.{number}", phase.learning.components, kept, model)
+        trained |= phase.learning.components
+    weight, all_learning = model.distillation_loss_weight, [phase.learning for phase in phases]
+    if weight and not any("distillation" in each.losses and each.computes != LEVELS[0] for each in all_learning):
         raise ValueError(
-            f"distillation_{unit} = {length} but model.distillation_loss_weight = 0: the tokens would teach nothing; "
-            f"give the loss a weight such as 1, or set distillation_{unit}=0"
+            f"model.distillation_loss_weight = {weight} but no phase trains embeddings beside what they would learn "
+            "from; add {train: distilled_embeddings, …} after the late interaction, or set it to 0"
         )
-    alone = getattr(config, f"head_start_{unit}") or getattr(config, f"distillation_{unit}")
-    if config.head_start_region_dropout is not None and not alone:
+
+
+def _check_losses(phase: str, name: str, model: Any) -> None:
+    """What is named exists, and a loss reaches it."""
+    row = NAMES[name]
+    if row.computes == "late_interaction" and not model.use_token_similarity:
         raise ValueError(
-            f"head_start_region_dropout = {config.head_start_region_dropout} but head_start_{unit} = 0: there is no "
-            f"head start; give head_start_{unit}, or use region_dropout"
+            f"{phase}.train names {name} but model.use_token_similarity = False: there is no late interaction to "
+            f"{'learn from' if row.component == 'embeddings' else 'train'}; leave the phase out"
         )
-    if config.keep_head_start and not getattr(config, f"head_start_{unit}"):
+    needed = {"embeddings": ("contrastive",), "distilled_embeddings": ("distillation",)}.get(name, row.losses)
+    weights = {f"model.{loss}_loss_weight": getattr(model, f"{loss}_loss_weight") for loss in needed}
+    if not any(weights.values()):
+        given = ", ".join(f"{key} = {value}" for key, value in weights.items())
+        raise ValueError(f"{phase}.train names {name} but {given}: nothing would be learned; give a weight such as 1")
+
+
+def _check_source(phase: str, config: PhaseConfig, trained: frozenset[str]) -> None:
+    """Embeddings learn from what has learned."""
+    if config.learning.distils and "late_interaction" not in trained:
         raise ValueError(
-            f"keep_head_start = True needs head_start_{unit} of at least 1, got 0: the embeddings would stay as they "
-            "were drawn"
+            f"{phase}.train = 'distilled_embeddings', but no phase before it trains late_interaction, which they "
+            "learn from; put one before it"
         )
-    weight = config.model.get("distillation_loss_weight")
-    if config.keep_head_start and weight and not getattr(config, f"distillation_{unit}"):
-        raise ValueError(
-            f"model.distillation_loss_weight = {weight} and keep_head_start = True: the embeddings would be kept "
-            f"before there is a score to learn from; give distillation_{unit}, or set one of them to 0 or false"
-        )
+
+
+def _check_kept(phase: str, components: frozenset[str], kept: frozenset[str], model: Any) -> None:
+    """What is named can learn without moving what an earlier phase trained."""
+    others = {"late_interaction": "regions and words", "reasoning": "refined words"}
+    fixes = {"late_interaction": "model.use_refined_features=false"}
+    fixes["reasoning"] = f"{fixes['late_interaction']} or model.refinement=gate"
+    moved = {"late_interaction": "region_projection.", "reasoning": "textual_refinement."}
+    for component in sorted(components & moved.keys()):
+        if blocking := sorted(readers(moved[component], model) & kept):
+            raise ValueError(
+                f"{phase} trains {component}, which moves the {others[component]} that {blocking[0]} sees, trained by "
+                f"an earlier phase and not named by this one; name {blocking[0]} as well, or train all"
+                + (f", or set {fixes[component]}" if blocking == ["embeddings"] else "")
+            )
 
 
 def _check_towers(config: TrainingConfig) -> None:
@@ -130,14 +201,9 @@ def _check_sharding(config: TrainingConfig) -> None:
 
 def _check_streaming(config: TrainingConfig) -> None:
     """Refuse what needs to know the whole training split beforehand."""
-    if config.max_steps is None:
-        raise ValueError("streaming = True needs max_steps, got None: the length of a stream is not known")
-    before = ("head_start_steps", "token_steps", "distillation_steps")
-    if sum(getattr(config, name) for name in before) >= config.max_steps:
-        given = ", ".join(f"{name} = {getattr(config, name)}" for name in before)
+    if config.max_steps is None and config.phases is None:
         raise ValueError(
-            f"{given} leave nothing of max_steps = {config.max_steps}, which counts all phases, to the pair score; "
-            "raise max_steps"
+            "streaming = True needs max_steps, or phases with steps, got None: the length of a stream is not known"
         )
     wholes = {
         "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_together
+from .phases import ALL, EXAMPLE, PhaseConfig, read_phases, written
 from .settings import build, read_overrides, read_yaml, setting, shown, validate
 
 __all__ = ["TrainingConfig", "like"]
+
+EPOCHS = 10
+FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
 
 
 def like(name: str) -> Any:
@@ -46,8 +50,8 @@ class TrainingConfig:
     streaming: bool = setting(
         False,
         "data",
-        "read the training split as it comes, shard by shard, in an order that resumes exactly; needs max_steps, "
-        "which then is one epoch, and a pretrained text tower",
+        "read the training split as it comes, shard by shard, in an order that resumes exactly; needs max_steps, or "
+        "phases with steps, each of which then is one epoch, and a pretrained text tower",
     )
     stream_shards_at_once: int = setting(
         4, "data", "streaming: shards (files, row groups) read side by side", minimum=1
@@ -122,8 +126,20 @@ class TrainingConfig:
     )
     model: dict[str, Any] = setting({}, "towers", "fields of TVRNConfig, as model.NAME=VALUE")
 
-    epochs: int = setting(10, "schedule", "times that every caption is seen", minimum=1)
-    max_steps: int | None = setting(None, "schedule", "optimizer steps; overrides epochs (null: epochs)", minimum=1)
+    phases: list[dict[str, Any]] | None = setting(
+        None,
+        "schedule",
+        "what is trained one after another, each with its own warm-up and decay (null: everything at once); what an "
+        "entry leaves out comes from the run's own keys, and phases.N.KEY=VALUE changes entry N, counted from 0",
+        items=PhaseConfig,
+        example=EXAMPLE,
+    )
+    epochs: int | None = setting(
+        None, "schedule", f"without phases: times that every caption is seen (null: {EPOCHS})", minimum=1
+    )
+    max_steps: int | None = setting(
+        None, "schedule", "without phases: optimizer steps; overrides epochs (null: epochs)", minimum=1
+    )
     batch_size: int = setting(64, "schedule", "captions a batch, each with its image", minimum=2)
     batch_captions_per_image: int = setting(
         1, "schedule", "captions of the same image put into the same batch", minimum=1
@@ -131,61 +147,13 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(
         1, "schedule", "batches whose gradients make one optimizer step; negatives stay within a batch", minimum=1
     )
-    head_start_epochs: int = setting(
-        0, "schedule", "epochs before the others that train the embeddings alone, without the pair score", minimum=0
-    )
-    head_start_batch_size: int | None = setting(
-        None, "schedule", "captions a batch of the head start, whose steps are cheap (null: batch_size)", minimum=2
-    )
-    head_start_learning_rate: float | None = setting(
-        None,
-        "schedule",
-        "highest rate of the head start, which has its own warm-up and decay (null: learning_rate)",
-        above=0.0,
-    )
-    token_epochs: int = setting(
-        0,
-        "schedule",
-        "epochs after the head start that train the token similarity, without the evidence, whose pairs are dear",
-        minimum=0,
-    )
-    token_batch_size: int | None = setting(
-        None, "schedule", "captions a batch of the tokens' epochs (null: batch_size)", minimum=2
-    )
-    token_learning_rate: float | None = setting(
-        None,
-        "schedule",
-        "highest rate of the tokens' epochs, which have their own warm-up and decay (null: learning_rate)",
-        above=0.0,
-    )
-    distillation_epochs: int = setting(
-        0,
-        "schedule",
-        "epochs after the tokens' that train the embeddings once more, with model.distillation_loss_weight: the "
-        "tokens teach them; batches, rate and region dropout are the head start's",
-        minimum=0,
-    )
-    head_start_steps: int = setting(
-        0, "schedule", "streaming: optimizer steps of the head start, in place of head_start_epochs", minimum=0
-    )
-    token_steps: int = setting(
-        0, "schedule", "streaming: optimizer steps after these, in place of token_epochs", minimum=0
-    )
-    distillation_steps: int = setting(
-        0, "schedule", "streaming: optimizer steps after these, in place of distillation_epochs", minimum=0
-    )
-    keep_head_start: bool = setting(
-        False,
-        "schedule",
-        "after its own epochs (and the distillation's) leave the embeddings as they are, and the tokens after theirs",
-    )
 
     learning_rate: float = setting(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
     tower_learning_rate: float = setting(
         5e-5, "optimizer", "highest rate of the towers that are not frozen", above=0.0
     )
     warmup_ratio: float = setting(
-        0.05, "optimizer", "share of the steps over which the rate rises linearly", minimum=0.0, maximum=1.0
+        0.05, "optimizer", "share of a phase's steps over which the rate rises linearly", minimum=0.0, maximum=1.0
     )
     scheduler: str = setting(
         "cosine", "optimizer", "what the rate does after the warm-up", choices=("cosine", "step", "constant")
@@ -224,13 +192,6 @@ class TrainingConfig:
         0.0,
         "regularisation",
         "probability that a region is left out of matching (one at least stays)",
-        minimum=0.0,
-        below=1.0,
-    )
-    head_start_region_dropout: float | None = setting(
-        None,
-        "regularisation",
-        "region_dropout of the head start, whose embeddings read the mean region (null: region_dropout)",
         minimum=0.0,
         below=1.0,
     )
@@ -313,16 +274,28 @@ class TrainingConfig:
     query: str | None = setting(None, "run", "a text searched among the validation pictures in the end: query.png")
 
     def __post_init__(self) -> None:
+        given = self.phases
+        if given is not None:
+            read_phases(given, {})  # its messages say more than those of any list of mappings
         validate(self)
+        if given is not None:
+            self.phases = written(self.schedule(), given)
         check_together(self)
 
     def __repr__(self) -> str:
         return shown(self)
 
-    @property
-    def use_token_similarity(self) -> bool:
-        """Whether the model that this trains has one."""
-        return bool(self.model.get("use_token_similarity", True))
+    def schedule(self) -> list[PhaseConfig]:
+        """The phases, with everything that they leave out filled in; without any, one of all.
+
+        Raises:
+            ValueError: an entry is wrong; names its key and value.
+        """
+        unset = {name: getattr(self, name) for name in FROM_RUN}
+        if self.phases is not None:
+            return read_phases(self.phases, unset)
+        epochs = None if self.max_steps is not None else self.epochs or EPOCHS
+        return [PhaseConfig([ALL], epochs, self.max_steps, **unset)]
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> TrainingConfig:

@@ -38,7 +38,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
         kwargs_handlers=[
-            # The head start trains a part of the weights; frozen towers' statistics are the same everywhere.
+            # A phase may train a part of the weights; frozen towers' statistics are the same everywhere.
             DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .batches import Phase, Stage
+from .batches import Phase
 from .config import TrainingConfig
 from .exchange import average_gradients, broadcast_json, everywhere
 from .feeding import named_shards, to_device
@@ -83,31 +83,34 @@ class Training(Run):
             logger.error("the last good checkpoint is %s (resume=auto goes on from it)", kept)
 
     def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
-        """A phase's epochs; `max_steps` beyond the last phase's epochs goes on with more of them."""
+        """A phase's steps, what is left of them."""
         self._set_rates(phase)
-        self.accelerator.unwrap_model(self.objective).region_dropout = phase.region_dropout
-        if phase is not self.phases[0] and (self.config.keep_head_start or self._has_stage(Stage.TAUGHT)):
-            change_trained(self.objective, lambda: self._train_for(phase.stage))
-        last = phase is self.phases[-1]
-        while self.step < self.total_steps and (last or self.phase_epoch < phase.epochs):
+        self._enter(phase)
+        while self.phase_step < phase.steps:
             self._run_epoch(phase, loader)
-        if not last:
-            self.phase_number, self.phase_epoch, self.phase_step = self.phase_number + 1, 0, 0
-            following = self.phases[self.phase_number].batches
-            if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
-                following.follow(phase.batches)
+        if phase is self.phases[-1]:
+            return
+        if self.epoch_step:  # the phase ended within an epoch; the next one begins with an order of its own
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+        self.phase_number, self.phase_step = self.phase_number + 1, 0
+        following = self.phases[self.phase_number].batches
+        if isinstance(phase.batches, StreamBatches) and isinstance(following, StreamBatches):
+            following.follow(phase.batches)
 
-    def _has_stage(self, stage: Stage) -> bool:
-        return any(phase.stage is stage for phase in self.phases)
+    def _enter(self, phase: Phase) -> None:
+        """Let learn what the phase trains, and keep the rest as it is."""
+        self.accelerator.unwrap_model(self.objective).enter(phase.config)
+        learning = self.learning_in(phase)
+        if any(weight.requires_grad != (name in learning) for name, weight in self.model.named_parameters()):
+            change_trained(self.objective, lambda: self._let_learn(learning))
+        if len(self.phases) > 1:
+            place, named = (self.phase_number + 1, len(self.phases)), ", ".join(phase.config.train)
+            size = phase.config.batch_size
+            self.progress.say("phase %d of %d trains %s: %d steps of %d captions", *place, named, phase.steps, size)
 
-    def _train_for(self, stage: Stage) -> None:
-        """Keep what has had its epochs, if it is to be kept; who teaches stays as it is, with all that it reads."""
+    def _let_learn(self, weights: set[str]) -> None:
         for name, weight in self.model.named_parameters():
-            weight.requires_grad_(name in self.trained)
-        if stage is Stage.TAUGHT:
-            self.model.freeze_coarse(embeddings=False)
-        elif self.config.keep_head_start:
-            self.model.freeze_coarse(tokens=stage is Stage.EVIDENCE)
+            weight.requires_grad_(name in weights)
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""
@@ -119,10 +122,10 @@ class Training(Run):
         for number, batch in enumerate(self._timed(loader), start):
             size = min(group, last + 1 - number // group * group)
             complete = (number + 1) % group == 0 or number == last
-            self._run_batch(batch, phase.stage, size, complete)
+            self._run_batch(batch, size, complete)
             if complete:
                 self._finish_step(phase)
-                if self.step == self.total_steps:
+                if self.phase_step == phase.steps:
                     return
 
     def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -141,10 +144,10 @@ class Training(Run):
             yield batch
             asked = time.perf_counter()
 
-    def _run_batch(self, batch: dict[str, Any], stage: Stage, group: int = 1, complete: bool = True) -> None:
+    def _run_batch(self, batch: dict[str, Any], group: int = 1, complete: bool = True) -> None:
         """Forward, backward and, where the step's group of batches is complete, the optimizer's step."""
         with self._named_batch(batch):
-            output = self._forward_backward(batch, stage, group, complete)
+            output = self._forward_backward(batch, group, complete)
         self.gradient_norm = self._update() if complete else None
         loss, parts, images = output["loss"].detach(), output["parts"], output["image_ids"]
         # fp16's scaler skips steps with infinite gradients by itself
@@ -152,7 +155,7 @@ class Training(Run):
         self.watch.see(self.step + 1, images, loss, parts, seen_norm, output["logits"])
         self.progress.batch(loss, parts, len(images), len(output["text_image_ids"]))
 
-    def _forward_backward(self, batch: dict[str, Any], stage: Stage, group: int, complete: bool) -> dict[str, Any]:
+    def _forward_backward(self, batch: dict[str, Any], group: int, complete: bool) -> dict[str, Any]:
         """Add the gradients of one batch of a step's group; after the last one they are those of all processes."""
 
         def backward(loss: Tensor) -> None:
@@ -161,18 +164,18 @@ class Training(Run):
         size = self.config.tower_batch_size
         if size is not None:
             with self.accelerator.autocast():
-                output: dict[str, Any] = self.objective.cached_backward(batch, size, backward, stage)
+                output: dict[str, Any] = self.objective.cached_backward(batch, size, backward)
             if complete:
                 average_gradients([weight for weight in self.objective.parameters() if weight.requires_grad])
             return output
         if self.is_sharded:
             self.objective.set_requires_gradient_sync(complete)
             with self.accelerator.autocast():
-                output = self.objective(batch, stage=stage)
+                output = self.objective(batch)
             backward(output["loss"])
             return output
         with contextlib.nullcontext() if complete else self.accelerator.no_sync(self.objective):
-            output = self.objective(batch, stage=stage)
+            output = self.objective(batch)
             backward(output["loss"])
         return output
 
@@ -211,9 +214,11 @@ class Training(Run):
             values["gradient_norm"] = self.gradient_norm
         self.progress.step(self.step, self.epoch + self.epoch_step / phase.steps_per_epoch, **values)
         self._set_rates(phase)
-        ended, evaluated = self.epoch_step == phase.steps_per_epoch, phase.stage is Stage.EVIDENCE
-        if ended:
-            self.epoch, self.epoch_step, self.phase_epoch = self.epoch + 1, 0, self.phase_epoch + 1
+        if self.epoch_step == phase.steps_per_epoch:
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+        ended = self.epoch_step == 0 or self.phase_step == phase.steps
+        # before the phases that compute as much of the score as any of the run, it would be that of untrained weights
+        evaluated = phase.learning.computes == self.fullest
         if self._is_due(ended and evaluated, self.config.evaluation_steps if evaluated else None):
             self._evaluate()
         saved = self._is_due(ended, self.config.save_steps) and self._save()
@@ -255,9 +260,8 @@ class Training(Run):
         raise SystemExit(1)
 
     def _set_rates(self, phase: Phase) -> None:
-        last = phase is self.phases[-1]
-        steps = self.total_steps - (self.step - self.phase_step) if last else phase.epochs * phase.steps_per_epoch
-        factor = phase.rate * rate_factor(self.phase_step, steps, phase.steps_per_epoch, self.config)
+        own = phase.steps, phase.steps_per_epoch
+        factor = phase.rate * rate_factor(self.phase_step, *own, self.config, phase.config.warmup_ratio)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
@@ -274,7 +278,7 @@ class Training(Run):
             better = self.best.offer(self.step, report, model, self.processor)
         self.objective.train()
         seconds = time.perf_counter() - started
-        epoch = self.epoch + self.epoch_step / self.phases[-1].steps_per_epoch
+        epoch = self.epoch + self.epoch_step / self.phases[self.phase_number].steps_per_epoch
         self.progress.evaluated(self.step, epoch, flat_recalls(report), seconds)
         kept = ", best so far" if better else ""
         self.progress.say("step %d: validation %s%s", self.step, summary(report), kept)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..encoded_tvrn import CoarseImages, CoarseTexts, EncodedItems
-from ..losses import contrastive_loss, matching_loss_floor
-from .batches import Stage
+from ..losses import matching_loss_floor
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
 from .exchange import gather_counts, gather_items, gather_rows
+from .phases import ALL, LEVELS, PhaseConfig, learning_in
 
 __all__ = ["Objective", "drop_valid"]
 
@@ -73,6 +73,9 @@ class Objective(nn.Module):
         model: a TVRNModel.
         word_dropout, region_dropout: probability that a word or region is left out of a step.
         cusa: soft labels of teachers beside the model's own loss; the batches then carry the teachers' vectors.
+
+    Attributes:
+        learning: what a step computes and learns; of a new objective everything, see `enter`.
     """
 
     def __init__(
@@ -83,53 +86,58 @@ class Objective(nn.Module):
         self.model = model
         self.word_dropout = word_dropout
         self.region_dropout = region_dropout
+        self.learning = learning_in([ALL])
 
-    def forward(self, batch: dict[str, Any], stage: Stage = Stage.EVIDENCE) -> dict[str, Any]:
+    def enter(self, phase: PhaseConfig) -> None:
+        """Compute and lose what this phase's steps do from here on."""
+        self.learning = phase.learning
+        self.word_dropout, self.region_dropout = phase.word_dropout, phase.region_dropout
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Loss, its parts and, where pairs are scored, the logits.
 
         Args:
             batch: the model's inputs with `image_ids` and `text_image_ids`, as the collator makes them.
-            stage: how much of the pair score is computed, and so trained.
 
         Returns:
             `loss` scalar; `parts` name -> detached scalar, the matching loss above its floor; `logits` (I, T) or
             None; `image_ids (I,)` and `text_image_ids (T,)`; all of the global batch.
         """
         sides = Sides.of(batch)
-        return self.score(self.encode_images(sides.images, stage), self.encode_texts(sides.texts, stage), sides, stage)
+        return self.score(self.encode_images(sides.images), self.encode_texts(sides.texts), sides)
 
-    def encode_images(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
-        """The image side without the regions that this step leaves out, as far as its stage needs it."""
+    def encode_images(self, inputs: dict[str, Tensor]) -> EncodedItems:
+        """The image side without the regions that this step leaves out, as far as its phase needs it."""
         inputs = given = dict(inputs)
         if self.training and self.region_dropout:
             if "pixel_values" in given:
                 regions = self.model.extract_regions(given.pop("pixel_values"))
                 given |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
             inputs = {**given, "region_mask": drop_valid(given["region_mask"], self.region_dropout)}
-        if stage is Stage.EMBEDDINGS:
+        if self.learning.computes == "embeddings":
             return Summaries(self.model.embed_images(**inputs))
-        if stage is Stage.TAUGHT:
-            return self._with_teachers(self.model.encode_coarse_images, given, self.model.embed_images(**inputs))
-        encode = self.model.encode_images if stage is Stage.EVIDENCE else self.model.encode_coarse_images
+        if self.learning.distils:
+            return self._with_source(self.model.encode_coarse_images, given, self.model.embed_images(**inputs))
+        encode = self.model.encode_images if self.learning.computes == "full" else self.model.encode_coarse_images
         return cast(EncodedItems, encode(**inputs))
 
-    def encode_texts(self, inputs: dict[str, Tensor], stage: Stage = Stage.EVIDENCE) -> EncodedItems:
-        """The text side without the words that this step leaves out, as far as its stage needs it."""
+    def encode_texts(self, inputs: dict[str, Tensor]) -> EncodedItems:
+        """The text side without the words that this step leaves out, as far as its phase needs it."""
         given = inputs
         if self.training and self.word_dropout:
             inputs = {**given, "word_mask": drop_valid(given["word_mask"], self.word_dropout)}
-        if stage is Stage.EMBEDDINGS:
+        if self.learning.computes == "embeddings":
             return Summaries(self.model.embed_texts(**inputs))
-        if stage is Stage.TAUGHT:
-            return self._with_teachers(self.model.encode_coarse_texts, given, self.model.embed_texts(**inputs))
-        encode = self.model.encode_texts if stage is Stage.EVIDENCE else self.model.encode_coarse_texts
+        if self.learning.distils:
+            return self._with_source(self.model.encode_coarse_texts, given, self.model.embed_texts(**inputs))
+        encode = self.model.encode_texts if self.learning.computes == "full" else self.model.encode_coarse_texts
         return cast(EncodedItems, encode(**inputs))
 
     @torch.no_grad()
-    def _with_teachers(
+    def _with_source(
         self, encode: Callable[..., CoarseImages | CoarseTexts], inputs: dict[str, Tensor], embeds: Tensor
     ) -> EncodedItems:
-        """Embeddings that learn beside the words or regions that teach them: these whole, without dropout."""
+        """Embeddings that learn beside the words or regions that they learn from: these whole, without dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -137,40 +145,50 @@ class Objective(nn.Module):
         finally:
             self.model.train(training)
 
-    def score(self, images: Any, texts: Any, sides: Sides, stage: Stage) -> dict[str, Any]:
+    def score(self, images: Any, texts: Any, sides: Sides) -> dict[str, Any]:
         """The loss of the global batch from this process's encoded share; returns what `forward` does."""
         own = slice(0, 0) if sides.stand_in else slice(None)
         image_ids, text_ids = sides.image_ids[own], sides.text_image_ids[own]
         image_counts, text_counts = gather_counts(len(image_ids), len(text_ids), device=image_ids.device)
         ids = gather_rows(image_ids, image_counts), gather_rows(text_ids, text_counts)
         embeds = gather_rows(images.embeds[own], image_counts), gather_rows(texts.embeds[own], text_counts)
-        model, logits = self.model, None
+        model, learning, logits = self.model, self.learning, None
         terms: dict[str, Tensor] = {}
-        if stage is not Stage.EMBEDDINGS:
+        if learning.computes != LEVELS[0]:
             captions = gather_items(texts.select(own), text_counts)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.TAUGHT):  # the tokens teach
-                terms = model.match_terms(images, captions, with_evidence=stage is Stage.EVIDENCE)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not learning.distils):
+                terms = model.match_terms(images, captions, with_evidence=learning.computes == "full")
             terms = {name: gather_rows(term[own], image_counts) for name, term in terms.items()}
             logits = model.pair_logits({name: term.detach() for name, term in terms.items()})
-            loss, parts = model.training_loss(terms, *embeds, *ids)
-        else:
-            loss = contrastive_loss(*embeds, model.logit_scale, *ids, label_smoothing=model.config.label_smoothing)
-            parts = {"contrastive": loss.detach()}
+        loss, parts = model.training_loss(terms, *embeds, *ids, losses=learning.losses)
         if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
             parts["matching"] = parts["matching"] - matching_loss_floor(*ids)
         if self.cusa is not None:
             teachers = {name: gather_rows(value[own], text_counts) for name, value in sides.teachers.items()}
-            unimodal = unimodal_embeds(model, *embeds)
-            labelled = labelled_similarities(model, terms, self.cusa.embeddings.on_logits)
-            extra, extra_parts = self.cusa(teachers, *embeds, *ids, unimodal, labelled, model.logit_scale)
+            extra, extra_parts = self._soft_labels(teachers, embeds, ids, terms)
             loss, parts = loss + extra, parts | extra_parts
         return {"loss": loss, "parts": parts, "logits": logits, "image_ids": ids[0], "text_image_ids": ids[1]}
 
+    def _soft_labels(
+        self,
+        teachers: dict[str, Tensor],
+        embeds: tuple[Tensor, Tensor],
+        ids: tuple[Tensor, Tensor],
+        terms: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """CUSA's term, for the similarities that learn."""
+        assert self.cusa is not None
+        if "embeddings" not in self.learning.labelled:
+            embeds = embeds[0].detach(), embeds[1].detach()
+        found = labelled_similarities(self.model, terms, self.cusa.embeddings.on_logits)
+        labelled = {name: value for name, value in found.items() if name in self.learning.labelled}
+        unimodal = unimodal_embeds(self.model, *embeds)
+        result = self.cusa(teachers, *embeds, *ids, unimodal, labelled, self.model.logit_scale)
+        return cast(tuple[Tensor, dict[str, Tensor]], result)
+
     # -- bounded memory -------------------------------------------------------------------------------------------
 
-    def cached_backward(
-        self, batch: dict[str, Any], size: int, backward: Callable[[Tensor], None], stage: Stage = Stage.EVIDENCE
-    ) -> dict[str, Any]:
+    def cached_backward(self, batch: dict[str, Any], size: int, backward: Callable[[Tensor], None]) -> dict[str, Any]:
         """Forward and backward with the towers running over `size` items at a time, twice.
 
         First without gradients, to get every item's features; the losses' gradient with respect to these is kept; then
@@ -179,7 +197,7 @@ class Objective(nn.Module):
         batch. The gradients are those of `forward`, on each process its own part: they have to be averaged afterwards.
 
         Args:
-            batch, stage: as in `forward`.
+            batch: as in `forward`.
             size: items a pass of the towers, images and captions alike.
             backward: called with the loss, such as `accelerator.backward`.
 
@@ -187,9 +205,9 @@ class Objective(nn.Module):
             As `forward`.
         """
         sides = Sides.of(batch)
-        images = _Cached(lambda inputs: self.encode_images(inputs, stage), sides.images, size)
-        texts = _Cached(lambda inputs: self.encode_texts(inputs, stage), sides.texts, size)
-        output = self.score(images.items, texts.items, sides, stage)
+        images = _Cached(self.encode_images, sides.images, size)
+        texts = _Cached(self.encode_texts, sides.texts, size)
+        output = self.score(images.items, texts.items, sides)
         backward(output["loss"])
         images.backward()
         texts.backward()

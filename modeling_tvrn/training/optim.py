@@ -61,13 +61,15 @@ def make_optimizer(
     )
 
 
-def rate_factor(step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig) -> float:
+def rate_factor(
+    step: int, total_steps: int, steps_per_epoch: int, config: TrainingConfig, warmup_ratio: float | None = None
+) -> float:
     """What every learning rate is multiplied by at an optimizer step (counted from 0).
 
     Linear from near 0 to 1 over the warm-up, then the cosine's half wave down to 0 at `total_steps`, steps down at the
-    ends of `decay_epochs`, or constant. Steps are those of one phase.
+    ends of `decay_epochs`, or constant. Steps are those of one phase, which may have a warm-up of its own.
     """
-    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    warmup_steps = math.ceil((config.warmup_ratio if warmup_ratio is None else warmup_ratio) * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if config.scheduler == "cosine":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import PairCollator, with_words
 from ..teachers import TeacherCache
+from .batches import Phase
 from .build import build_model, build_processor, with_cached_regions
 from .checkpoint import BestModel
 from .config import TrainingConfig
@@ -22,6 +23,7 @@ from .launch import leave_group, make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer
 from .pairs import load_training_pairs, named_data
+from .phases import LEVELS, learns
 from .progress import Progress
 from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
@@ -41,9 +43,11 @@ class Run:
     Attributes:
         model: the TVRNModel in training; `best` tells which of its states the folder holds.
         about_data: what there is to say of the splits, as `TrainingPairs.about`.
-        trained: sizes of the weights that learn in any phase, by name.
+        free: sizes of the weights that the model's own configuration lets learn, by name.
+        trained_parameters: how many numbers learn in any phase.
         step: optimizer steps made.
-        phase_number, phase_epoch, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
+        phase_number, phase_step, epoch, epoch_step: where the run is; `epoch` counts over all phases.
+        fullest: as much of the pair score as any phase computes.
         progress: bar, logs and `history`.
     """
 
@@ -58,16 +62,18 @@ class Run:
         self.validation_records = with_words(self.validation_records, self.processor)
         set_seed(config.seed)
         self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
-        self.trained = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.trained_parameters = sum(self.trained.values())
+        self.free = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
         self._read_caches()
         self.captions = open_captions(config, self.train_records, self.accelerator)
         self.phases, self.image_names = self.captions.phases, self.captions.image_names
-        self.total_steps = config.max_steps or sum(p.epochs * p.steps_per_epoch for p in self.phases)
+        self.total_steps = sum(phase.steps for phase in self.phases)
+        self.fullest = max((phase.learning.computes for phase in self.phases), key=LEVELS.index)
+        trained = set().union(*(self.learning_in(phase) for phase in self.phases))
+        self.trained_parameters = sum(self.free[name] for name in trained)
         self.step, self.epoch, self.epoch_step = 0, 0, 0
-        self.phase_number, self.phase_epoch, self.phase_step = 0, 0, 0
+        self.phase_number, self.phase_step = 0, 0
         self.waited = 0.0
         self._prepare()
         self.gradient_norm: Tensor | None = None
@@ -81,6 +87,10 @@ class Run:
         self.snapshots = Snapshots(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
         if not resume(self):
             self._warn_of_former_run()
+
+    def learning_in(self, phase: Phase) -> set[str]:
+        """The names of the weights that learn in a phase, of those that are free to."""
+        return learns(self.free, self.model.config, phase.learning.components, phase.kept)
 
     def _warn_of_former_run(self) -> None:
         self.best.warn()

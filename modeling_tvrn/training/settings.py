@@ -16,11 +16,18 @@ from typing import Any, TypeVar
 
 import yaml
 
+<<<<<<< HEAD
 from ..redaction import REDACTED, redacted, redacted_command, redacted_text
 
 __all__ = [
     "build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "shown", "validate",
 ]  # fmt: skip
+=======
+__all__ = [
+    *("build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "refuse_unknown", "setting"),
+    "validate",
+]
+>>>>>>> helper-d
 
 Settings = TypeVar("Settings")
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
@@ -28,7 +35,10 @@ _DOCUMENTED = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(([^)]*)\))?:[ \n]+(.*(?:\
 
 
 def setting(default: Any, section: str, help: str, **limits: Any) -> Any:
-    """A field with its help text and its limits (minimum, above, maximum, below, choices) in the metadata."""
+    """A field with its help text and its limits (minimum, above, maximum, below, choices) in the metadata.
+
+    Of a list of mappings, `items` is the dataclass that says what each may hold, and `example` shows some.
+    """
     metadata = {"help": help, "section": section, **limits}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -98,17 +108,33 @@ def _problem(error: Exception) -> str:
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
-            inner = values[part] = {}
-        values = inner
-    values[path[-1]] = value
+    """Put a value where a dotted key says; a number is a place in a list."""
+    inner: Any = values
+    for depth in range(len(path) - 1):
+        key = _key(inner, path[: depth + 1])
+        child = inner[key] if isinstance(inner, list) else inner.get(key)
+        if not isinstance(child, (dict, list)):
+            child = inner[key] = {}
+        inner = child
+    inner[_key(inner, path)] = value
+
+
+def _key(values: dict[str, Any] | list[Any], path: list[str]) -> Any:
+    """The last part of a dotted key, as the mapping or list that holds it takes it."""
+    *before, last = path
+    if isinstance(values, dict):
+        return last
+    if not last.isdecimal() or int(last) >= len(values):
+        name = ".".join(before)
+        known = f"{name}.0 to {name}.{len(values) - 1}" if values else "it is empty"
+        raise ValueError(f"there is no {name}.{last}: {name} is a list of {len(values)} ({known})")
+    return int(last)
 
 
 def _undot(values: dict[str, Any]) -> dict[str, Any]:
     """`{"model.hidden_size": 8}`, as a YAML file may say it, becomes `{"model": {"hidden_size": 8}}`."""
     nested: dict[str, Any] = {}
+    values = copy.deepcopy(values)  # a list of the caller's is not changed
     for key, value in values.items():
         if "." not in str(key):
             nested[key] = {**value, **nested.get(key, {})} if isinstance(value, dict) else value
@@ -120,12 +146,18 @@ def _undot(values: dict[str, Any]) -> dict[str, Any]:
 
 def build(cls: type[Settings], values: dict[str, Any]) -> Settings:
     """An instance of a settings dataclass from keys and values, refusing unknown keys."""
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     nested = _undot(values)
-    for key in nested:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}; {near_matches(str(key), known)}")
+    refuse_unknown(nested, cls)
     return cls(**nested)
+
+
+def refuse_unknown(values: dict[str, Any], cls: type, prefix: str = "") -> None:
+    """Refuse keys that a settings dataclass does not have; the message names the nearest that it has."""
+    known = {field.name for field in fields(cls)}
+    for key in values:
+        if key not in known:
+            shown = f"{prefix}{key}" if prefix else repr(key)
+            raise ValueError(f"unknown key {shown}; {near_matches(str(key), known)}")
 
 
 def near_matches(key: str, known: Iterable[str]) -> str:
@@ -138,15 +170,21 @@ def near_matches(key: str, known: Iterable[str]) -> str:
     return f"known keys are {', '.join(names)}"
 
 
-def validate(settings: Any) -> None:
-    """Check every field's type and limits, turn numbers into the declared type, and check the names under `model`."""
+def validate(settings: Any, prefix: str = "") -> None:
+    """Check every field's type and limits, turn numbers into the declared type, and check the names under `model`.
+
+    Args:
+        settings: an instance of a settings dataclass.
+        prefix: what messages put before a key.
+    """
     hints = typing.get_type_hints(type(settings))
     for field in fields(settings):
-        value = _typed(field.name, getattr(settings, field.name), hints[field.name])
+        name = f"{prefix}{field.name}"
+        value = _typed(name, getattr(settings, field.name), hints[field.name])
         setattr(settings, field.name, value)
         for item in value if isinstance(value, list) else [value]:
             if item is not None:
-                _check_limits(field, item)
+                _check_limits(name, field, item)
     _check_model_fields(getattr(settings, "model", {}))
     for name in _redacted_names(vars(settings)):
         raise ValueError(
@@ -184,7 +222,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name} = {redacted(value)!r} is a {type(value).__name__}; expected {expected}")
 
 
-def _check_limits(field: Field[Any], value: Any) -> None:
+def _check_limits(name: str, field: Field[Any], value: Any) -> None:
     limits = field.metadata
     wrong = [
         text
@@ -198,7 +236,11 @@ def _check_limits(field: Field[Any], value: Any) -> None:
         if bad or value != value
     ]
     if wrong:
+<<<<<<< HEAD
         raise ValueError(f"{field.name} = {redacted(value)!r}; expected {wrong[0]} ({limits['help']})")
+=======
+        raise ValueError(f"{name} = {value!r}; expected {wrong[0]} ({limits['help']})")
+>>>>>>> helper-d
 
 
 def model_fields() -> dict[str, Any]:
@@ -253,6 +295,10 @@ def describe(cls: type) -> str:
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
         lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
+        if "items" in field.metadata:
+            for inner in fields(field.metadata["items"]):
+                lines.append(f"    {field.name}.N.{inner.name}\n      {inner.metadata['help']}")
+            lines.append(f"    Example: {field.metadata['example']}")
     if any(field.name == "model" for field in fields(cls)):
         lines.append("\nmodel (fields of TVRNConfig):")
         meanings = _model_meanings()

@@ -32,7 +32,7 @@ FREE_KEYS = {
     *("resume", "resume_changed", "save_steps", "keep_checkpoints", "output_dir", "num_workers", "cpu", "shard"),
     *("logging_steps", "trackers", "query", "evaluation_batch_size", "evaluation_chunk_size"),
 }
-COUNTERS = ("step", "phase_number", "phase_epoch", "phase_step", "epoch", "epoch_step")
+COUNTERS = ("step", "phase_number", "phase_step", "epoch", "epoch_step")
 
 
 def capture(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -142,7 +142,7 @@ def _restore(run: Run, snapshot: Snapshot) -> None:
     if run.phase_number >= len(run.phases):
         raise ValueError(
             f"{snapshot.path} is in phase {run.phase_number + 1}, but this run has {len(run.phases)}: it was made "
-            "with head_start_epochs, which this configuration lacks"
+            "with phases that this configuration lacks"
         )
     if state["batches"] != [len(phase.batches) for phase in run.phases]:
         logger.warning("the batches are others than the checkpoint's: epoch %d starts again", run.epoch + 1)
@@ -177,8 +177,7 @@ def _restore_stream(run: Run, positions: list[list[int]] | None) -> None:
         raise ValueError("the checkpoint was made with streaming = False; set streaming=false, or start anew")
     # A phase is an epoch; the last one goes on where it was made longer.
     ended = phase is not run.phases[-1] and run.phase_step == phase.steps_per_epoch
-    run.phase_epoch = int(ended)
-    run.epoch, run.epoch_step = run.phase_number + run.phase_epoch, 0 if ended else run.phase_step
+    run.epoch, run.epoch_step = run.phase_number + int(ended), 0 if ended else run.phase_step
     if len(positions) == run.accelerator.num_processes:
         position = positions[run.accelerator.process_index]
     else:
@@ -204,12 +203,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """Every key whose value changed, as `name: old → new`."""
     found = []
     for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
+        before, after = _by_place(old.get(name)), _by_place(new.get(name))
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{name}.")
         elif before != after:
             found.append(f"{prefix}{name}: {before!r} → {after!r}")
     return found
+
+
+def _by_place(value: Any) -> Any:
+    """A list of mappings, such as `phases`, as a mapping by place."""
+    mappings = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    return {str(place): each for place, each in enumerate(value)} if mappings else value
 
 
 def data_hash(records: Any) -> str:

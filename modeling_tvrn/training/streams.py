@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..data import RawItem, ShuffledStream
-from .batches import Phase, ShareCollator, plans
+from .batches import Phase, ShareCollator, make_phases
 from .exchange import gather_bytes
+from .phases import PhaseConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,17 +125,17 @@ def stream_phases(config: TrainingConfig, records: Any, accelerator: Accelerator
     stream = ShuffledStream(
         records, config.seed, process, processes, config.stream_shards_at_once, config.stream_rows_at_once
     )
-    group, found = config.gradient_accumulation_steps, []
-    for plan in plans(config):
-        if plan.batch_size < processes:
+
+    def batches_of(phase: PhaseConfig) -> StreamBatches:
+        if phase.batch_size < processes:
             raise ValueError(
-                f"{plan.batch_size} captions a batch of the stage {plan.stage} leave some of {processes} processes "
-                "nothing; raise batch_size, or the stage's own"
+                f"batch_size = {phase.batch_size} of the phase that trains {', '.join(phase.train)} leaves some of "
+                f"{processes} processes nothing; raise it"
             )
-        first, end = (plan.batch_size * number // processes for number in (process, process + 1))
-        batches = StreamBatches(stream, end - first, plan.length * group)
-        found.append(Phase(batches, 1, plan.stage, plan.rate, plan.region_dropout, group))
-    return found
+        first, end = (phase.batch_size * number // processes for number in (process, process + 1))
+        return StreamBatches(stream, end - first, (phase.steps or 1) * config.gradient_accumulation_steps)
+
+    return make_phases(config, batches_of)
 
 
 def gather_positions(batches: StreamBatches, number: int, device: torch.device) -> list[list[int]]:
