@@ -16,18 +16,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-<<<<<<< HEAD
 from ..redaction import REDACTED, redacted, redacted_command, redacted_text
 
 __all__ = [
-    "build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "setting", "shown", "validate",
-]  # fmt: skip
-=======
-__all__ = [
     *("build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "refuse_unknown", "setting"),
-    "validate",
+    *("shown", "validate"),
 ]
->>>>>>> helper-d
 
 Settings = TypeVar("Settings")
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
@@ -236,11 +230,7 @@ def _check_limits(name: str, field: Field[Any], value: Any) -> None:
         if bad or value != value
     ]
     if wrong:
-<<<<<<< HEAD
-        raise ValueError(f"{field.name} = {redacted(value)!r}; expected {wrong[0]} ({limits['help']})")
-=======
-        raise ValueError(f"{name} = {value!r}; expected {wrong[0]} ({limits['help']})")
->>>>>>> helper-d
+        raise ValueError(f"{name} = {redacted(value)!r}; expected {wrong[0]} ({limits['help']})")
 
 
 def model_fields() -> dict[str, Any]:
