@@ -84,10 +84,10 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["distillation_epochs=2"], "distillation_epochs = 2 but model.distillation_loss_weight = 0"),
         (["distillation_steps=2", "model.distillation_loss_weight=1"], "distillation_steps = 2 and streaming = False"),
         (
-            ["distillation_epochs=1", "model.distillation_loss_weight=1", "model.use_token_similarity=false"],
-            "distillation_epochs = 1 but model.use_token_similarity = False",
+            ["distillation_epochs=1", "model.distillation_loss_weight=1", "model.use_late_interaction=false"],
+            "distillation_epochs = 1 but model.use_late_interaction = False",
         ),
-        (["token_epochs=1", "model.use_token_similarity=false"], "token_epochs = 1 but model.use_token_similarity"),
+        (["token_epochs=1", "model.use_late_interaction=false"], "token_epochs = 1 but model.use_late_interaction"),
         (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision tower"),
         (["regions=cache", "vision=some/tower"], "but model.freeze_vision = False"),
     ],

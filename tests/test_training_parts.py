@@ -122,9 +122,9 @@ def test_the_tokens_are_trained_without_the_evidence() -> None:
     model = tiny_model(dropout=0.0)
     output = Objective(model)(tiny_batch(), stage=Stage.TOKENS)
     output["loss"].backward()
-    assert set(output["parts"]) == {"contrastive", "token_contrastive"}
+    assert set(output["parts"]) == {"contrastive", "late_interaction"}
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"region_projection.weight", "pair.token_logit_scale", "logit_scale"} <= reached
+    assert {"region_projection.weight", "pair.late_interaction_scale", "logit_scale"} <= reached
     assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
 
 
@@ -137,10 +137,10 @@ def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
     images, texts = taught.encode_images(sides.images, Stage.TAUGHT), taught.encode_texts(sides.texts, Stage.TAUGHT)
     assert taught.training and model.training and model.text_pooling.training
     assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
-    found = model.match_terms(images, texts, with_evidence=False)
+    found = model.score_components(images, texts, with_evidence=False)
     model.eval()
     whole = model.encode_coarse_images(**sides.images), model.encode_coarse_texts(**sides.texts)
-    expected = model.match_terms(*whole, with_evidence=False)
+    expected = model.score_components(*whole, with_evidence=False)
     torch.testing.assert_close(found["tokens"], expected["tokens"])
     assert not torch.allclose(found["embeddings"], expected["embeddings"])
     taught.train()(batch, stage=Stage.TAUGHT)["loss"].backward()
@@ -168,7 +168,7 @@ def test_each_phase_has_its_own_batches_and_rate() -> None:
     assert taught[2].batches.batch_size == 8
     together = phases(TrainingConfig(**keys), [0, 0, 1, 1])
     assert [phase.stage for phase in together] == ["tokens", "evidence"]  # no epochs of their own
-    without = phases(TrainingConfig(**keys, model={"use_token_similarity": False}), [0, 0, 1, 1])
+    without = phases(TrainingConfig(**keys, model={"use_late_interaction": False}), [0, 0, 1, 1])
     assert [phase.stage for phase in without] == ["embeddings", "evidence"]
 
 

@@ -213,7 +213,7 @@ def plans(config: TrainingConfig) -> list[Plan]:
         return Plan(stage, length, batch_size or config.batch_size, rate, dropout)
 
     # Without a phase of their own the tokens learn in the head start.
-    first = Stage.EMBEDDINGS if tokens or not config.use_token_similarity else Stage.TOKENS
+    first = Stage.EMBEDDINGS if tokens or not config.use_late_interaction else Stage.TOKENS
     embeddings = config.head_start_batch_size, config.head_start_learning_rate, config.head_start_region_dropout
     found = [
         plan(first, head_start, *embeddings),

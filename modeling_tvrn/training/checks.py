@@ -42,9 +42,9 @@ def _check_schedule(config: TrainingConfig) -> None:
                 f"steps, others in epochs; set {phase}_{other}=0 and give {phase}_{unit}"
             )
     for phase in ("token", "distillation"):
-        if (length := getattr(config, f"{phase}_{unit}")) and not config.use_token_similarity:
+        if (length := getattr(config, f"{phase}_{unit}")) and not config.use_late_interaction:
             raise ValueError(
-                f"{phase}_{unit} = {length} but model.use_token_similarity = False: nothing would be learned in them; "
+                f"{phase}_{unit} = {length} but model.use_late_interaction = False: nothing would be learned in them; "
                 f"set {phase}_{unit}=0"
             )
     if (length := getattr(config, f"distillation_{unit}")) and not config.model.get("distillation_loss_weight"):

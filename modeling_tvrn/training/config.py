@@ -303,9 +303,9 @@ class TrainingConfig:
         check_together(self)
 
     @property
-    def use_token_similarity(self) -> bool:
+    def use_late_interaction(self) -> bool:
         """Whether the model that this trains has one."""
-        return bool(self.model.get("use_token_similarity", True))
+        return bool(self.model.get("use_late_interaction", True))
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> TrainingConfig:
