@@ -85,7 +85,7 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
             "encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
     try:
-        model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", **hub)
+        model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **hub)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"No dual encoder at {name!r}: {error}") from error
     if os.path.isdir(path):  # a Hub id says where a model is from, a path only whose disk it was on
@@ -148,7 +148,7 @@ def _logit_scale(model: Any, kind: str) -> float:
     """The log of the scale, of a model with a scale or a temperature."""
     for name, sign in ((SCALE, 1.0), (TEMPERATURE, -1.0)):
         value = getattr(model, name, None)
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if isinstance(value, Tensor) and value.numel() == 1 and (sign > 0 or value > 0):
             return float(value) if sign > 0 else -math.log(float(value))
     raise _refused(kind, "it has neither a scalar logit_scale nor a temperature")
 

@@ -247,21 +247,29 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     @classmethod
     def from_dual_encoder(
-        cls, dual_encoder: str | os.PathLike | nn.Module, *, dtype: Any = torch.float32, **config: Any
+        cls,
+        dual_encoder: str | os.PathLike | nn.Module,
+        *,
+        dtype: Any = torch.float32,
+        hub: dict[str, Any] | None = None,
+        **config: Any,
     ) -> "TVRNModel":
         """A TVRN over a pretrained dual encoder (CLIP, SigLIP, …), whose embeddings and logits are at first its own.
 
         Args:
             dual_encoder: Hub id or path, or a model of transformers (which is then nested, not copied).
             dtype: What the weights are loaded in; `"auto"` is the checkpoint's own.
+            hub: Further keywords of `from_pretrained`, such as `{"revision": …}`.
             **config: Fields of [`TVRNConfig`], such as `vision_grid_size=7`. Late interaction and reasoning are built
                 with weights that start at 0; `use_late_interaction=False, use_reasoning=False` leaves them out.
 
         Raises:
             ValueError: If it is no dual encoder, names the test that it failed, or a field contradicts it.
         """
-        model = dual_encoder if isinstance(dual_encoder, nn.Module) else load_dual_encoder(dual_encoder, dtype=dtype)
-        sizes = probe(model)
+        model = dual_encoder
+        if not isinstance(model, nn.Module):
+            model = load_dual_encoder(model, dtype=dtype, **hub or {})
+        sizes = probe(model.eval())
         for name, size in sizes.config().items():
             if config.setdefault(name, size) != size:
                 raise ValueError(f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out.")
@@ -272,6 +280,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if tvrn.logit_bias is not None and sizes.logit_bias is not None:
             tvrn.logit_bias.data.fill_(sizes.logit_bias)
         tvrn._freeze()
+        tvrn.config.name_or_path = model.config.name_or_path
         return tvrn
 
     def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
