@@ -79,6 +79,7 @@ class TVRNProcessor(ProcessorMixin):
         region_boxes: Any = None,
         region_mask: Any = None,
         image_sizes: Any = None,
+        image_embeds: Any = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Model inputs of B images and/or T captions.
@@ -88,6 +89,7 @@ class TVRNProcessor(ProcessorMixin):
             text: a caption or a list of captions.
             region_features, region_boxes, region_mask, image_sizes: see `pad_regions`; lists of different lengths are
                 padded. Whether boxes are needed is the model's decision.
+            image_embeds: `(B, P)` beside region features of a dual encoder, as its cache holds them.
             return_tensors: "pt", "np", or None for NumPy arrays.
 
         Returns:
@@ -108,6 +110,8 @@ class TVRNProcessor(ProcessorMixin):
             inputs["pixel_values"] = self._pixels(images)
         if region_features is not None:
             inputs.update(pad_regions(region_features, region_boxes, region_mask, image_sizes))
+            if image_embeds is not None:
+                inputs["image_embeds"] = np.stack([np.asarray(each, dtype=np.float32) for each in image_embeds])
         if text is not None:
             inputs.update(self._tokens(text))
         return BatchFeature(inputs, tensor_type=return_tensors)

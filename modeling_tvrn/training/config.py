@@ -55,6 +55,12 @@ class TrainingConfig:
     )
     num_workers: int = setting(0, "data", "processes that load data; 0 loads in the main process", minimum=0)
 
+    dual_encoder: str | None = setting(
+        None,
+        "towers",
+        "Hub id or path of a dual encoder (CLIP, SigLIP, ...) that is both towers and the first stage of the score; "
+        "in place of vision and text",
+    )
     vision: str | None = setting(None, "towers", "Hub id or path of the vision backbone (null: region features)")
     text: str | None = setting(
         None, "towers", "Hub id or path of the text encoder (null: words and BiGRU from scratch)"
