@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=about, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="Hub id or folder of any vision model with a map or patch tokens")
+    parser.add_argument("--dual-encoder", action="store_true", help="the model is one: keep its embeddings as well")
     parser.add_argument("--data", required=True, help="what load_pairs reads: flickr8k, coco, a folder, a Hub id, ...")
     parser.add_argument("--split", help="train, validation, test, ... (may be left out where there is only one)")
     parser.add_argument("--output", required=True, help="folder of the cache")
@@ -71,16 +72,7 @@ def main(arguments: list[str] | None = None) -> RegionCache:
     """Build the cache that the command line asks for."""
     options = parse_arguments(arguments)
     trust = options.trust_remote_code
-    model = TVRNModel.from_backbones(
-        vision=options.model,
-        trust_remote_code=trust,
-        freeze_vision=True,
-        vision_grid_size=options.grid_size,
-        hidden_size=8,  # only the tower is used
-        projection_size=8,
-        similarity_size=8,
-    ).eval()
-    processor = TVRNProcessor.from_backbones(options.model, image_size=options.image_size, trust_remote_code=trust)
+    model, processor = load(options, trust)
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = RegionCache.build(
         model,
@@ -102,6 +94,18 @@ def main(arguments: list[str] | None = None) -> RegionCache:
     )
     print(f"{cache}\n{cache.info['seconds']} s in this run, {cache.store.bytes / 1e6:.1f} MB")
     return cache
+
+
+def load(options: argparse.Namespace, trust: bool) -> tuple[TVRNModel, TVRNProcessor]:
+    """The tower as a model whose other parts nobody uses; a dual encoder whole, for its embeddings."""
+    if options.dual_encoder:
+        unused = {"use_late_interaction": False, "use_reasoning": False}
+        model = TVRNModel.from_dual_encoder(options.model, vision_grid_size=options.grid_size, **unused)
+        return model.eval(), TVRNProcessor.from_dual_encoder(options.model)
+    sizes = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}
+    grid = {"freeze_vision": True, "vision_grid_size": options.grid_size}
+    model = TVRNModel.from_backbones(vision=options.model, trust_remote_code=trust, **grid, **sizes).eval()
+    return model, TVRNProcessor.from_backbones(options.model, image_size=options.image_size, trust_remote_code=trust)
 
 
 def box_settings(options: argparse.Namespace, model: TVRNModel, processor: TVRNProcessor) -> dict:

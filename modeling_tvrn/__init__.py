@@ -13,6 +13,7 @@ from .registration import register_when_imported
 if TYPE_CHECKING:
     from .configuration_tvrn import TVRNConfig
     from .encoded_tvrn import EncodedImages, EncodedTexts
+    from .front_door import load_model
     from .modeling_tvrn import TVRNModel, TVRNOutput, TVRNPreTrainedModel
     from .processing_tvrn import TVRNProcessor
 
@@ -25,6 +26,7 @@ __all__ = [
     "TVRNOutput",
     "TVRNPreTrainedModel",
     "TVRNProcessor",
+    "load_model",
 ]
 
 _HOME = {
@@ -35,6 +37,7 @@ _HOME = {
     "TVRNOutput": "modeling_tvrn",
     "TVRNPreTrainedModel": "modeling_tvrn",
     "TVRNProcessor": "processing_tvrn",
+    "load_model": "front_door",
 }
 
 

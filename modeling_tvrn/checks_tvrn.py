@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, common_fingerprint
+from .encoded_tvrn import LEVELS, EncodedImages, EncodedTexts, common_fingerprint
 
 
 def check_regions(
@@ -97,6 +97,23 @@ def check_text_features(features: Tensor, size: int) -> Tensor:
     return features
 
 
+def check_embeds(name: str, embeds: Tensor | None, count: int | None, size: int) -> Tensor:
+    """Embeddings (count, size) of a dual encoder, beside the features of as many items.
+
+    Raises:
+        ValueError: If there are none, of another shape, or NaN.
+    """
+    if embeds is None:
+        raise ValueError(
+            f"Features came without {name}, the first stage of this model; give what extract_image_features and "
+            "extract_text_features return, or pixels and token ids."
+        )
+    if embeds.ndim != 2 or embeds.shape[1] != size or not len(embeds) or len(embeds) != (count or len(embeds)):
+        raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected ({count or 'items'}, {size}).")
+    _refuse_nonfinite(embeds, name)
+    return embeds
+
+
 def check_words(given: Tensor, attention_mask: Tensor | None, word_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Boolean attention and word masks (T, W) of token ids (T, W) or token features (T, W, F).
 
@@ -109,49 +126,36 @@ def check_words(given: Tensor, attention_mask: Tensor | None, word_mask: Tensor 
     return attended, words
 
 
-def check_sides(
-    images: EncodedImages | CoarseImages,
-    texts: EncodedTexts | CoarseTexts,
-    config: TVRNConfig,
-    with_evidence: bool = True,
-) -> None:
-    """Encoded images and texts of this model's variant and sizes; without the evidence, of the coarse terms' alone.
+def check_level(level: str) -> str:
+    """One of `LEVELS`.
 
     Raises:
-        ValueError: If either was encoded by another variant, or the two by different models.
+        ValueError: On another word.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; expected one of {', '.join(map(repr, LEVELS))}.")
+    return level
+
+
+def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig, level: str = "full") -> None:
+    """Encoded images and texts of this model's variant and sizes, as far as the components of that level read them.
+
+    Raises:
+        ValueError: If either was encoded by another variant, or the two by different models, or for a lower level.
     """
     common_fingerprint(images, texts)
-    size, gate = config.hidden_size, config.refinement == "gate"
-    refined = config.use_text_refinement
-    wanted = {
-        "images.embeds": config.projection_size,
-        "images.tokens": size,
-        "images.context_values": (2 if gate else 3) * size if refined else None,
-        "texts.embeds": config.projection_size,
-        "texts.words": size,
-        "texts.gates": size if refined and gate else None,
-        "texts.recurrent_words": size if refined and not gate else None,
-    }
-    if config.use_token_similarity:
-        wanted["images.regions"] = size
-    if not with_evidence:
-        coarse = ("images.embeds", "images.regions", "texts.embeds", "texts.words")
-        wanted = {name: value for name, value in wanted.items() if name in coarse}
-    elif isinstance(images, CoarseImages) or isinstance(texts, CoarseTexts):
-        raise ValueError(
-            "match got items encoded for the coarse terms alone; the evidence needs encode_images and encode_texts "
-            "(or leave it out: with_evidence=False)."
-        )
+    wanted = _sizes_read(config, level)
     found = {name: getattr(images if name[0] == "i" else texts, name.split(".")[1]) for name in wanted}
     sizes = {name: None if value is None else value.shape[-1] for name, value in found.items()}
     wrong = [f"{name} of size {sizes[name]}, not {wanted[name]}" for name in wanted if sizes[name] != wanted[name]]
-    regions = images.region_mask.shape[1]
-    if isinstance(images, EncodedImages) and images.tokens.shape[1] != regions * (1 if gate else 2):
-        wrong.append(f"{images.tokens.shape[1]} tokens for {regions} regions")
+    if not wrong and level == "full" and images.refined_regions is not None and images.region_mask is not None:
+        regions = images.region_mask.shape[1]
+        if images.refined_regions.shape[1] != regions * (1 if config.refinement == "gate" else 2):
+            wrong.append(f"{images.refined_regions.shape[1]} refined regions for {regions} regions")
     if wrong:
         raise ValueError(
-            f"match got galleries of another model: {', '.join(wrong)} (None: absent). Score with the model that "
-            "encoded them, or encode them again."
+            f"match at level {level!r} got galleries of another model or of a lower level: {', '.join(wrong)} (None: "
+            "absent). Score with the model that encoded them, or encode them again with that level."
         )
 
 
@@ -168,6 +172,24 @@ def in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             "Load the model in bfloat16 or float32."
         )
     return cast
+
+
+def _sizes_read(config: TVRNConfig, level: str) -> dict[str, int | None]:
+    """The last dimension of what a level's components read; None for what this variant has not."""
+    size, gate = config.hidden_size, config.refinement == "gate"
+    wanted: dict[str, int | None] = {"images.embeds": config.projection_size, "texts.embeds": config.projection_size}
+    if level != "embeddings" and config.use_late_interaction:
+        wanted |= {"images.regions": size, "texts.words": size}
+    if level == "full" and config.use_reasoning:
+        refined = config.use_text_refinement
+        wanted |= {
+            "images.refined_regions": size,
+            "images.context_values": (2 if gate else 3) * size if refined else None,
+            "texts.words": size,
+            "texts.gates": size if refined and gate else None,
+            "texts.recurrent_words": size if refined and not gate else None,
+        }
+    return wanted
 
 
 def _check_mask(name: str, mask: Tensor | None, of: Tensor, item: str) -> Tensor:

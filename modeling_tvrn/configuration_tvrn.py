@@ -15,6 +15,14 @@ _LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
 
 REFINEMENTS = ("gate", "gru")
 SIMILARITY_HEADS = ("saf", "sgr")
+# What a field is where it is not given: without a pretrained dual encoder, and with one.
+BY_FIRST_STAGE: dict[str, tuple[Any, Any]] = {
+    "freeze_vision": (False, True),
+    "freeze_text": (False, True),
+    "component_weight_init_value": (1.0, 0.0),
+    "matching_loss_weight": (1.0, 0.0),
+    "pair_contrastive_loss_weight": (0.0, 1.0),
+}
 POSITIVE = (
     "region_feature_size",
     "vocab_size",
@@ -23,7 +31,6 @@ POSITIVE = (
     "projection_size",
     "similarity_size",
     "attention_scale",
-    "evidence_scale",
     "matching_temperature",
     "distillation_temperature",
 )
@@ -38,8 +45,15 @@ class TVRNConfig(PreTrainedConfig):
             Vision tower that turns `pixel_values` into regions. `None`: the model reads `region_features`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Text tower. `None`: word embeddings and a bidirectional GRU.
-        freeze_vision, freeze_text (`bool`, defaults to `False`):
-            Frozen towers run without gradient and in evaluation mode.
+        dual_encoder_config (`PreTrainedConfig` or `dict`, *optional*):
+            A dual encoder (CLIP, SigLIP, …) that is both towers and the first stage of the score, in place of
+            `vision_config` and `text_config`: `image_embeds`, `text_embeds` and their logit are its own. See
+            `TVRNModel.from_dual_encoder`.
+        freeze_vision, freeze_text (`bool`, *optional*):
+            Frozen towers run without gradient and in evaluation mode. `None`: those of a dual encoder are frozen,
+            others are not.
+        freeze_first_stage (`bool`, defaults to `True`):
+            Of a dual encoder: keep its projections, scale and bias as they are (its towers have switches of their own).
         freeze_word_embeddings (`bool`, defaults to `False`):
             Keep the word embeddings that `TVRNModel.from_backbones(word_embeddings=…)` took over; the GRU learns.
         vision_grid_size (`int`, *optional*):
@@ -49,7 +63,8 @@ class TVRNConfig(PreTrainedConfig):
         word_embedding_size (`int`, defaults to 300): Size of a word's embedding (only without `text_config`).
         pad_token_id (`int`, *optional*, defaults to 0): The word that fills up captions; its embedding stays 0.
         hidden_size (`int`, defaults to 1024): D, the size of regions and words.
-        projection_size (`int`, defaults to 1024): P, the size of `image_embeds` and `text_embeds`.
+        projection_size (`int`, defaults to 1024):
+            P, the size of `image_embeds` and `text_embeds`; a dual encoder's is its own.
         similarity_size (`int`, defaults to 256): S, the size of one similarity vector.
         attention_scale (`float`, defaults to 9.0): λ, inverse temperature of every attention over fragments.
         leaky_slope (`float`, defaults to 0.1): Negative slope of the LeakyReLUs.
@@ -65,21 +80,20 @@ class TVRNConfig(PreTrainedConfig):
             The contexts of the image that is scored refine the words.
         use_semantic_alignment (`bool`, defaults to `True`):
             Regions and words count by their agreement with the global image vector; without it all count alike.
-        use_embedding_similarity (`bool`, defaults to `True`):
-            Add the (scaled) cosine of the two embeddings to the pair logit. The published form leaves it out.
-        embedding_scale_init_value (`float`, defaults to 10.0): Start of that cosine's learned scale.
-        use_token_similarity (`bool`, defaults to `True`):
-            Add the (scaled) token similarity to the pair logit: the words' weighted mean of the soft maximum of their
+        use_first_stage (`bool`, defaults to `True`):
+            Add the first stage, exp(logit_scale)·cosine of the two embeddings, to the pair logit. The published form
+            leaves it out; a dual encoder's is always in.
+        use_late_interaction (`bool`, defaults to `True`):
+            Add late interaction to the pair logit: the (scaled) words' weighted mean of the soft maximum of their
             cosines with the regions. The published form leaves it out.
-        token_logit_scale_init_value (`float`, defaults to 3.0):
+        late_interaction_scale_init_value (`float`, defaults to 3.0):
             Log of its scale's start; the scale is learned, and is the scale of its contrastive loss as well.
-        evidence_scale (`float`, defaults to 1.0):
-            What the evidence, the published logit, is multiplied by in the pair logit; not learned.
-        train_evidence_alone (`bool`, defaults to `False`):
-            Let the losses of the pair score see the evidence, before its scale and without those two terms, which are
-            added in the score alone.
-            Trained on the sum, the evidence learns only what they leave of the training set, and that generalises
-            worse.
+        use_reasoning (`bool`, defaults to `True`):
+            Add the reasoning, the paper's published logit, to the pair logit.
+        component_weight_init_value (`float`, *optional*):
+            Start of the learned non-negative weights of late interaction and reasoning in a logit of several
+            components. Each component learns by losses of its own; its weight by InfoNCE of the sum. `None`: 0 over a
+            dual encoder, whose logit is then the pair logit at first, and 1 elsewhere.
         use_refined_features (`bool`, defaults to `True`):
             Let the embeddings see the refined regions (their attention pooling and mean) and words.
         use_pooled_features (`bool`, defaults to `True`):
@@ -98,18 +112,22 @@ class TVRNConfig(PreTrainedConfig):
         text_dropout (`float`, defaults to 0.0): On word embeddings and text tower features.
         margin (`float`, defaults to 0.2): Of the hinge losses: how far a pair must be above its negatives.
         matching_temperature (`float`, defaults to 0.05): Divides the pair scores in the matching loss.
-        matching_loss_weight (`float`, defaults to 1.0): Weight of the matching loss of the pair scores.
-        pair_contrastive_loss_weight (`float`, defaults to 0.0): Weight of InfoNCE of the pair logits.
+        matching_loss_weight (`float`, *optional*):
+            Weight of the matching loss of the reasoning's sigmoids. `None`: 1, and 0 over a dual encoder.
+        pair_contrastive_loss_weight (`float`, *optional*):
+            Weight of InfoNCE of the reasoning. `None`: 0, and 1 over a dual encoder.
         contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the embeddings.
-        token_contrastive_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the token similarities.
+        late_interaction_loss_weight (`float`, defaults to 1.0): Weight of InfoNCE of the late interaction.
         distillation_loss_weight (`float`, defaults to 0.0):
             Weight of what the embeddings learn from the pair logits of the same batch: the divergence of the two
             softmaxes, in steps that compute both.
         distillation_temperature (`float`, defaults to 2.0): Divides the pair logits there.
         hardest_negative_loss_weight (`float`, defaults to 0.0):
-            Weight of the hinge on the hardest negatives of the pair scores.
+            Weight of the hinge on the hardest negatives of the reasoning's sigmoids.
         label_smoothing (`float`, defaults to 0.0): Of the three cross-entropies.
-        logit_scale_init_value (`float`, defaults to 2.6592): Log of the contrastive loss's first scale, as in CLIP.
+        logit_scale_init_value (`float`, defaults to 2.6592):
+            Log of the first stage's scale at the start, as in CLIP; it is learned by the contrastive loss.
+        use_logit_bias (`bool`, defaults to `False`): The first stage has a learned bias (SigLIP).
         pair_chunk_size (`int`, *optional*):
             Image–caption pairs scored at once, which bounds the memory of the pair stage. `None`: as many as keep one
             (pairs, words, D) tensor in a CPU's cache (4 MiB), or within 256 MiB of a GPU.
@@ -123,12 +141,18 @@ class TVRNConfig(PreTrainedConfig):
     """
 
     model_type = "tvrn"
-    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "dual_encoder_config": AutoConfig,
+    }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    freeze_vision: bool = False
-    freeze_text: bool = False
+    dual_encoder_config: dict | PreTrainedConfig | None = None
+    freeze_vision: bool | None = None
+    freeze_text: bool | None = None
+    freeze_first_stage: bool = True
     freeze_word_embeddings: bool = False
     vision_grid_size: int | None = None
     region_feature_size: int = 2048
@@ -146,12 +170,11 @@ class TVRNConfig(PreTrainedConfig):
     use_geometric_context: bool = True
     use_text_refinement: bool = True
     use_semantic_alignment: bool = True
-    use_embedding_similarity: bool = True
-    embedding_scale_init_value: float | int = 10.0
-    use_token_similarity: bool = True
-    token_logit_scale_init_value: float | int = 3.0
-    evidence_scale: float | int = 1.0
-    train_evidence_alone: bool = False
+    use_first_stage: bool = True
+    use_late_interaction: bool = True
+    late_interaction_scale_init_value: float | int = 3.0
+    use_reasoning: bool = True
+    component_weight_init_value: float | int | None = None
     use_refined_features: bool = True
     use_pooled_features: bool = True
     pooled_hidden_size: int = 1024
@@ -163,15 +186,16 @@ class TVRNConfig(PreTrainedConfig):
     text_dropout: float | int = 0.0
     margin: float | int = 0.2
     matching_temperature: float | int = 0.05
-    matching_loss_weight: float | int = 1.0
-    pair_contrastive_loss_weight: float | int = 0.0
+    matching_loss_weight: float | int | None = None
+    pair_contrastive_loss_weight: float | int | None = None
     contrastive_loss_weight: float | int = 1.0
-    token_contrastive_loss_weight: float | int = 1.0
+    late_interaction_loss_weight: float | int = 1.0
     distillation_loss_weight: float | int = 0.0
     distillation_temperature: float = 2.0
     hardest_negative_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
     logit_scale_init_value: float | int = 2.6592
+    use_logit_bias: bool = False
     pair_chunk_size: int | None = None
     checkpoint_pair_chunks: bool = True
     initializer_range: float | int = 0.02
@@ -189,6 +213,12 @@ class TVRNConfig(PreTrainedConfig):
             self._refuse_unknown(kwargs)
         self.vision_config = self._sub_config("vision_config", self.vision_config)
         self.text_config = self._sub_config("text_config", self.text_config)
+        self.dual_encoder_config = self._sub_config("dual_encoder_config", self.dual_encoder_config)
+        for name, defaults in BY_FIRST_STAGE.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults[self.dual_encoder_config is not None])
+        if self.dual_encoder_config is not None:  # the embeddings are the dual encoder's own
+            self.use_refined_features = self.use_pooled_features = False
         super().__post_init__(**kwargs)
         self.check()
 
@@ -207,7 +237,7 @@ class TVRNConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number in [0, 1).")
         if self.pooled_dropout is not None and not (_is_number(self.pooled_dropout) and 0 <= self.pooled_dropout < 1):
             raise ValueError(f"pooled_dropout is {self.pooled_dropout!r}; expected None or a number in [0, 1).")
-        if not (self.use_refined_features or self.use_pooled_features):
+        if self.dual_encoder_config is None and not (self.use_refined_features or self.use_pooled_features):
             raise ValueError(
                 "use_refined_features and use_pooled_features are both False; the embeddings need at least one."
             )
@@ -218,8 +248,48 @@ class TVRNConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; expected None or at least 1.")
+        if not (self.use_first_stage or self.use_late_interaction or self.use_reasoning):
+            raise ValueError(
+                "use_first_stage, use_late_interaction and use_reasoning are all False; the score needs at least one."
+            )
         self._check_by_kind()
         self._check_words()
+        if self.dual_encoder_config is not None:
+            self._check_dual_encoder()
+
+    def _check_dual_encoder(self) -> None:
+        for name in ("vision_config", "text_config"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"dual_encoder_config ({self.dual_encoder_config.model_type!r}) came beside {name} "
+                    f"({getattr(self, name).model_type!r}); a dual encoder has both towers: leave {name} out."
+                )
+        if not self.use_first_stage:
+            raise ValueError("use_first_stage is False, but a dual encoder's logit is always part of the score.")
+        if self.freeze_word_embeddings:
+            raise ValueError("freeze_word_embeddings is True, but the words come from a dual encoder; use freeze_text.")
+        for name in ("matching_loss_weight", "hardest_negative_loss_weight"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: margins on sigmoids, which a dual encoder's logits drive to 1 "
+                    "for every pair; set it to 0 and use pair_contrastive_loss_weight."
+                )
+
+    @property
+    def vision_tower_config(self) -> Any:
+        """The vision tower's configuration, alone or half of a dual encoder; None where regions come as features."""
+        return getattr(self.dual_encoder_config, "vision_config", None) or self.vision_config
+
+    @property
+    def text_tower_config(self) -> Any:
+        """The text tower's configuration, alone or half of a dual encoder; None with word embeddings and a BiGRU."""
+        return getattr(self.dual_encoder_config, "text_config", None) or self.text_config
+
+    @property
+    def components(self) -> list[str]:
+        """The components of the pair logit that this model has, in the order of `score_components`."""
+        names = ("first_stage", "late_interaction", "reasoning")
+        return [name for name in names if getattr(self, f"use_{name}")]
 
     def _check_by_kind(self) -> None:
         """Switches, starts of learned scales, and weights of losses, which their types and names tell apart."""
@@ -227,7 +297,7 @@ class TVRNConfig(PreTrainedConfig):
             if name in PreTrainedConfig.__dataclass_fields__:
                 continue
             value = getattr(self, name)
-            if field.type is bool and not isinstance(value, bool):
+            if field.type in (bool, bool | None) and not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False.")
             if name.endswith("_init_value") and not _is_number(value):
                 raise ValueError(f"{name} is {value!r}; expected a number, such as {field.default}.")
@@ -238,7 +308,7 @@ class TVRNConfig(PreTrainedConfig):
         if self.text_config is not None and self.freeze_word_embeddings:
             raise ValueError("freeze_word_embeddings is True, but there is a text tower; use freeze_text.")
         pad = self.pad_token_id
-        if self.text_config is None and pad is not None and not 0 <= pad < self.vocab_size:
+        if self.text_tower_config is None and pad is not None and not 0 <= pad < self.vocab_size:
             raise ValueError(
                 f"pad_token_id is {pad}, with a vocab_size of {self.vocab_size}; expected a word's number from 0 to "
                 f"{self.vocab_size - 1}, or None."
@@ -259,8 +329,8 @@ class TVRNConfig(PreTrainedConfig):
             return value
         if not isinstance(value, Mapping):
             raise ValueError(
-                f"{name} is {value!r}; expected a configuration or a dict of its fields. For towers of the Hub by id "
-                "or path use TVRNModel.from_backbones."
+                f"{name} is {value!r}; expected a configuration or a dict of its fields. For models of the Hub by id "
+                "or path use TVRNModel.from_backbones or from_dual_encoder."
             )
         model_type = value.get("model_type")
         if model_type not in CONFIG_MAPPING and "auto_map" in value:

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 Encoded = TypeVar("Encoded", bound="EncodedItems")
 
+# How much of the pair score is wanted, and what it reads of either side; each level holds the one before it.
+LEVELS = ("embeddings", "late_interaction", "full")
+LEVEL_FIELDS = {
+    "embeddings": ("embeds",),
+    "late_interaction": ("embeds", "region_mask", "regions", "words", "word_mask", "word_positions", "word_weights"),
+}
+
 FINGERPRINT_VALUES = 4096  # of each weight that a fingerprint reads, evenly spread: any training moves some of them
 
 
@@ -35,6 +42,13 @@ class EncodedItems:
         """The tensors that are set, by name."""
         named = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def at_level(self: Encoded, level: str) -> Encoded:
+        """The part that `match(…, level=…)` reads: "embeddings", "late_interaction" or "full"."""
+        if level == "full":
+            return self
+        kept = {name: value for name, value in self.tensors().items() if name in LEVEL_FIELDS[level]}
+        return self._like(kept)
 
     def _like(self: Encoded, tensors: dict[str, Tensor]) -> Encoded:
         return type(self)(**tensors, model_fingerprint=self.model_fingerprint)
@@ -70,7 +84,7 @@ class EncodedItems:
 
         Embeddings, weights and boxes keep their precision: they are small, and a cosine in bfloat16 moves ranks.
         """
-        exact = ("embeds", "token_saliency", "token_gram", "context_gram", "word_weights", "region_boxes")
+        exact = ("embeds", "refined_region_saliency", "refined_region_gram", "context_gram", "word_weights", "region_boxes")
         casts = {name: name not in exact and value.is_floating_point() for name, value in self.tensors().items()}
         return self._like({k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
 
@@ -107,18 +121,20 @@ class EncodedItems:
 
 @dataclass
 class EncodedImages(EncodedItems):
-    """Images without any text: I items of N unified tokens (R regions, or 2R with `refinement="gru"`).
+    """Images without any text: I items of N refined regions (R, or 2R with `refinement="gru"`).
+
+    Level "embeddings" sets `embeds` alone, "late_interaction" the regions too, "full" everything the model has.
 
     Attributes:
         embeds: (I, P) unit-norm image embeddings.
-        tokens: (I, N, D) unified regions U.
-        token_mask: (I, N) bool.
-        global_vector: (I, D) global image vector g^v.
-        token_saliency: (I, N) log of the regions' saliency a^v.
-        token_gram: (I, N, N) U Uᵀ, which gives a context's norm without the context.
         region_mask: (I, R) bool, valid regions first.
-        region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the tokens.
-        regions: (I, R, D) regions v, which the token similarity compares with the words.
+        region_boxes: (I, R, 4) xyxy in [0, 1], in the order of the regions.
+        regions: (I, R, D) regions v, which late interaction compares with the words.
+        refined_regions: (I, N, D) unified regions U.
+        refined_region_mask: (I, N) bool.
+        global_vector: (I, D) global image vector g^v.
+        refined_region_saliency: (I, N) log of the regions' saliency a^v.
+        refined_region_gram: (I, N, N) U Uᵀ, which gives a context's norm without the context.
         context_keys: (I, R, D) W_k c^v, the sources of the expansion.
         context_values: (I, R, 2D | 3D) what the expansion carries to the words: [B c^v; C c^v], or the GRU's input
             gates.
@@ -126,14 +142,14 @@ class EncodedImages(EncodedItems):
     """
 
     embeds: Tensor
-    tokens: Tensor
-    token_mask: Tensor
-    global_vector: Tensor
-    token_saliency: Tensor
-    token_gram: Tensor
-    region_mask: Tensor
+    region_mask: Tensor | None = None
     region_boxes: Tensor | None = None
     regions: Tensor | None = None
+    refined_regions: Tensor | None = None
+    refined_region_mask: Tensor | None = None
+    global_vector: Tensor | None = None
+    refined_region_saliency: Tensor | None = None
+    refined_region_gram: Tensor | None = None
     context_keys: Tensor | None = None
     context_values: Tensor | None = None
     context_gram: Tensor | None = None
@@ -141,7 +157,7 @@ class EncodedImages(EncodedItems):
 
 @dataclass
 class EncodedTexts(EncodedItems):
-    """Texts without any image: T items of W words.
+    """Texts without any image: T items of W words. Levels as in `EncodedImages`.
 
     Attributes:
         embeds: (T, P) unit-norm text embeddings.
@@ -156,10 +172,10 @@ class EncodedTexts(EncodedItems):
     """
 
     embeds: Tensor
-    words: Tensor
-    word_mask: Tensor
-    word_positions: Tensor
-    word_weights: Tensor
+    words: Tensor | None = None
+    word_mask: Tensor | None = None
+    word_positions: Tensor | None = None
+    word_weights: Tensor | None = None
     context_queries: Tensor | None = None
     gates: Tensor | None = None
     recurrent_words: Tensor | None = None
@@ -167,54 +183,11 @@ class EncodedTexts(EncodedItems):
 
     def trim(self) -> "EncodedTexts":
         """Drop the columns that are padding in every text."""
-        return _trimmed(self, self.word_mask)
+        return self if self.word_mask is None else _trimmed(self, self.word_mask)
 
     def grouped(self, groups: int) -> "EncodedTexts":
         """(T, …) as (groups, T / groups, …): for each image its own texts. Only the pair stage reads such."""
         return self._map(lambda value: value.unflatten(0, (groups, -1)))
-
-
-@dataclass
-class CoarseImages(EncodedItems):
-    """Images for the coarse terms of the score alone, the embeddings' and the tokens'.
-
-    Attributes:
-        embeds, regions, region_mask: As in `EncodedImages`.
-    """
-
-    embeds: Tensor
-    region_mask: Tensor
-    regions: Tensor | None = None
-
-    @classmethod
-    def of(cls, images: EncodedImages) -> "CoarseImages":
-        """The part of fully encoded images."""
-        mark = images.model_fingerprint
-        return cls(images.embeds, images.region_mask, images.regions, model_fingerprint=mark)
-
-
-@dataclass
-class CoarseTexts(EncodedItems):
-    """Texts for the coarse terms of the score alone.
-
-    Attributes:
-        embeds, words, word_mask, word_weights: As in `EncodedTexts`.
-    """
-
-    embeds: Tensor
-    words: Tensor
-    word_mask: Tensor
-    word_weights: Tensor
-
-    @classmethod
-    def of(cls, texts: EncodedTexts) -> "CoarseTexts":
-        """The part of fully encoded texts."""
-        mark = texts.model_fingerprint
-        return cls(texts.embeds, texts.words, texts.word_mask, texts.word_weights, model_fingerprint=mark)
-
-    def trim(self) -> "CoarseTexts":
-        """Drop the columns that are padding in every text."""
-        return _trimmed(self, self.word_mask)
 
 
 def _trimmed(texts: Encoded, mask: Tensor) -> Encoded:

@@ -1,4 +1,4 @@
-"""Pairs in blocks, memory bounded by a chunk; their terms, and the losses of these. Shipped."""
+"""Pairs in blocks, memory bounded by a chunk; the components of their logits, and the losses of these. Shipped."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checks_tvrn import check_sides
+from .checks_tvrn import check_level, check_sides
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import CoarseImages, CoarseTexts, Encoded, EncodedImages, EncodedTexts
+from .encoded_tvrn import Encoded, EncodedImages, EncodedTexts
 from .layers_tvrn import FragmentAttention, Gate, Recurrence, product_dtype
 from .losses import (
     contrastive_loss,
@@ -25,14 +25,15 @@ CAPTIONS_PER_CHUNK = 32
 # One (pairs, words, D) tensor of a chunk. On a CPU, tensors that leave the cache cost the pair stage half its speed.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Each has its weight in the configuration.
-LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "token_contrastive", "distillation")
+LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "late_interaction", "distillation")
 
 
 class PairMatching:
     """The part of [`TVRNModel`] that scores encoded images against encoded texts.
 
     Attributes:
-        config, pair, attention, textual_refinement, logit_scale, gradient_checkpointing: The model's.
+        config, pair, attention, textual_refinement, logit_scale, logit_bias, gradient_checkpointing: The model's.
+        calibration_scale, calibration_shift: (1,) of the score, see `scores`.
     """
 
     config: TVRNConfig
@@ -40,64 +41,83 @@ class PairMatching:
     attention: FragmentAttention
     textual_refinement: Gate | Recurrence | None
     logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
+    calibration_scale: Tensor
+    calibration_shift: Tensor
     gradient_checkpointing: bool
 
     def match(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None = None,
-        with_evidence: bool = True,
+        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None, level: str = "full"
     ) -> Tensor:
-        """Pair logits (I, T) in float32 (float64 for a float64 model); the sigmoid is the matching score (§4).
+        """Pair logits (I, T) in float32 (float64 for a float64 model), what pairs are ranked by; see also `scores`.
 
         Args:
-            images, texts: As `encode_images` and `encode_texts` give them.
+            images, texts: As `encode_images` and `encode_texts` give them, of that level or a higher one.
             chunk_size: Pairs scored at once (default `config.pair_chunk_size`); bounds memory, does not change scores.
-            with_evidence: False leaves the pair stage out: the sum of the coarse terms alone.
+            level: "embeddings" (the first stage), "late_interaction" (this added), or "full" (the reasoning, too).
 
         Raises:
-            ValueError: If a side is empty, another model's, or `chunk_size` is below 1.
+            ValueError: If a side is empty, another model's or of a lower level, or `chunk_size` is below 1.
         """
-        return self.pair_logits(self.match_terms(images, texts, chunk_size, with_evidence))
+        return self.pair_logits(self.score_components(images, texts, chunk_size, level))
 
     @staticmethod
-    def pair_logits(terms: dict[str, Tensor]) -> Tensor:
-        """The pair logits (I, T) of terms as `match_terms` gives them: their sum."""
-        return torch.stack(list(terms.values())).sum(dim=0)
+    def pair_logits(components: dict[str, Tensor]) -> Tensor:
+        """The pair logits (I, T) of weighted components: their sum."""
+        return torch.stack(list(components.values())).sum(dim=0)
 
-    def trained_logits(self, terms: dict[str, Tensor]) -> Tensor:
-        """What the pair losses see (I, T): the sum of the terms, or with `train_evidence_alone` the plain evidence."""
-        if self.config.train_evidence_alone:
-            return terms["evidence"] / self.config.evidence_scale
-        return self.pair_logits(terms)
+    def scores(self, logits: Tensor) -> Tensor:
+        """Matching scores in (0, 1) of pair logits: the sigmoid, scaled and shifted where the model is calibrated.
 
-    def match_terms(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None = None,
-        with_evidence: bool = True,
-    ) -> dict[str, Tensor]:
-        """The summands of `match`, each (I, T): "evidence", "tokens", "embeddings", those that the model has.
-
-        Arguments and errors are those of `match`.
+        Calibration changes no logit and no rank. An uncalibrated dual encoder's scores are 1 for nearly every pair
+        (`is_calibrated`): its logits rank, they don't decide.
         """
+        scale, shift = (value.to(logits) for value in (self.calibration_scale, self.calibration_shift))
+        return torch.sigmoid(scale * logits + shift)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether 0.5 is where a match begins; a model that learned by losses on sigmoids alone is so by itself."""
+        moved = bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
+        return moved or not self.config.use_first_stage
+
+    def score_components(
+        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None, level: str = "full"
+    ) -> dict[str, Tensor]:
+        """The weighted summands of `match`, each (I, T), those that the model has up to that level.
+
+        "first_stage", "late_interaction", "reasoning"; arguments and errors are those of `match`.
+        """
+        return self.weigh_components(self.unweighted_components(images, texts, chunk_size, level))
+
+    def weigh_components(self, components: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Components as `unweighted_components` gives them, times their learned weights."""
+        return {name: self.pair.weight(name) * value for name, value in components.items()}
+
+    def unweighted_components(
+        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None, level: str = "full"
+    ) -> dict[str, Tensor]:
+        """The components before their weights, what each one's own losses see; as `score_components`."""
         if not len(images) or not len(texts) or (chunk_size is not None and chunk_size < 1):
             raise ValueError(
                 f"match got {len(images)} images, {len(texts)} texts, chunk_size {chunk_size}; expected at least 1 of "
                 "each."
             )
-        check_sides(images, texts, self.config, with_evidence)
+        check_sides(images, texts, self.config, check_level(level))
         images, texts = self._as_computed(images), self._as_computed(texts)
-        terms = self._match_chunks(images, texts, chunk_size, with_evidence)
-        if self.config.use_embedding_similarity:
-            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
-        if not terms:
-            raise ValueError(
-                "This model has neither an embedding nor a token similarity: without the evidence nothing is left."
-            )
-        return terms
+        components: dict[str, Tensor] = {}
+        if self.config.use_first_stage:
+            components["first_stage"] = self.first_stage(images.embeds, texts.embeds)
+        components |= self._match_chunks(images, texts, chunk_size, level)
+        if not components:
+            raise ValueError(f"This model's score has the component {self.config.components} alone; use level='full'.")
+        return components
+
+    def first_stage(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """exp(logit_scale)·cosine + logit_bias, a dual encoder's logit: (i, P), (t, P) or (i, t, P) -> (i, t)."""
+        cosine = self.pair.cosines(image_embeds, text_embeds)
+        logits = self.logit_scale.to(cosine.dtype).exp() * cosine
+        return logits if self.logit_bias is None else logits + self.logit_bias.to(cosine.dtype)
 
     def match_aligned(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """Pair logits (I, n) of each image with n texts of its own, all at once: dense arithmetic for a shortlist.
@@ -119,36 +139,41 @@ class PairMatching:
 
     def _as_computed(self, items: Encoded) -> Encoded:
         """Items in the dtype of autocast, where it is on, else of the weights: a gallery may be stored in another."""
-        return items.to(product_dtype(self.pair.local_similarity.weight))
+        return items.to(product_dtype(self.logit_scale))
 
     def _block_logits(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """The pair logits (i, t) of one block, nothing checked or cut."""
-        terms = dict(zip(self._fragment_terms(True), self._score_block(images, texts, True), strict=True))
-        if self.config.use_embedding_similarity:
-            terms["embeddings"] = self.pair.embedding_similarity(images.embeds, texts.embeds)
-        return self.pair_logits(terms)
+        components: dict[str, Tensor] = {}
+        if self.config.use_first_stage:
+            components["first_stage"] = self.first_stage(images.embeds, texts.embeds)
+        names = self._fragment_components("full")
+        if names:
+            components |= dict(zip(names, self._score_block(images, texts, "full"), strict=True))
+        return self.pair_logits(self.weigh_components(components))
 
     def pairs_at_once(self, texts: EncodedTexts) -> int:
         """Pairs of such texts that are best scored together: `config.pair_chunk_size`, or what suits the device."""
-        return self.config.pair_chunk_size or _auto_chunk_size(texts, texts.words.shape[-1])
+        width = texts.embeds.shape[-1] if texts.words is None else texts.words.shape[-1]
+        return self.config.pair_chunk_size or _auto_chunk_size(texts, width)
 
-    def _fragment_terms(self, with_evidence: bool) -> list[str]:
-        """The terms that see fragments, in the order of `_score_block`."""
-        return [*["evidence"] * with_evidence, *["tokens"] * self.config.use_token_similarity]
+    def _fragment_components(self, level: str) -> list[str]:
+        """The components of a level that see fragments, in the order of `_score_block`."""
+        found = {
+            "late_interaction": self.config.use_late_interaction and level != "embeddings",
+            "reasoning": self.config.use_reasoning and level == "full",
+        }
+        return [name for name, wanted in found.items() if wanted]
 
     def _match_chunks(
-        self,
-        images: EncodedImages | CoarseImages,
-        texts: EncodedTexts | CoarseTexts,
-        chunk_size: int | None,
-        with_evidence: bool,
+        self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None, level: str
     ) -> dict[str, Tensor]:
-        """The terms that see fragments, block by block; captions of one length share a chunk: little is padding."""
-        names = self._fragment_terms(with_evidence)
+        """The components that see fragments, block by block; captions of one length share a chunk: little is padding."""
+        names = self._fragment_components(level)
         if not names:
             return {}
+        assert texts.word_mask is not None and texts.words is not None and images.region_mask is not None
         order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
-        width = texts.words.shape[-1] if with_evidence else images.region_mask.shape[1]
+        width = texts.words.shape[-1] if "reasoning" in names else images.region_mask.shape[1]
         chunk_size = chunk_size or self.config.pair_chunk_size or _auto_chunk_size(texts, width)
         captions = min(CAPTIONS_PER_CHUNK, chunk_size, len(texts))
         image_blocks = [images.select(rows) for rows in _slices(len(images), chunk_size // captions)]
@@ -157,37 +182,28 @@ class PairMatching:
         columns = []
         for rows in _slices(len(texts), captions):
             block = texts.select(order[rows]).trim()
-            scored = [score(image_block, block, with_evidence) for image_block in image_blocks]
+            scored = [score(image_block, block, level) for image_block in image_blocks]
             columns.append(torch.cat(scored, dim=1))
         matrices = torch.cat(columns, dim=2).index_select(2, torch.argsort(order))
         return dict(zip(names, matrices, strict=True))
 
-    def _score_block(
-        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
-    ) -> Tensor:
-        """Evidence and token similarity of a block, those that are wanted: (1 or 2, i, t)."""
-        terms = []
-        if with_evidence:
-            assert isinstance(images, EncodedImages) and isinstance(texts, EncodedTexts)
-            evidence = self.pair(images, texts, self.attention, self.textual_refinement)
-            terms.append(self.config.evidence_scale * evidence)
-        if self.config.use_token_similarity:
-            terms.append(self.pair.token_similarity(images, texts))
-        return torch.stack(terms)
+    def _score_block(self, images: EncodedImages, texts: EncodedTexts, level: str) -> Tensor:
+        """Late interaction and reasoning of a block, those that are wanted: (1 or 2, i, t)."""
+        score = {
+            "late_interaction": lambda: self.pair.late_interaction(images, texts),
+            "reasoning": lambda: self.pair(images, texts, self.attention, self.textual_refinement),
+        }
+        return torch.stack([score[name]() for name in self._fragment_components(level)])
 
-    def _score_block_checkpointed(
-        self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts, with_evidence: bool
-    ) -> Tensor:
+    def _score_block_checkpointed(self, images: EncodedImages, texts: EncodedTexts, level: str) -> Tensor:
         """Recompute the block in the backward pass: training memory is then bounded by the chunk, not the batch."""
         if not torch.is_grad_enabled() or not (self.config.checkpoint_pair_chunks or self.gradient_checkpointing):
-            return self._score_block(images, texts, with_evidence)
-        return checkpoint(
-            self._score_block, images, texts, with_evidence, use_reentrant=False, preserve_rng_state=False
-        )
+            return self._score_block(images, texts, level)
+        return checkpoint(self._score_block, images, texts, level, use_reentrant=False, preserve_rng_state=False)
 
     def training_loss(
         self,
-        terms: dict[str, Tensor],
+        components: dict[str, Tensor],
         image_embeds: Tensor,
         text_embeds: Tensor,
         image_ids: Tensor,
@@ -197,33 +213,48 @@ class PairMatching:
         """The weighted sum of the losses in use, and each of them, detached.
 
         Args:
-            terms: (I, T) each, as `match_terms` gives them.
+            components: (I, T) each, as `unweighted_components` gives them.
             image_embeds, text_embeds: (I, P) and (T, P) unit norm.
             image_ids, text_image_ids: (I,) and (T,), what decides positives.
             losses: Names of those that may enter, such as "contrastive"; default: all.
 
         Raises:
-            ValueError: If no loss with a weight above 0 applies to these terms.
+            ValueError: If no loss with a weight above 0 applies to these components.
         """
         config, weights = self.config, self._loss_weights(losses)
         ids = (image_ids, text_image_ids)
-        parts = self._pair_losses(terms, ids, weights) if "evidence" in terms else {}
-        if weights["contrastive"]:
+        parts = self._pair_losses(components["reasoning"], ids, weights) if "reasoning" in components else {}
+        learns = image_embeds.requires_grad or text_embeds.requires_grad or self.logit_scale.requires_grad
+        if weights["contrastive"] and (learns or not torch.is_grad_enabled()):
             parts["contrastive"] = contrastive_loss(
                 image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
             )
-        if weights["token_contrastive"] and "tokens" in terms:
-            parts["token_contrastive"] = positives_cross_entropy(terms["tokens"], *ids, config.label_smoothing)
-        if weights["distillation"] and terms:
+        if weights["late_interaction"] and "late_interaction" in components:
+            parts["late_interaction"] = positives_cross_entropy(
+                components["late_interaction"], *ids, config.label_smoothing
+            )
+        detached = {name: value.detach() for name, value in components.items()}
+        if weights["distillation"] and components:
+            source = self.pair_logits(self.weigh_components(detached))
             parts["distillation"] = distillation_loss(
-                image_embeds, text_embeds, self.logit_scale, self.pair_logits(terms), config.distillation_temperature
+                image_embeds, text_embeds, self.logit_scale, source, config.distillation_temperature
             )
         if not parts:
             raise ValueError(
                 "return_loss=True but no loss is left: every *_loss_weight that could apply is 0; set one above 0."
             )
         loss = sum(weights[name] * part for name, part in parts.items())
+        if len(components) > 1 and self._learned_weights(components):
+            # A component that learned from the sum would learn only what the others leave of the training set.
+            parts["component_weights"] = positives_cross_entropy(
+                self.pair_logits(self.weigh_components(detached)), *ids
+            )
+            loss = loss + parts["component_weights"]
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _learned_weights(self, components: dict[str, Tensor]) -> bool:
+        weights = [getattr(self.pair, f"{name}_weight", None) for name in components]
+        return any(weight is not None and weight.requires_grad for weight in weights)
 
     def _loss_weights(self, losses: Collection[str] | None) -> dict[str, Any]:
         """The configured weights by the losses' names; 0 for those that may not enter."""
@@ -231,10 +262,10 @@ class PairMatching:
         return {name: weight if losses is None or name in losses else 0.0 for name, weight in found.items()}
 
     def _pair_losses(
-        self, terms: dict[str, Tensor], ids: tuple[Tensor, Tensor], weights: dict[str, Any]
+        self, logits: Tensor, ids: tuple[Tensor, Tensor], weights: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The losses of the pair score, or of the evidence alone."""
-        config, parts, logits = self.config, {}, self.trained_logits(terms)
+        """The losses of the reasoning."""
+        config, parts = self.config, {}
         if weights["matching"]:
             parts["matching"] = matching_loss(
                 logits.sigmoid(), *ids, margin=config.margin, temperature=config.matching_temperature
@@ -246,9 +277,11 @@ class PairMatching:
         return parts
 
 
-def _auto_chunk_size(texts: EncodedTexts | CoarseTexts, width: int) -> int:
+def _auto_chunk_size(texts: EncodedTexts, width: int) -> int:
     """Pairs whose (pairs, words, width) tensor stays in a CPU's cache, or is large enough to fill a GPU."""
-    budget = CHUNK_BYTES.get(texts.words.device.type, CHUNK_BYTES["cuda"])
+    budget = CHUNK_BYTES.get(texts.embeds.device.type, CHUNK_BYTES["cuda"])
+    if texts.words is None or texts.word_mask is None:
+        return max(budget // (width * texts.embeds.element_size()), 1)
     words = max(int(texts.word_mask.sum(dim=1).float().mean()), 1) * (
         1 if getattr(texts, "recurrent_words", None) is None else 2
     )

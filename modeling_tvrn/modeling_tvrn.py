@@ -19,7 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .checks_tvrn import (
+    check_embeds,
     check_ids,
+    check_level,
     check_pixels,
     check_regions,
     check_row_ids,
@@ -29,7 +31,8 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts, model_fingerprint
+from .dual_encoder_tvrn import build_dual_encoder, load_dual_encoder, plain_dual_encoder, probe, without_scale
+from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
     FeatureDropout,
@@ -50,7 +53,7 @@ from .layers_tvrn import (
     wide,
 )
 from .matching_tvrn import PairMatching
-from .pair_tvrn import PairStage
+from .pair_tvrn import PairStage, weighted_components
 from .towers_tvrn import build_tower, freeze_unused, load_tower, load_word_embeddings, region_feature_size, region_map
 
 
@@ -60,7 +63,7 @@ class TVRNOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, with `return_loss=True`.
-        logits_per_image: (I, T) pair logits; the sigmoid is the matching score.
+        logits_per_image: (I, T) pair logits; `TVRNModel.scores` makes matching scores of them.
         logits_per_text: (T, I), its transpose.
         image_embeds: (I, P) unit norm.
         text_embeds: (T, P) unit norm.
@@ -100,13 +103,16 @@ class TVRNPreTrainedModel(PreTrainedModel):
                 else:
                     init.xavier_uniform_(parameter)
         elif isinstance(module, PairStage):
-            if module.config.use_embedding_similarity:
-                init.constant_(module.embedding_scale, module.config.embedding_scale_init_value)
-                init.zeros_(module.embedding_shift)
-            if module.config.use_token_similarity:
-                init.constant_(module.token_logit_scale, module.config.token_logit_scale_init_value)
+            if module.config.use_late_interaction:
+                init.constant_(module.late_interaction_scale, module.config.late_interaction_scale_init_value)
+            for name in weighted_components(module.config):
+                init.constant_(getattr(module, f"{name}_weight"), module.config.component_weight_init_value)
         elif isinstance(module, TVRNModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.zeros_(module.logit_bias)
+            init.ones_(module.calibration_scale)
+            init.zeros_(module.calibration_shift)
         else:
             super()._init_weights(module)
 
@@ -139,21 +145,30 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         super().__init__(config)
         config.check()
         size = config.hidden_size
+        self.dual_encoder: Any = None
+        if config.dual_encoder_config is not None:
+            self.dual_encoder = build_dual_encoder(config.dual_encoder_config)
         self.vision_model = build_tower(config.vision_config) if config.vision_config is not None else None
         self.text_model = build_tower(config.text_config) if config.text_config is not None else None
-        self.word_encoder = WordEncoder(config) if config.text_config is None else None
+        self.word_encoder = WordEncoder(config) if config.text_tower_config is None else None
         self.image_dropout = FeatureDropout(config.image_dropout)
         self.text_dropout = FeatureDropout(config.text_dropout)
-        self.region_projection = nn.Linear(config.region_feature_size, size)
-        if config.text_config is not None:
+        # Without late interaction and reasoning nothing reads single regions and words.
+        self.uses_fragments = config.use_late_interaction or config.use_reasoning or config.use_refined_features
+        if self.uses_fragments:
+            self.region_projection = nn.Linear(config.region_feature_size, size)
+            self.text_pooling = AttentionPooling(config)
+        if self.uses_fragments and config.text_tower_config is not None:
             self.word_projection = nn.Linear(_width(config), size)
             self.word_perceptron = perceptron(_width(config), config.word_hidden_size, size, config.dropout)
-        self.attention = FragmentAttention(config)
-        self.geometry = GeometricAttention(config) if config.use_geometric_context else None
-        self.visual_refinement = _refinement(config)
-        self.textual_refinement = _refinement(config) if config.use_text_refinement else None
-        self.image_pooling = AttentionPooling(config)
-        self.text_pooling = AttentionPooling(config)
+        self.refines = config.use_reasoning or config.use_refined_features
+        self.geometry = GeometricAttention(config) if self.refines and config.use_geometric_context else None
+        self.textual_refinement = None
+        if self.refines:
+            self.attention = FragmentAttention(config)
+            self.visual_refinement = _refinement(config)
+            self.textual_refinement = _refinement(config) if config.use_text_refinement else None
+            self.image_pooling = AttentionPooling(config)
         if config.use_refined_features:
             self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
             self.text_embedding = nn.Linear(size, config.projection_size, bias=False)
@@ -166,6 +181,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         self.pair = PairStage(config)
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if config.use_logit_bias else None
+        self.register_buffer("calibration_scale", torch.ones(1))
+        self.register_buffer("calibration_shift", torch.zeros(1))
         self.gradient_checkpointing = False
         self._freeze()
         self.post_init()
@@ -216,23 +234,84 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         model._freeze()
         return model
 
+    @classmethod
+    def from_dual_encoder(
+        cls,
+        dual_encoder: str | os.PathLike | nn.Module,
+        *,
+        dtype: Any = torch.float32,
+        hub: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> "TVRNModel":
+        """A TVRN over a pretrained dual encoder (CLIP, SigLIP, …), whose embeddings and logits are at first its own.
+
+        Args:
+            dual_encoder: Hub id or path, or a model of transformers (which is then nested, not copied).
+            dtype: What the weights are loaded in; `"auto"` is the checkpoint's own.
+            hub: Further keywords of `from_pretrained`, such as `{"revision": …}`.
+            **config: Fields of [`TVRNConfig`], such as `vision_grid_size=7`. Late interaction and reasoning are built
+                with weights that start at 0; `use_late_interaction=False, use_reasoning=False` leaves them out.
+
+        Raises:
+            ValueError: If it is no dual encoder, names the test that it failed, or a field contradicts it.
+        """
+        model = dual_encoder
+        if not isinstance(model, nn.Module):
+            model = load_dual_encoder(model, dtype=dtype, **hub or {})
+        sizes = probe(model.eval())
+        for name, size in sizes.config().items():
+            if config.setdefault(name, size) != size:
+                raise ValueError(f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out.")
+        own = next(model.parameters()).dtype
+        tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(own)
+        tvrn.dual_encoder = without_scale(model)
+        tvrn.logit_scale.data.fill_(sizes.logit_scale)
+        if tvrn.logit_bias is not None and sizes.logit_bias is not None:
+            tvrn.logit_bias.data.fill_(sizes.logit_bias)
+        tvrn._freeze()
+        tvrn.config.name_or_path = model.config.name_or_path
+        return tvrn
+
+    def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
+        """Write the first stage as a plain checkpoint of its original class, with its processor.
+
+        Args:
+            folder: Where; loads with `AutoModel.from_pretrained`, without this package or any remote code.
+            processor: The `TVRNProcessor` of this model; without one the checkpoint has weights and config alone.
+
+        Raises:
+            ValueError: If this model has no dual encoder.
+        """
+        if self.dual_encoder is None:
+            raise ValueError("This model has no dual encoder to save; build it with TVRNModel.from_dual_encoder.")
+        plain = plain_dual_encoder(self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias)
+        plain.save_pretrained(folder)
+        if processor is not None:
+            processor.save_dual_encoder(folder)
+
     # -- towers -------------------------------------------------------------------------------------------------
 
     def _freeze(self) -> None:
+        if self.dual_encoder is not None and self.config.freeze_first_stage:
+            towers = {id(weight) for tower, _ in self._towers() for weight in tower.parameters()}
+            for weight in (*self.dual_encoder.parameters(), self.logit_scale, self.logit_bias):
+                if weight is not None and id(weight) not in towers:
+                    weight.requires_grad_(False)
         if self.word_encoder is not None and self.config.freeze_word_embeddings:
             self.word_encoder.embeddings.requires_grad_(False)
         for tower, frozen in self._towers():
             if frozen:
                 tower.requires_grad_(False)
-            else:
+            elif self.dual_encoder is None:  # whose poolers make its embeddings
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
     def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
-        if self.vision_model is not None:
-            yield self.vision_model, self.config.freeze_vision
-        if self.text_model is not None:
-            yield self.text_model, self.config.freeze_text
+        owner = self if self.dual_encoder is None else self.dual_encoder
+        if owner.vision_model is not None:
+            yield owner.vision_model, bool(self.config.freeze_vision)
+        if owner.text_model is not None:
+            yield owner.text_model, bool(self.config.freeze_text)
 
     def train(self, mode: bool = True) -> "TVRNModel":
         """As `nn.Module.train`; frozen towers, and every BatchNorm of a tower, stay in evaluation mode.
@@ -246,35 +325,73 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             for module in tower.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        if self.dual_encoder is not None and self.config.freeze_first_stage:
+            for name, module in self.dual_encoder.named_children():
+                if name not in ("vision_model", "text_model"):
+                    module.eval()
         return self
 
     def extract_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The vision tower alone, what a region cache stores: features (B, R, F), boxes (B, R, 4), mask (B, R)."""
-        if self.vision_model is None:
+        return self._look(pixel_values)[:3]
+
+    def extract_image_features(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """`extract_regions` by the names of `encode_images`, and a dual encoder's `image_embeds` (B, P) of the same pass."""
+        features, boxes, mask, embeds = self._look(pixel_values)
+        found = {"region_features": features, "region_boxes": boxes, "region_mask": mask}
+        return found if embeds is None else {**found, "image_embeds": embeds}
+
+    def _look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The vision tower's regions, boxes and mask, and a dual encoder's embeddings."""
+        config = self.config
+        if self.vision_model is None and self.dual_encoder is None:
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
-        check_pixels(pixel_values, getattr(self.vision_model.config, "num_channels", 3))
-        with torch.no_grad() if self.config.freeze_vision else contextlib.nullcontext():
+        check_pixels(pixel_values, getattr(config.vision_tower_config, "num_channels", 3) or 3)
+        frozen = config.freeze_vision and (self.dual_encoder is None or config.freeze_first_stage)
+        with torch.no_grad() if frozen else contextlib.nullcontext():
             return self._grid_regions(pixel_values)
 
-    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`extract_regions` without its checks."""
-        assert self.vision_model is not None
+    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`_look` without its checks."""
+        tower = self.vision_model if self.dual_encoder is None else self.dual_encoder.vision_model
+        assert tower is not None
         # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
-        output = self.vision_model(pixel_values=pixel_values.to(next(self.vision_model.parameters()).dtype))
-        grid = region_map(output, pixel_values, self.vision_model.config)
+        pixels = pixel_values.to(next(tower.parameters()).dtype)
+        embeds = None
+        if self.dual_encoder is None:
+            output = tower(pixel_values=pixels)
+        else:
+            output = self.dual_encoder.get_image_features(pixel_values=pixels)
+            embeds = normalize(output.pooler_output.to(self.logit_scale.dtype))
+        grid = region_map(output, pixel_values, self.config.vision_tower_config)
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
         rows, columns = grid.shape[-2:]
         features = grid.flatten(2).transpose(1, 2)
         boxes = grid_boxes(rows, columns, device=grid.device).expand(grid.shape[0], -1, -1)
-        return features, boxes, torch.ones(features.shape[:2], dtype=torch.bool, device=grid.device)
+        mask = torch.ones(features.shape[:2], dtype=torch.bool, device=grid.device)
+        return features, boxes, mask, embeds
 
     def extract_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The text tower alone: last hidden states (T, W, F)."""
-        if self.text_model is None:
+        return self._read(input_ids, attention_mask)[0]
+
+    def extract_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """`extract_words` by the name of `encode_texts`, and a dual encoder's `text_embeds` (T, P) of the same pass."""
+        hidden, embeds = self._read(input_ids, attention_mask)
+        return {"text_features": hidden} if embeds is None else {"text_features": hidden, "text_embeds": embeds}
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The text tower's last hidden states, and a dual encoder's embeddings."""
+        config = self.config
+        if self.text_model is None and self.dual_encoder is None:
             raise ValueError("This model has no text tower: its words come from embeddings and a GRU.")
-        with torch.no_grad() if self.config.freeze_text else contextlib.nullcontext():
-            return self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        frozen = config.freeze_text and (self.dual_encoder is None or config.freeze_first_stage)
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            if self.text_model is not None:
+                return self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, None
+            output = self.dual_encoder.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+            return output.last_hidden_state, normalize(output.pooler_output.to(self.logit_scale.dtype))
 
     # -- one side at a time ---------------------------------------------------------------------------------------
 
@@ -284,42 +401,66 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         region_features: Tensor | None = None,
         region_boxes: Tensor | None = None,
         region_mask: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        level: str = "full",
     ) -> EncodedImages:
-        """Everything the pair score needs of images, without any text (§2).
+        """What the pair score needs of images, without any text.
 
         Args:
             pixel_values: (I, 3, H, W), for a model with a vision tower.
             region_features: (I, R, F) instead.
             region_boxes: (I, R, 4) xyxy in [0, 1]; required with region features unless `use_geometric_context=False`.
             region_mask: (I, R), 1 = keep.
+            image_embeds: (I, P) beside region features of a dual encoder, as `extract_image_features` gives them.
+            level: What `match(…, level=…)` will read: "embeddings", "late_interaction" or "full". What a level leaves
+                out is `None`, and is not computed.
 
         Raises:
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
-        return self._encode_regions(*self._regions(pixel_values, region_features, region_boxes, region_mask))
+        check_level(level)
+        if self._only_embeds(level) and self.dual_encoder is not None and pixel_values is None and image_embeds is not None:
+            embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
+            return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
+        given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds)
+        return self._encode_regions(*given, level=level)
 
-    def _encode_regions(self, features: Tensor, boxes: Tensor | None, mask: Tensor) -> EncodedImages:
+    def _only_embeds(self, level: str) -> bool:
+        """Whether the embeddings are all that this model computes at that level."""
+        return level == "embeddings" and not self.config.use_refined_features or not self.uses_fragments
+
+    def _encode_regions(
+        self, features: Tensor, boxes: Tensor | None, mask: Tensor, embeds: Tensor | None, level: str = "full"
+    ) -> EncodedImages:
         """`encode_images` of what `_regions` gives."""
+        name = self.fingerprint()
+        if self._only_embeds(level):
+            return EncodedImages(self._image_embeds(None, features, mask, embeds), model_fingerprint=name)
         regions = normalize(self.region_projection(self.image_dropout(features)))
+        if not self.config.use_refined_features and (level != "full" or not self.config.use_reasoning):
+            embeds = self._image_embeds(None, features, mask, embeds)
+            encoded = EncodedImages(embeds, mask, boxes, regions, model_fingerprint=name)
+            return encoded.at_level(level)
         contexts = self._visual_contexts(regions, boxes, mask)
         joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
-        tokens, token_mask = self._refine_regions(regions, joint, mask)
-        weights = self.image_pooling(tokens, token_mask)
-        overall = normalize((weights.unsqueeze(1).to(tokens.dtype) @ tokens).squeeze(1))
-        refined = torch.cat([overall, masked_mean(tokens, token_mask)], dim=-1)
-        return EncodedImages(
-            embeds=self._image_embeds(refined, features, mask),
-            tokens=tokens,
-            token_mask=token_mask,
-            global_vector=overall,
-            token_saliency=self._region_saliency(tokens, overall, token_mask),
-            token_gram=gram(tokens),
+        refined, refined_mask = self._refine_regions(regions, joint, mask)
+        weights = self.image_pooling(refined, refined_mask)
+        overall = normalize((weights.unsqueeze(1).to(refined.dtype) @ refined).squeeze(1))
+        summary = torch.cat([overall, masked_mean(refined, refined_mask)], dim=-1)
+        encoded = EncodedImages(
+            embeds=self._image_embeds(summary, features, mask, embeds),
             region_mask=mask,
             region_boxes=boxes,
-            regions=regions if self.config.use_token_similarity else None,
+            regions=regions if self.config.use_late_interaction else None,
+            refined_regions=refined,
+            refined_region_mask=refined_mask,
+            global_vector=overall,
+            refined_region_saliency=self._region_saliency(refined, overall, refined_mask),
+            refined_region_gram=gram(refined),
             **self._expansion_sources(contexts),
-            model_fingerprint=self.fingerprint(),
+            model_fingerprint=name,
         )
+        return encoded.at_level(level)
 
     def _regions(
         self,
@@ -327,18 +468,23 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         region_features: Tensor | None,
         region_boxes: Tensor | None,
         region_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Checked region features, boxes and mask, the valid regions first."""
+        image_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Checked region features, boxes and mask, the valid regions first; a dual encoder's embeddings."""
         if (pixel_values is None) == (region_features is None):
             raise ValueError("encode_images takes either pixel_values or region_features, exactly one of them.")
         if pixel_values is not None:
-            if region_boxes is not None or region_mask is not None:
+            if region_boxes is not None or region_mask is not None or image_embeds is not None:
                 raise ValueError(
-                    "encode_images got region_boxes or region_mask beside pixel_values, whose regions are the tower's "
-                    "own grid; leave them out, or give region_features."
+                    "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions are "
+                    "the tower's own grid; leave them out, or give region_features."
                 )
-            region_features, region_boxes, region_mask = self.extract_regions(pixel_values)
+            region_features, region_boxes, region_mask, image_embeds = self._look(pixel_values)
         assert region_features is not None
+        if self.dual_encoder is not None:
+            image_embeds = check_embeds(
+                "image_embeds", image_embeds, len(region_features), self.config.projection_size
+            )
         features, boxes, mask = check_regions(
             region_features, region_boxes, region_mask, self.config.region_feature_size, self.geometry is not None
         )
@@ -346,47 +492,19 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             order = valid_first(mask)
             features, mask = take(features, order), take(mask, order)
             boxes = take(boxes, order) if boxes is not None else None
-        return in_dtype(features, self.region_projection.weight.dtype, "Region features"), boxes, mask
+        features = in_dtype(features, self.logit_scale.dtype, "Region features")
+        return features, boxes, mask, image_embeds
 
-    def _image_embeds(self, refined: Tensor | None, features: Tensor, mask: Tensor) -> Tensor:
-        """Unit-norm embeddings (I, P) from the refined regions' summary and the mean region feature (§5)."""
+    def _image_embeds(self, refined: Tensor | None, features: Tensor, mask: Tensor, embeds: Tensor | None) -> Tensor:
+        """Unit-norm embeddings (I, P): a dual encoder's, or from the refined regions' summary and the mean feature."""
+        if embeds is not None:
+            return normalize(embeds.to(self.logit_scale.dtype))
         parts = []
         if self.config.use_refined_features:
             parts.append(self.image_embedding(refined))
         if self.config.use_pooled_features:
             parts.append(self.pooled_image_embedding(masked_mean(features, mask)))
         return normalize(torch.stack(parts).sum(dim=0).to(self.logit_scale.dtype))
-
-    def embed_images(
-        self,
-        pixel_values: Tensor | None = None,
-        region_features: Tensor | None = None,
-        region_boxes: Tensor | None = None,
-        region_mask: Tensor | None = None,
-    ) -> Tensor:
-        """`encode_images(…).embeds` (I, P), without computing what only the pair score needs."""
-        if self.config.use_refined_features:
-            return self.encode_images(pixel_values, region_features, region_boxes, region_mask).embeds
-        features, _, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
-        return self._image_embeds(None, features, mask)
-
-    def encode_coarse_images(
-        self,
-        pixel_values: Tensor | None = None,
-        region_features: Tensor | None = None,
-        region_boxes: Tensor | None = None,
-        region_mask: Tensor | None = None,
-    ) -> CoarseImages:
-        """What `match(…, with_evidence=False)` needs of images; arguments and errors as `encode_images`."""
-        if self.config.use_refined_features:
-            return CoarseImages.of(self.encode_images(pixel_values, region_features, region_boxes, region_mask))
-        features, _, mask = self._regions(pixel_values, region_features, region_boxes, region_mask)
-        return CoarseImages(
-            embeds=self._image_embeds(None, features, mask),
-            regions=normalize(self.region_projection(self.image_dropout(features))),
-            region_mask=mask,
-            model_fingerprint=self.fingerprint(),
-        )
 
     def _visual_contexts(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> Tensor:
         contexts = self.attention(regions, mask)
@@ -424,33 +542,46 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         attention_mask: Tensor | None = None,
         word_mask: Tensor | None = None,
         text_features: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        level: str = "full",
     ) -> EncodedTexts:
-        """Everything the pair score needs of texts, without any image (§3).
+        """What the pair score needs of texts, without any image.
 
         Args:
             input_ids: (T, W) token ids.
             attention_mask: (T, W), 1 = keep.
             word_mask: (T, W), 1 = a word to match, 0 = padding or a special token; default: every attended position.
             text_features: (T, W, F) outputs of the text tower instead of ids, as `extract_words` gives them.
+            text_embeds: (T, P) beside text features of a dual encoder, as `extract_text_features` gives them.
+            level: As in `encode_images`.
 
         Raises:
             ValueError: On wrong shapes, or a text without a word to match.
         """
-        given, mask, positions, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
-        return self._encode_words(self._words(given, mask), mask, positions, pooled)
+        check_level(level)
+        given, mask, positions, pooled = self._text_inputs(
+            input_ids, attention_mask, word_mask, text_features, text_embeds
+        )
+        if self._only_embeds(level):
+            embeds, name = self._text_embeds(None, mask, pooled), self.fingerprint()
+            return EncodedTexts(embeds, word_mask=None if level == "embeddings" else mask, model_fingerprint=name)
+        return self._encode_words(self._words(given, mask), mask, positions, pooled, level)
 
-    def _encode_words(self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor) -> EncodedTexts:
+    def _encode_words(
+        self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor, level: str = "full"
+    ) -> EncodedTexts:
         """`encode_texts` of words (T, W, D), and what `_text_inputs` gives beside them."""
         extras: dict[str, Tensor] = {}
         summary = words
-        if self.textual_refinement is not None:
+        refines = self.config.use_refined_features or level == "full"
+        if refines and self.textual_refinement is not None:
             extras["context_queries"] = self.attention.query(self.attention(words, mask))
-        if isinstance(self.textual_refinement, Gate):
+        if refines and isinstance(self.textual_refinement, Gate):
             extras["gates"] = self.textual_refinement.own(words)
-        elif isinstance(self.textual_refinement, Recurrence):
+        elif refines and isinstance(self.textual_refinement, Recurrence):
             summary, state = self.textual_refinement.read(words, mask)
             extras |= {"recurrent_words": summary, "recurrent_state": state}
-        return EncodedTexts(
+        encoded = EncodedTexts(
             embeds=self._text_embeds(summary, mask, pooled),
             words=words,
             word_mask=mask,
@@ -459,6 +590,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             **extras,
             model_fingerprint=self.fingerprint(),
         )
+        return encoded.at_level(level)
 
     def _text_inputs(
         self,
@@ -466,8 +598,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         attention_mask: Tensor | None,
         word_mask: Tensor | None,
         text_features: Tensor | None,
+        text_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Checked ids (BiGRU) or tower outputs; the words' mask and positions, valid words first; their mean."""
+        """Checked ids (BiGRU) or tower outputs; the words' mask and positions, valid words first; and their mean, or a
+        dual encoder's embeddings."""
         given = self._check_texts(input_ids, text_features)
         attended, mask = check_words(given, attention_mask, word_mask)
         positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
@@ -475,9 +609,16 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self.word_encoder is not None:
             given = take(given, positions)
             return given, mask, positions, masked_mean(self.word_encoder.embeddings(given), mask)
-        hidden = given if text_features is not None else self.extract_words(given, attended.long())
-        hidden = in_dtype(hidden, self.word_projection.weight.dtype, "text_features")
-        return take(hidden, positions), mask, positions, masked_mean(hidden, attended)
+        hidden = given
+        if text_features is None:
+            # A dual encoder reads its captions as its own processor masks them: SigLIP's are not.
+            keep = attended.long() if self.dual_encoder is None else attention_mask
+            hidden, text_embeds = self._read(given, keep)
+        hidden = in_dtype(hidden, self.logit_scale.dtype, "text_features")
+        if self.dual_encoder is None:
+            return take(hidden, positions), mask, positions, masked_mean(hidden, attended)
+        embeds = check_embeds("text_embeds", text_embeds, len(given), self.config.projection_size)
+        return take(hidden, positions), mask, positions, embeds
 
     def _words(self, given: Tensor, mask: Tensor) -> Tensor:
         """Words t (T, W, D) from what `_text_inputs` gives."""
@@ -488,7 +629,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return normalize(words + self.word_perceptron(hidden) if self.word_perceptron is not None else words)
 
     def _text_embeds(self, summary: Tensor | None, mask: Tensor, pooled: Tensor) -> Tensor:
-        """Unit-norm embeddings (T, P) from the mean word and the mean input feature (§5)."""
+        """Unit-norm embeddings (T, P): a dual encoder's, or from the mean word and the mean input feature."""
+        if self.dual_encoder is not None:
+            return normalize(pooled.to(self.logit_scale.dtype))
         parts = []
         if self.config.use_refined_features:
             assert summary is not None
@@ -497,46 +640,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             parts.append(self.pooled_text_embedding(pooled))
         return normalize(torch.stack(parts).sum(dim=0).to(self.logit_scale.dtype))
 
-    def embed_texts(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        word_mask: Tensor | None = None,
-        text_features: Tensor | None = None,
-    ) -> Tensor:
-        """`encode_texts(…).embeds` (T, P), without computing what only the pair score needs."""
-        if self.config.use_refined_features:
-            return self.encode_texts(input_ids, attention_mask, word_mask, text_features).embeds
-        _, mask, _, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
-        return self._text_embeds(None, mask, pooled)
-
-    def encode_coarse_texts(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        word_mask: Tensor | None = None,
-        text_features: Tensor | None = None,
-    ) -> CoarseTexts:
-        """What `match(…, with_evidence=False)` needs of texts; arguments and errors as `encode_texts`."""
-        if self.config.use_refined_features:
-            return CoarseTexts.of(self.encode_texts(input_ids, attention_mask, word_mask, text_features))
-        given, mask, _, pooled = self._text_inputs(input_ids, attention_mask, word_mask, text_features)
-        words = self._words(given, mask)
-        return CoarseTexts(
-            embeds=self._text_embeds(None, mask, pooled),
-            words=words,
-            word_mask=mask,
-            word_weights=self.text_pooling(words, mask),
-            model_fingerprint=self.fingerprint(),
-        )
-
     def _check_texts(self, input_ids: Tensor | None, text_features: Tensor | None) -> Tensor:
         """The one that is given, checked."""
-        tower: Any = self.config.text_config
+        tower: Any = self.config.text_tower_config
         if text_features is not None and tower is None:
             raise ValueError("text_features came, but this model has no text tower to give such; give it input_ids.")
         if text_features is not None and input_ids is None:
-            return check_text_features(text_features, tower.hidden_size)
+            return check_text_features(text_features, _width(self.config))
         if input_ids is None or text_features is not None:
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
@@ -561,27 +671,27 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         image_ids: Tensor | None = None,
         text_image_ids: Tensor | None = None,
         return_loss: bool = False,
-        with_evidence: bool = True,
+        level: str = "full",
+        image_embeds: Tensor | None = None,
+        text_embeds: Tensor | None = None,
     ) -> TVRNOutput:
         """Score I images against T texts; with `return_loss=True` also the weighted loss.
 
         Args:
             image_ids: (I,) int64, what decides positives; default: row numbers.
             text_image_ids: (T,) int64, each text's image; default: text k belongs to image k (needs I = T).
-            with_evidence: False leaves the pair stage out, of the logits and of the loss.
+            level: "embeddings" or "late_interaction" leave the components after it out, of logits and loss.
             others: As in `encode_images` and `encode_texts`.
         """
-        encode_images = self.encode_images if with_evidence else self.encode_coarse_images
-        encode_texts = self.encode_texts if with_evidence else self.encode_coarse_texts
-        images = encode_images(pixel_values, region_features, region_boxes, region_mask)
-        texts = encode_texts(input_ids, attention_mask, word_mask, text_features)
+        images = self.encode_images(pixel_values, region_features, region_boxes, region_mask, image_embeds, level)
+        texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features, text_embeds, level)
         check_row_ids(len(images), len(texts), image_ids, text_image_ids)
-        terms = self.match_terms(images, texts, with_evidence=with_evidence)
-        logits = self.pair_logits(terms)
+        components = self.unweighted_components(images, texts, level=level)
+        logits = self.pair_logits(self.weigh_components(components))
         loss, parts = None, None
         if return_loss:
             image_ids, text_image_ids = row_ids(len(images), len(texts), image_ids, text_image_ids, logits.device)
-            loss, parts = self.training_loss(terms, images.embeds, texts.embeds, image_ids, text_image_ids)
+            loss, parts = self.training_loss(components, images.embeds, texts.embeds, image_ids, text_image_ids)
         return TVRNOutput(
             loss=loss,
             logits_per_image=logits,
@@ -594,7 +704,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Tensor | None
     ) -> BaseModelOutputWithPooling:
-        """Unit-norm image embeddings (I, P) as `.pooler_output`, unified regions as `.last_hidden_state`.
+        """Unit-norm image embeddings (I, P) as `.pooler_output`, refined regions as `.last_hidden_state`.
 
         Args:
             pixel_values, regions: As in `encode_images`.
@@ -602,7 +712,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """
         images = self.encode_images(pixel_values, **regions)
         embeds = self.unimodal_image_embeds(images.embeds) if unimodal else images.embeds
-        return BaseModelOutputWithPooling(last_hidden_state=images.tokens, pooler_output=embeds)
+        return BaseModelOutputWithPooling(last_hidden_state=images.refined_regions, pooler_output=embeds)
 
     def get_text_features(
         self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Tensor | None
@@ -660,7 +770,7 @@ def _check_words(path: str | os.PathLike, sizes: dict[str, Any], config: dict[st
 
 
 def _width(config: TVRNConfig) -> int:
-    """Size of an input word: the text tower's, or the word embeddings'."""
+    """Size of an input word: the text tower's, or the word embeddings' (of a dual encoder, what a probe found)."""
     return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import CoarseImages, CoarseTexts, EncodedImages, EncodedTexts
+from .encoded_tvrn import EncodedImages, EncodedTexts
 from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, normalize, product_dtype, wide
 
 
@@ -69,6 +69,11 @@ class SimilarityGraph(nn.Module):
         return self.logit(nodes[:, 0]).squeeze(-1).to(weights.dtype)
 
 
+def weighted_components(config: TVRNConfig) -> list[str]:
+    """The components whose weight in the pair logit is learned: those beside the first of several."""
+    return [name for name in config.components[1:] if name != "first_stage"]
+
+
 HEADS = {"saf": SimilarityAttention, "sgr": SimilarityGraph}
 
 
@@ -82,14 +87,15 @@ class PairStage(nn.Module):
     def __init__(self, config: TVRNConfig):
         super().__init__()
         self.config = config
-        self.local_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
-        self.global_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
-        self.head = HEADS[config.similarity_head](config)
-        if config.use_embedding_similarity:
-            self.embedding_scale = nn.Parameter(torch.full((1,), float(config.embedding_scale_init_value)))
-            self.embedding_shift = nn.Parameter(torch.zeros(1))
-        if config.use_token_similarity:
-            self.token_logit_scale = nn.Parameter(torch.full((1,), float(config.token_logit_scale_init_value)))
+        if config.use_reasoning:
+            self.local_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
+            self.global_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
+            self.head = HEADS[config.similarity_head](config)
+        if config.use_late_interaction:
+            self.late_interaction_scale = nn.Parameter(torch.full((1,), float(config.late_interaction_scale_init_value)))
+        # A component alone needs no weight, and the first stage is what the others are weighed against.
+        for name in weighted_components(config):
+            setattr(self, f"{name}_weight", nn.Parameter(torch.full((1,), float(config.component_weight_init_value or 0))))
 
     def forward(
         self,
@@ -98,12 +104,21 @@ class PairStage(nn.Module):
         attention: FragmentAttention,
         refinement: Gate | Recurrence | None,
     ) -> Tensor:
-        """Evidence (i, t) of every image of the block against every caption of the block: the published logit.
+        """Reasoning (i, t) of every image of the block against every caption of the block: the published logit.
 
         Where the captions' tensors have one more dimension in front, (i, t, W, …), each image has its own t captions.
         """
         nodes, weights = self.nodes(images, texts, attention, refinement)
-        return self.head(nodes, weights).view(images.tokens.shape[0], texts.word_mask.shape[-2])
+        assert images.refined_regions is not None and texts.word_mask is not None
+        return self.head(nodes, weights).view(images.refined_regions.shape[0], texts.word_mask.shape[-2])
+
+    def weight(self, name: str) -> Tensor | float:
+        """The weight of a component of the logit, not negative; 1 where the model learns none for it."""
+        learned = getattr(self, f"{name}_weight", None)
+        if learned is None:
+            return 1.0
+        # The bound holds forwards alone: below it a plain clamp would have no gradient, and never come back.
+        return learned + (learned.clamp_min(0.0) - learned).detach()
 
     def nodes(
         self,
@@ -118,31 +133,32 @@ class PairStage(nn.Module):
         global_text = self.global_text(refined, norm, weights)
         differences, saliency = self.align(images, refined, norm, mask)
         local = self.local_similarity(differences.square_())
+        assert images.global_vector is not None
         overall = self.global_similarity((images.global_vector.unsqueeze(1) - global_text).square())
         nodes = torch.cat([overall.unsqueeze(2), local], dim=2).flatten(0, 1)
         ones = torch.ones_like(saliency[..., :1])
         return normalize(nodes), torch.cat([ones, saliency], dim=-1).flatten(0, 1)
 
-    def embedding_similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """a·cos + b of every image's embedding with every text's: (i, P), (t, P) -> (i, t), float32 or better.
+    @staticmethod
+    def cosines(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Of every image's embedding with every text's: (i, P), (t, P) -> (i, t), float32 or better.
 
         With its own texts, (i, t, P), an image is compared with these alone.
         """
         dtype = wide(image_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):  # a cosine in bfloat16 moves ranks
             if text_embeds.ndim == 3:
-                cosine = (text_embeds.to(dtype) @ image_embeds.to(dtype).unsqueeze(-1)).squeeze(-1)
-            else:
-                cosine = image_embeds.to(dtype) @ text_embeds.to(dtype).T
-            return self.embedding_scale.to(dtype) * cosine + self.embedding_shift.to(dtype)
+                return (text_embeds.to(dtype) @ image_embeds.to(dtype).unsqueeze(-1)).squeeze(-1)
+            return image_embeds.to(dtype) @ text_embeds.to(dtype).T
 
-    def token_similarity(self, images: EncodedImages | CoarseImages, texts: EncodedTexts | CoarseTexts) -> Tensor:
+    def late_interaction(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """e^c Σ_j w_j (1/λ) log (1/R) Σ_i exp(λ⟨t_j, v_i⟩): the words' mean soft maximum over regions, (i, t).
 
         Words and regions as they are before any refinement: refined regions learn the training set faster than what
-        holds beyond it. Neither side sees the other before the product, so this costs a tenth of the evidence.
+        holds beyond it. Neither side sees the other before the product, so this costs a tenth of the reasoning.
         """
-        assert images.regions is not None
+        assert images.regions is not None and images.region_mask is not None
+        assert texts.words is not None and texts.word_mask is not None and texts.word_weights is not None
         captions, words = texts.word_mask.shape[-2:]
         if texts.words.ndim == 4:
             cosine = (texts.words.flatten(1, 2) @ images.regions.transpose(1, 2)).transpose(0, 1)
@@ -157,10 +173,11 @@ class PairStage(nn.Module):
             weights = texts.word_weights.to(best.dtype)
             weights = weights.movedim(0, -1) if weights.ndim == 3 else weights.unsqueeze(-1)
             weighted = best.view(captions, words, -1) * weights
-        return self.token_logit_scale.to(best.dtype).exp() * weighted.sum(dim=1).T
+        return self.late_interaction_scale.to(best.dtype).exp() * weighted.sum(dim=1).T
 
     def text_tokens(self, texts: EncodedTexts) -> tuple[Tensor, Tensor]:
         """Mask and global weights of the refined tokens: words, or words and their expansions."""
+        assert texts.word_mask is not None and texts.word_weights is not None
         doubled = texts.recurrent_words is not None
         mask, weights = texts.word_mask, texts.word_weights
         return (torch.cat([mask, mask], dim=-1), torch.cat([weights, weights], dim=-1)) if doubled else (mask, weights)
@@ -172,6 +189,7 @@ class PairStage(nn.Module):
         """
         assert texts.context_queries is not None and images.context_keys is not None
         assert images.context_values is not None and images.context_gram is not None
+        assert images.region_mask is not None and texts.word_mask is not None
         captions, words = texts.context_queries.shape[-3:-1]
         regions = images.context_keys.shape[1]
         if texts.context_queries.ndim == 4:
@@ -193,7 +211,8 @@ class PairStage(nn.Module):
         refinement: Gate | Recurrence | None,
     ) -> tuple[Tensor, Tensor]:
         """Refined words T̃ (i, t, W or 2W, D) before normalisation, and their norms (i, t, W or 2W, 1)."""
-        shape = (images.tokens.shape[0], *texts.words.shape[-3:])
+        assert images.refined_regions is not None and texts.words is not None
+        shape = (images.refined_regions.shape[0], *texts.words.shape[-3:])
         if isinstance(refinement, Gate):
             assert texts.gates is not None and images.context_values is not None
             alpha = self.expand(images, texts, attention)
@@ -225,24 +244,27 @@ class PairStage(nn.Module):
 
         The factor saves a pass over the refined words; a similarity vector, which is normalised, does not feel it.
         """
+        assert images.refined_regions is not None and images.refined_region_gram is not None
         beta, saliency = self.attend(images, refined, norm, mask)
         beta = beta.flatten(1, 2)
-        beta = beta * (inverse_norm(beta, images.token_gram, product_dtype(refined)) * norm.flatten(1, 2))
-        differences = torch.baddbmm(refined.flatten(1, 2), beta.to(refined.dtype), images.tokens, beta=-1)
+        beta = beta * (inverse_norm(beta, images.refined_region_gram, product_dtype(refined)) * norm.flatten(1, 2))
+        differences = torch.baddbmm(refined.flatten(1, 2), beta.to(refined.dtype), images.refined_regions, beta=-1)
         return differences.view(refined.shape), saliency
 
     def attend(self, images: EncodedImages, refined: Tensor, norm: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Where each word looks: weights of the regions (i, t, M, N), summing to 1; and the words' weights ω."""
+        assert images.refined_regions is not None and images.global_vector is not None
+        assert images.refined_region_saliency is not None and images.refined_region_mask is not None
         block = refined.shape[:3]
         flat = refined.flatten(1, 2)
         # The global image vector rides along as one more source: its cosines are the words' saliencies.
-        sources = torch.cat([images.tokens, images.global_vector.unsqueeze(1)], dim=1)
+        sources = torch.cat([images.refined_regions, images.global_vector.unsqueeze(1)], dim=1)
         # In this order of the factors the product is a third faster.
         cosine = (sources @ flat.transpose(1, 2)).transpose(1, 2).reshape(*block, -1).to(norm.dtype) / norm
         affinity = F.leaky_relu(cosine[..., :-1], self.config.leaky_slope)
         affinity = normalize(affinity.masked_fill(~mask[..., None], 0.0), dim=2)
-        affinity = self.config.attention_scale * affinity + images.token_saliency[:, None, None, :].to(norm.dtype)
-        beta = masked_softmax(affinity, images.token_mask[:, None, None, :], dim=-1)
+        affinity = self.config.attention_scale * affinity + images.refined_region_saliency[:, None, None, :].to(norm.dtype)
+        beta = masked_softmax(affinity, images.refined_region_mask[:, None, None, :], dim=-1)
         return beta, self.word_saliency(cosine[..., -1], mask)
 
     def word_saliency(self, cosine: Tensor, mask: Tensor) -> Tensor:

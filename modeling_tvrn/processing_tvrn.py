@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoImageProcessor, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
@@ -30,9 +32,20 @@ class TVRNProcessor(ProcessorMixin):
         tokenizer: a Hub tokenizer, or the word tokenizer of `from_captions`; None for image-only use.
         max_text_length: longest caption in tokens, special tokens included; longer ones are cut, reported once, and
             counted in `truncated_captions` (of this object: a data loader's workers each count their own).
+        text_padding: "longest" of a batch, or "max_length", see `tokenize`.
+        dual_encoder_processor: class of transformers that a dual encoder's own processor has.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, max_text_length: int = 64):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        max_text_length: int = 64,
+        text_padding: str = "longest",
+        dual_encoder_processor: str | None = None,
+    ):
+        if text_padding not in ("longest", "max_length"):
+            raise ValueError(f"text_padding={text_padding!r}: expected 'longest' or 'max_length'")
         for name, part in (("image_processor", image_processor), ("tokenizer", tokenizer)):
             if part is not None:
                 self.check_argument_for_proper_class(name, part)
@@ -40,6 +53,8 @@ class TVRNProcessor(ProcessorMixin):
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
+        self.text_padding = text_padding
+        self.dual_encoder_processor = dual_encoder_processor
         self.chat_template = None
         self.truncated_captions = 0
         self._pixel_table: tuple[str, PixelTable | None] | None = None
@@ -52,6 +67,7 @@ class TVRNProcessor(ProcessorMixin):
         region_boxes: Any = None,
         region_mask: Any = None,
         image_sizes: Any = None,
+        image_embeds: Any = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Model inputs of B images and/or T captions.
@@ -61,6 +77,7 @@ class TVRNProcessor(ProcessorMixin):
             text: a caption or a list of captions.
             region_features, region_boxes, region_mask, image_sizes: see `pad_regions`; lists of different lengths are
                 padded. Whether boxes are needed is the model's decision.
+            image_embeds: `(B, P)` beside region features of a dual encoder, as its cache holds them.
             return_tensors: "pt", "np", or None for NumPy arrays.
 
         Returns:
@@ -81,6 +98,8 @@ class TVRNProcessor(ProcessorMixin):
             inputs["pixel_values"] = self._pixels(images)
         if region_features is not None:
             inputs.update(pad_regions(region_features, region_boxes, region_mask, image_sizes))
+            if image_embeds is not None:
+                inputs["image_embeds"] = np.stack([np.asarray(each, dtype=np.float32) for each in image_embeds])
         if text is not None:
             inputs.update(self._tokens(text))
         return BatchFeature(inputs, tensor_type=return_tensors)
@@ -99,7 +118,7 @@ class TVRNProcessor(ProcessorMixin):
         tokenizer = self._need("tokenizer", "text")
         captions = check_captions(text)
         limit = check_length(self.max_text_length, tokenizer)
-        inputs, lengths = tokenize(tokenizer, captions, limit)
+        inputs, lengths = tokenize(tokenizer, captions, limit, self.text_padding)
         cut = np.flatnonzero(lengths > limit)
         if cut.size and not self.truncated_captions:
             logger.warning(
@@ -169,6 +188,42 @@ class TVRNProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, max_text_length=max_text_length)
 
     @classmethod
+    def from_dual_encoder(
+        cls, dual_encoder: str | os.PathLike[str], max_text_length: int | None = None, **hub: Any
+    ) -> TVRNProcessor:
+        """The processor of a dual encoder (CLIP, SigLIP, …): images and captions as its own makes them.
+
+        Args:
+            dual_encoder: Hub id or folder, which holds the image processor and the tokenizer.
+            max_text_length: shorter than what the text side was trained with; None: just that.
+
+        Raises:
+            ValueError: it cannot be found, or has no image processor or tokenizer.
+        """
+        hub = {"trust_remote_code": False, **hub}
+        text, kind = _text_side(dual_encoder, hub)
+        image_processor = _load_image_processor(dual_encoder, **hub)
+        tokenizer = _load_tokenizer(dual_encoder, **hub)
+        longest = min(getattr(text, "max_position_embeddings", None) or 512, tokenizer.model_max_length)
+        # SigLIP pools the last position, which has to be where it was in training.
+        padding = "max_length" if str(text.model_type).startswith("siglip") else "longest"
+        length = longest if max_text_length is None else max_text_length
+        if padding == "max_length" and length != longest:
+            raise ValueError(f"max_text_length={length}: this text side reads captions of exactly {longest} tokens")
+        return cls(image_processor, tokenizer, min(length, longest), padding, kind)
+
+    def save_dual_encoder(self, folder: str | os.PathLike[str]) -> None:
+        """Write the processor of the dual encoder's own class, which `AutoProcessor` loads without this package.
+
+        Raises:
+            ValueError: this is not the processor of a dual encoder.
+        """
+        if self.dual_encoder_processor is None:
+            raise ValueError("this processor is of no dual encoder: build it with TVRNProcessor.from_dual_encoder")
+        own = getattr(transformers, self.dual_encoder_processor)
+        own(image_processor=self.image_processor, tokenizer=self.tokenizer).save_pretrained(folder)
+
+    @classmethod
     def from_captions(
         cls,
         captions: Iterable[str],
@@ -236,7 +291,25 @@ class TVRNProcessor(ProcessorMixin):
             image_processor = _load_image_processor(name, **hub)
         if settings.get("tokenizer") is not None:
             tokenizer = _load_tokenizer(name, **hub)
-        return cls(image_processor, tokenizer, kwargs.get("max_text_length", settings.get("max_text_length", 64)))
+        return cls(
+            image_processor,
+            tokenizer,
+            kwargs.get("max_text_length", settings.get("max_text_length", 64)),
+            settings.get("text_padding", "longest"),
+            settings.get("dual_encoder_processor"),
+        )
+
+
+def _text_side(name: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Any, str]:
+    """A dual encoder's text configuration, and the class of its processor."""
+    config = _load(AutoConfig, name, "configuration", **hub)
+    if getattr(config, "text_config", None) is None:
+        raise ValueError(
+            f"{os.fspath(name)!r} holds a {config.model_type!r} model, no dual encoder: use TVRNProcessor.from_backbones"
+        )
+    classes = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    kind = classes[0] if isinstance(classes, tuple) else classes
+    return config.text_config, kind or "VisionTextDualEncoderProcessor"
 
 
 def _load_image_processor(name: str | os.PathLike[str], **hub: Any) -> Any:

@@ -67,11 +67,15 @@ def caption_problems(tokenizer: Any, captions: Sequence[Any], max_length: int) -
     return dict(sorted(found.items()))
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def tokenize(
+    tokenizer: Any, captions: Sequence[str], max_length: int, text_padding: str = "longest"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Token ids of T captions and the lengths they would have uncut.
 
     Args:
         max_length: longest caption in tokens, special tokens included.
+        text_padding: "longest", or "max_length": every caption to that length and without an attention mask, as a
+            dual encoder wants it that pools the last position (SigLIP).
 
     Returns:
         `input_ids`, `attention_mask` and `word_mask (T, W)` int64, padded on the right; uncut lengths `(T,)`.
@@ -79,15 +83,19 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[
     Raises:
         ValueError: the tokenizer cannot pad, or leaves a caption without a single word.
     """
-    inputs, lengths = encode(tokenizer, captions, max_length)
+    inputs, lengths = encode(tokenizer, captions, max_length, text_padding)
     wordless = np.flatnonzero(inputs["word_mask"].sum(axis=1) == 0)
     if wordless.size:
         i = wordless[0]
         raise ValueError(f"text[{i}] {captions[i]!r:.80} has no word left after {type(tokenizer).__name__}: drop it")
+    if text_padding == "max_length":
+        del inputs["attention_mask"]
     return inputs, lengths
 
 
-def encode(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def encode(
+    tokenizer: Any, captions: Sequence[str], max_length: int, text_padding: str = "longest"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """As `tokenize`, also where a caption has no word."""
     if tokenizer.pad_token is None:
         raise ValueError(
@@ -99,6 +107,9 @@ def encode(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[di
     encoded = tokenizer(captions, truncation=False, verbose=False, **options)
     lengths = encoded["attention_mask"].sum(axis=1)
     if (lengths > max_length).any():
+        encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
+    if text_padding == "max_length":
+        options["padding"] = "max_length"
         encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
     inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
     inputs["word_mask"] = inputs["attention_mask"] * ~np.isin(inputs["input_ids"], special_ids(tokenizer))

@@ -16,14 +16,14 @@ SIZES = {
     "vocab_size": 31,
     "pooled_hidden_size": 17,
     "word_hidden_size": 11,
-    "evidence_scale": 0.7,
+    "component_weight_init_value": 0.7,
 }
 FEATURES = 29
 HEADS = [{"refinement": r, "similarity_head": h} for r, h in product(("gate", "gru"), ("saf", "sgr"))]
-SWITCHES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment", "use_embedding_similarity")
+SWITCHES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment", "use_first_stage")
 # The token similarity comes with every second of them, so that it meets every other part on and off.
 VARIANTS = [
-    head | dict(zip(SWITCHES, on, strict=True)) | {"use_token_similarity": sum(on) % 2 == 0}
+    head | dict(zip(SWITCHES, on, strict=True)) | {"use_late_interaction": sum(on) % 2 == 0}
     for head in HEADS
     for on in product((True, False), repeat=4)
 ]

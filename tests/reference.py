@@ -258,15 +258,20 @@ class Reference:
         refined_regions = self.align(image, tokens)
         local = [self.similarity("local", c, t) for c, t in zip(refined_regions, tokens, strict=True)]
         nodes = np.array([self.similarity("global", image.overall, overall), *local])
-        logit = config.evidence_scale * self.reason(nodes, np.array([1.0, *self.word_weights(image, tokens)]))
-        if config.use_embedding_similarity:
-            scale, shift = self.weights["pair.embedding_scale"], self.weights["pair.embedding_shift"]
-            logit += (scale * (image.embedding @ text.embedding) + shift).item()
-        if config.use_token_similarity:
-            logit += math.exp(self.weights["pair.token_logit_scale"].item()) * self.token_similarity(image, text)
-        return logit
+        parts = {"reasoning": self.reason(nodes, np.array([1.0, *self.word_weights(image, tokens)]))}
+        if config.use_late_interaction:
+            scale = math.exp(self.weights["pair.late_interaction_scale"].item())
+            parts["late_interaction"] = scale * self.late_interaction(image, text)
+        if config.use_first_stage:
+            parts["first_stage"] = math.exp(self.weights["logit_scale"].item()) * (image.embedding @ text.embedding)
+        return sum(max(self.weight(name), 0.0) * value for name, value in parts.items())
 
-    def token_similarity(self, image: Image, text: Text) -> float:
+    def weight(self, name: str) -> float:
+        """A component's learned weight; the first stage, and what is alone, have none."""
+        learned = self.weights.get(f"pair.{name}_weight")
+        return 1.0 if learned is None else learned.item()
+
+    def late_interaction(self, image: Image, text: Text) -> float:
         """The words' weighted mean of the soft maximum of their cosines with the regions."""
         scale, total = self.config.attention_scale, 0.0
         for weight, word in zip(text.weights, text.words, strict=True):

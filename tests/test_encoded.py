@@ -100,7 +100,7 @@ def test_to_halves_what_is_large(way):
     """Cosines of embeddings in bfloat16 move ranks; fragments, which are nearly all of a gallery, do not."""
     model, images, texts = galleries()
     half = images.to(*way)
-    kept = {"embeds", "token_saliency", "token_gram", "context_gram", "region_boxes"}
+    kept = {"embeds", "refined_region_saliency", "refined_region_gram", "context_gram", "region_boxes"}
     for key, value in half.tensors().items():
         original = images.tensors()[key]
         wanted = torch.bfloat16 if original.is_floating_point() and key not in kept else original.dtype

@@ -263,7 +263,7 @@ def test_pictures_are_encoded_like_in_a_forward_pass(processor: TVRNProcessor) -
     torch.testing.assert_close(model.match(images, texts), whole.logits_per_image, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(EmbeddingScore().match(images, texts), whole.image_embeds @ whole.text_embeds.T)
     parallel, _, _ = encode_dataset(model, processor, records, batch_size=2, num_workers=2, progress=False)
-    torch.testing.assert_close(parallel.tokens, images.tokens)
+    torch.testing.assert_close(parallel.tokens, images.refined_regions)
 
 
 @pytest.fixture(scope="module")

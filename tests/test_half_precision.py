@@ -36,7 +36,7 @@ GRADIENTS = {torch.float16: 0.05, torch.bfloat16: 0.35}
 DTYPES = pytest.mark.parametrize("dtype", LOGITS, ids=["float16", "bfloat16"])
 CNN = MobileNetV2Config(depth_multiplier=0.05, image_size=32, finegrained_output=True)
 BERT = BertConfig(vocab_size=31, hidden_size=10, num_attention_heads=2, num_hidden_layers=1, intermediate_size=17)
-LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "token_contrastive", "distillation")
+LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "late_interaction", "distillation")
 # The hinge of the matching loss has kinks: on the other side of one, the gradient is another.
 SMOOTH = {"matching_loss_weight": 0.0, "pair_contrastive_loss_weight": 1.0}
 OTHERS: dict[str, dict[str, Any]] = {

@@ -87,7 +87,7 @@ VARIANTS = {
     "no_geometry": {"use_geometric_context": False},
     "no_refinement": {"use_text_refinement": False},
     "no_alignment": {"use_semantic_alignment": False, "refinement": "gru"},
-    "no_embedding_similarity": {"use_embedding_similarity": False},
+    "no_embedding_similarity": {"use_first_stage": False},
     "word_embeddings": {"word_embeddings": "bert", "freeze_word_embeddings": True, "word_embedding_size": 10},
     "no_pooled_features": {"use_pooled_features": False, "vision": "vit", "text": "bert"},
 }

@@ -81,7 +81,7 @@ def let_learn(model, components, kept):
 def terms(model, images, texts):
     """The summands of a batch's logits."""
     with torch.no_grad():
-        return model.match_terms(model.encode_images(**images), model.encode_texts(**texts))
+        return model.score_components(model.encode_images(**images), model.encode_texts(**texts))
 
 
 class TestAPairIsItself:
@@ -163,7 +163,7 @@ class TestParts:
     """What the released code lost: parts that cancel, and tensors that do not follow their item."""
 
     @pytest.mark.parametrize("variant", HEADS, ids=name)
-    @pytest.mark.parametrize("part", ["use_semantic_alignment", "use_geometric_context", "use_embedding_similarity"])
+    @pytest.mark.parametrize("part", ["use_semantic_alignment", "use_geometric_context", "use_first_stage"])
     def test_a_part_changes_the_score(self, variant, part):
         on, off = tiny_model(**variant), tiny_model(**variant, **{part: False})
         off.load_state_dict(on.state_dict(), strict=False)
@@ -186,7 +186,7 @@ class TestParts:
         with torch.no_grad():
             images, texts = model.encode_images(**regions()), model.encode_texts(**texts)
             expected = model.match(images, texts)
-            images.token_saliency = torch.zeros_like(images.token_saliency)
+            images.refined_region_saliency = torch.zeros_like(images.refined_region_saliency)
             assert (model.match(images, texts) - expected).abs().min() > 1e-5
 
     @pytest.mark.parametrize("variant", HEADS, ids=name)
@@ -195,9 +195,9 @@ class TestParts:
         model = tiny_model(**variant)
         with torch.no_grad():
             images = model.encode_images(**regions())
-        saliency = images.token_saliency.exp().masked_fill(~images.token_mask, 0)
+        saliency = images.refined_region_saliency.exp().masked_fill(~images.refined_region_mask, 0)
         assert_same(saliency.sum(dim=1), torch.ones(3))
-        assert all(row[mask].std() > 1e-3 for row, mask in zip(saliency, images.token_mask, strict=True))
+        assert all(row[mask].std() > 1e-3 for row, mask in zip(saliency, images.refined_region_mask, strict=True))
 
     def test_boxes_travel_with_their_image(self):
         """In the released evaluation every block of images has the geometry of the last batch."""
@@ -215,7 +215,7 @@ class TestParts:
 
     def test_a_caption_is_refined_by_the_image_it_is_scored_with(self):
         """Changing one image moves its own row alone, and moves every score of it."""
-        model, images, texts = tiny_model(use_embedding_similarity=False), regions(), words(4, 9)
+        model, images, texts = tiny_model(use_first_stage=False), regions(), words(4, 9)
         expected = logits(model, images, texts)
         images["region_features"][0] += 1
         changed = (logits(model, images, texts) - expected).abs()
@@ -242,7 +242,7 @@ class TestOutput:
 
     def test_the_loss_is_the_weighted_sum_of_its_parts(self):
         weights = {"matching": 0.5, "pair_contrastive": 0.25, "contrastive": 2.0, "hardest_negative": 1.5}
-        weights |= {"token_contrastive": 0.75, "distillation": 0.6}
+        weights |= {"late_interaction": 0.75, "distillation": 0.6}
         keys = {f"{key}_loss_weight": value for key, value in weights.items()}
         model = tiny_model(**keys, distillation_temperature=3.0)
         images, texts = regions(3), words(4)
@@ -254,7 +254,7 @@ class TestOutput:
             "pair_contrastive": positives_cross_entropy(output.logits_per_image, *ids),
             "contrastive": contrastive_loss(output.image_embeds, output.text_embeds, model.logit_scale, *ids),
             "hardest_negative": hardest_negative_loss(scores, *ids, margin=0.2),
-            "token_contrastive": positives_cross_entropy(terms(model, images, texts)["tokens"], *ids),
+            "late_interaction": positives_cross_entropy(terms(model, images, texts)["tokens"], *ids),
             "distillation": distillation_loss(
                 output.image_embeds, output.text_embeds, model.logit_scale, output.logits_per_image, 3.0
             ),
@@ -277,7 +277,7 @@ class TestOutput:
 
     def test_the_evidence_learns_alone(self):
         """Trained on the sum, the evidence would learn what the other terms leave of the training set."""
-        losses = {"matching_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "token_contrastive_loss_weight": 0.0}
+        losses = {"matching_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "late_interaction_loss_weight": 0.0}
         model = tiny_model(train_evidence_alone=True, evidence_scale=0.5, pair_contrastive_loss_weight=1.0, **losses)
         images, texts, rows = regions(4), words(4), torch.arange(4)
         output = model(**images, **texts, return_loss=True)
@@ -285,7 +285,7 @@ class TestOutput:
         assert_same(output.loss, positives_cross_entropy(evidence, rows, rows), 1e-5)
 
     def test_without_evidence_and_without_coarse_terms_nothing_is_left(self):
-        model = tiny_model(use_embedding_similarity=False, use_token_similarity=False)
+        model = tiny_model(use_first_stage=False, use_late_interaction=False)
         with pytest.raises(ValueError, match="nothing is left"):
             model(**regions(3), **words(3), with_evidence=False)
 

@@ -266,7 +266,7 @@ class TestPairs:
             tiny_model()(**regions(2), **words(2), image_ids=[0, 1], text_image_ids=[0, 1], return_loss=True)
 
     def test_no_loss_at_all(self):
-        model = tiny_model(matching_loss_weight=0.0, contrastive_loss_weight=0.0, token_contrastive_loss_weight=0.0)
+        model = tiny_model(matching_loss_weight=0.0, contrastive_loss_weight=0.0, late_interaction_loss_weight=0.0)
         with pytest.raises(ValueError, match=says("loss_weight", "above 0")):
             model(**regions(3), **words(3), return_loss=True)
 

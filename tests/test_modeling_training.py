@@ -18,7 +18,7 @@ ALL_LOSSES = {
     "contrastive_loss_weight": 1.0,
     "hardest_negative_loss_weight": 1.0,
 }
-MATCHED = [variant for variant in VARIANTS if variant["use_embedding_similarity"]]
+MATCHED = [variant for variant in VARIANTS if variant["use_first_stage"]]
 LAYERS = {"hidden_size": 14, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 19}
 
 
@@ -67,7 +67,7 @@ class Recorder(TorchDispatchMode):
 
 
 class TestGradients:
-    @pytest.mark.parametrize("variant", [*MATCHED, {"use_embedding_similarity": False}], ids=name)
+    @pytest.mark.parametrize("variant", [*MATCHED, {"use_first_stage": False}], ids=name)
     def test_every_loss_together_reaches_every_parameter(self, variant):
         """A part that has no influence on the score, or is not owned by the model, would stay as it was drawn."""
         model = new_model(**variant)
@@ -180,7 +180,7 @@ class TestPrecision:
 
     def test_cosines_keep_their_precision_under_autocast(self):
         """A cosine in bfloat16 has steps of 1/256: it would tie what the embeddings tell apart."""
-        model = tiny_model(use_embedding_similarity=True)
+        model = tiny_model(use_first_stage=True)
         with torch.no_grad():
             images, texts = model.encode_images(**regions(5)), model.encode_texts(**words(6))
             scores = {}

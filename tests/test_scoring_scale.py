@@ -128,7 +128,7 @@ class TestRaggedTexts:
 class TestAlignedPairs:
     @pytest.mark.parametrize(
         "variant",
-        [*HEADS, HEADS[0] | {"use_token_similarity": True}, HEADS[3] | {"use_text_refinement": False}],
+        [*HEADS, HEADS[0] | {"use_late_interaction": True}, HEADS[3] | {"use_text_refinement": False}],
         ids=name,
     )
     @torch.no_grad()
@@ -336,7 +336,7 @@ def failing(number: int, world: int, folder: Path | None) -> dict:
     """The last process fails; says what each of them raises."""
     model, images, texts, rows = galleries()
     if number == world - 1:
-        images.tokens[:] = torch.nan
+        images.refined_regions[:] = torch.nan
     with pytest.raises((ValueError, RuntimeError)) as error:
         rank(model, images, texts, rows, memory_budget=2e-5, progress=False)
     return {"kind": type(error.value).__name__, "error": str(error.value)}

@@ -350,7 +350,7 @@ def test_each_phase_moves_what_it_names_and_nothing_else(configure: Configure) -
     run = Training(configure(phases=[{"train": name, "epochs": 1} for name in names], model=model))
     embeddings, late, distilled, reasoning, everything = moved_in_each_phase(run)
     assert {name for name in embeddings if not name.startswith(EMBEDDINGS)} == {"word_encoder.embeddings.weight"}
-    assert {"region_projection.weight", "pair.token_logit_scale", "word_encoder.gru.weight_ih_l0"} <= late
+    assert {"region_projection.weight", "pair.late_interaction_scale", "word_encoder.gru.weight_ih_l0"} <= late
     assert not {name for name in late if name.startswith((*EMBEDDINGS, "word_encoder.embeddings", "pair.head"))}
     assert {"pooled_image_embedding.linear.weight", "pooled_text_embedding.linear.weight"} <= distilled
     assert all(name.startswith(EMBEDDINGS) for name in distilled), "the late interaction reads the words, and stays"
@@ -376,7 +376,7 @@ def test_the_losses_of_a_phase_are_those_of_what_it_trains(configure: Configure)
     run.fit()
     logged = [event for event in run.progress.history if "loss" in event]
     seen = [{key.removesuffix("_loss") for key in event if key.endswith("_loss")} for event in logged[5::6]]
-    assert seen == [{"contrastive"}, {"token_contrastive"}, {"contrastive", "distillation"}, {"matching"}]
+    assert seen == [{"contrastive"}, {"late_interaction"}, {"contrastive", "distillation"}, {"matching"}]
 
 
 def test_a_run_of_embeddings_alone_is_evaluated_as_it_goes(configure: Configure) -> None:

@@ -64,7 +64,7 @@ def test_what_gets_soft_labels_in_each_phase(
     data: Path, caches: dict, tmp_path: Path, train: list[str], alone: bool
 ) -> None:
     """The embeddings' cosines, the tokens' without their scale, and the score that the pair losses see."""
-    model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5, "evidence_scale": 2.0}
+    model = {**STILL, "train_evidence_alone": alone, "late_interaction_scale_init_value": 1.5, "evidence_scale": 2.0}
     run = Training(config(data, caches, tmp_path, batch_captions_per_image=2, cusa_alpha=0.6, model=model))
     batch = next(iter(run.loaders[0]))
     with torch.no_grad():  # dissimilar on purpose: at their start the three are alike
@@ -87,7 +87,7 @@ def test_what_gets_soft_labels_in_each_phase(
     oracle.student_temperature.data.fill_(0.2)
     expected = oracle(*teachers, images.embeds[rows] @ texts.embeds.T, *heads)
     total = expected.loss
-    terms = run.model.match_terms(images, texts)
+    terms = run.model.score_components(images, texts)
     if {"late_interaction", "all"} & set(train):
         tokens = CUSA(0.6, 0.0, 0.35, teacher_temperature=0.2)(*teachers, terms["tokens"][rows] / np.exp(1.5))
         total = total + tokens.loss
@@ -103,7 +103,7 @@ def test_what_gets_soft_labels_in_each_phase(
 def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict, tmp_path: Path, alone: bool) -> None:
     """Each similarity in the scale of its own loss, without its diagonal, beside centred teachers."""
     keys = {"cusa_exclude_self": True, "cusa_center_teachers": True, "cusa_on_logits": True, "cusa_beta": 0.0}
-    model = {**STILL, "train_evidence_alone": alone, "token_logit_scale_init_value": 1.5, "evidence_scale": 2.0}
+    model = {**STILL, "train_evidence_alone": alone, "late_interaction_scale_init_value": 1.5, "evidence_scale": 2.0}
     run = Training(config(data, caches, tmp_path, **keys, model=model))
     batch = next(iter(run.loaders[0]))
     output = run.objective(batch)
@@ -112,7 +112,7 @@ def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict,
     texts = run.model.encode_texts(
         **{k: v for k, v in own.items() if k in ("input_ids", "attention_mask", "word_mask")}
     )
-    terms = run.model.match_terms(images, texts)
+    terms = run.model.score_components(images, texts)
     logits = {
         "cross_modal": images.embeds @ texts.embeds.T * run.model.logit_scale.exp(),
         "tokens": terms["tokens"],
@@ -174,7 +174,7 @@ def test_temperatures_are_learned_within_their_bounds(data: Path, caches: dict, 
 
 
 def test_kept_embeddings_get_no_labels_in_the_pair_phase(data: Path, caches: dict, tmp_path: Path) -> None:
-    model = {"use_refined_features": False, "use_token_similarity": False}
+    model = {"use_refined_features": False, "use_late_interaction": False}
     phases = [{"train": "embeddings", "epochs": 1}, {"train": "reasoning", "epochs": 1}]
     keys = {"phases": phases, "logging_steps": 1, "model": model}
     run = Training(config(data, caches, tmp_path, **keys))

@@ -130,11 +130,11 @@ def test_the_late_interaction_is_trained_without_the_reasoning() -> None:
     model = tiny_model(dropout=0.0)
     output = objective_of(model, "embeddings", "late_interaction")(tiny_batch())
     output["loss"].backward()
-    assert set(output["parts"]) == {"contrastive", "token_contrastive"}
+    assert set(output["parts"]) == {"contrastive", "late_interaction"}
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"region_projection.weight", "pair.token_logit_scale", "logit_scale"} <= reached
+    assert {"region_projection.weight", "pair.late_interaction_scale", "logit_scale"} <= reached
     assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
-    assert set(objective_of(model, "late_interaction")(tiny_batch())["parts"]) == {"token_contrastive"}
+    assert set(objective_of(model, "late_interaction")(tiny_batch())["parts"]) == {"late_interaction"}
 
 
 def test_the_embeddings_learn_from_a_late_interaction_that_stays() -> None:
@@ -146,10 +146,10 @@ def test_the_embeddings_learn_from_a_late_interaction_that_stays() -> None:
     images, texts = distilled.encode_images(sides.images), distilled.encode_texts(sides.texts)
     assert distilled.training and model.training and model.text_pooling.training
     assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
-    found = model.match_terms(images, texts, with_evidence=False)
+    found = model.score_components(images, texts, with_evidence=False)
     model.eval()
     whole = model.encode_coarse_images(**sides.images), model.encode_coarse_texts(**sides.texts)
-    expected = model.match_terms(*whole, with_evidence=False)
+    expected = model.score_components(*whole, with_evidence=False)
     torch.testing.assert_close(found["tokens"], expected["tokens"])
     assert not torch.allclose(found["embeddings"], expected["embeddings"])
     distilled.train()(batch)["loss"].backward()

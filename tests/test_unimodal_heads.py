@@ -65,7 +65,7 @@ def test_a_model_without_heads_has_none_and_says_so(tmp_path: Path) -> None:
 def test_heads_stay_as_they_are_where_the_embeddings_do() -> None:
     """In a pair phase that keeps the embeddings nothing trains the heads: left alone they would drift by decay."""
     for refined in (True, False):
-        model = tiny_model(use_unimodal_heads=True, use_refined_features=refined, use_token_similarity=False)
+        model = tiny_model(use_unimodal_heads=True, use_refined_features=refined, use_late_interaction=False)
         named = [name for name, _ in model.named_parameters()]
         learning = learns(named, model.config, frozenset({"reasoning"}), frozenset({"embeddings"}))
         assert learning and not any(name.startswith("unimodal") for name in learning)

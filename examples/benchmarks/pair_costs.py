@@ -36,7 +36,7 @@ from modeling_tvrn.scoring import rank
 VARIANTS = [
     {"refinement": refinement, "similarity_head": head} for refinement in ("gate", "gru") for head in ("saf", "sgr")
 ]
-VARIANTS += [VARIANTS[0] | {"use_text_refinement": False}, VARIANTS[0] | {"use_token_similarity": True}]
+VARIANTS += [VARIANTS[0] | {"use_text_refinement": False}, VARIANTS[0] | {"use_late_interaction": True}]
 SMALL = {"images": 3, "captions": 5, "words": 7, "regions": 11, "hidden": 24, "similarity": 10, "projection": 6}
 PAPER = {"images": 4, "captions": 8, "words": 14, "regions": 36, "hidden": 1024, "similarity": 256, "projection": 1024}
 MILLION, CAPTIONS_OF_ONE, SHORTLIST = 1_000_000, 5, 128
@@ -72,7 +72,7 @@ def operations(variant: dict[str, Any], sizes: dict[str, int]) -> dict[str, floa
         parts["head"] = 2 * nodes * similarity * 2
     else:
         parts["head"] = 3 * (6 * nodes * similarity**2 + 4 * nodes**2 * similarity) + 2 * similarity
-    if variant.get("use_token_similarity", False):
+    if variant.get("use_late_interaction", False):
         parts["tokens"] = 2 * words * regions * size
     parts["embeddings"] = 2 * sizes["projection"]
     return parts
@@ -81,7 +81,7 @@ def operations(variant: dict[str, Any], sizes: dict[str, int]) -> dict[str, floa
 def build(variant: dict[str, Any], sizes: dict[str, int]) -> TVRNModel:
     """A model of random weights."""
     torch.manual_seed(0)
-    config = {"use_token_similarity": False, "region_feature_size": 32, "vocab_size": 100, "word_embedding_size": 16}
+    config = {"use_late_interaction": False, "region_feature_size": 32, "vocab_size": 100, "word_embedding_size": 16}
     config |= {"hidden_size": sizes["hidden"], "similarity_size": sizes["similarity"]}
     return TVRNModel(TVRNConfig(projection_size=sizes["projection"], **config | variant)).eval()
 

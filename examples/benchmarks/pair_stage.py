@@ -77,8 +77,8 @@ def build(arguments: argparse.Namespace) -> TVRNModel:
             projection_size=arguments.hidden_size,
             region_feature_size=256,
             vocab_size=1000,
-            use_embedding_similarity=False,
-            use_token_similarity=False,
+            use_first_stage=False,
+            use_late_interaction=False,
         )
     ).eval()
 
@@ -128,11 +128,11 @@ def score_caption(model: TVRNModel, images, caption, keys: Tensor, queries: Tens
     gate, carried = ((alpha @ images.context_values) * norm).chunk(2, dim=-1)
     words = normalize(caption.words + torch.sigmoid(caption.gates + gate) * carried)
     global_text = normalize((caption.word_weights.unsqueeze(-1) * words).sum(dim=1))
-    affinity = normalize(F.leaky_relu(words @ images.tokens.transpose(1, 2), config.leaky_slope), dim=1)
+    affinity = normalize(F.leaky_relu(words @ images.refined_regions.transpose(1, 2), config.leaky_slope), dim=1)
     beta = masked_softmax(
-        config.attention_scale * affinity + images.token_saliency[:, None], images.token_mask[:, None], dim=-1
+        config.attention_scale * affinity + images.refined_region_saliency[:, None], images.refined_region_mask[:, None], dim=-1
     )
-    contexts = normalize(beta @ images.tokens)
+    contexts = normalize(beta @ images.refined_regions)
     saliency = (config.attention_scale * (words @ images.global_vector.unsqueeze(-1)).squeeze(-1)).softmax(dim=-1)
     local = normalize(pair.local_similarity((contexts - words) ** 2))
     overall = normalize(pair.global_similarity((images.global_vector - global_text) ** 2))

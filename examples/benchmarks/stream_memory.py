@@ -76,7 +76,7 @@ def configuration(folder: Path, arguments: argparse.Namespace) -> TrainingConfig
         "num_attention_heads": 2, "intermediate_size": 8,
     }  # fmt: skip
     sizes = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}
-    model = {**sizes, "vision_config": vision, "use_token_similarity": False}
+    model = {**sizes, "vision_config": vision, "use_late_interaction": False}
     return TrainingConfig.from_mapping(
         {
             "data": str(folder), "streaming": True, "phases": [

@@ -56,7 +56,7 @@ def match_blocks(model: TVRNModel, images, texts, with_evidence: bool = True) ->
     """Each term's whole matrix (I, T), some captions at a time."""
     starts = tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions")
     blocks = [
-        model.match_terms(images, texts.select(slice(start, start + BLOCK)), with_evidence=with_evidence)
+        model.score_components(images, texts.select(slice(start, start + BLOCK)), with_evidence=with_evidence)
         for start in starts
     ]
     return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}

@@ -71,20 +71,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def load(
     name: str, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Model, ready to score, and processor; both by this package's classes, whatever code the checkpoint brings."""
+    """`load_model` for a verb: a TVRN checkpoint or any dual encoder, by this package's and transformers' classes."""
     if dtype not in DTYPES:
         raise fail(f"--dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from ..modeling_tvrn import TVRNModel
-    from ..processing_tvrn import TVRNProcessor
+    from ..front_door import load_model
 
     if not progress():
         disable_progress_bar()
-    model = TVRNModel.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(where), TVRNProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return load_model(name, dtype=getattr(torch, dtype), device=device, trust_remote_code=trust_remote_code)
 
 
 def writable(path: Path) -> Path:

@@ -131,5 +131,5 @@ def _scores(
     found: dict[tuple[str, str], float] = {}
     for i, (path, own) in enumerate(wanted.items()):
         logits = model.match(images.select([i]), texts.select([captions.index(caption) for caption in own]))[0]
-        found |= {(path, caption): score for caption, score in zip(own, logits.sigmoid().tolist(), strict=True)}
+        found |= {(path, caption): score for caption, score in zip(own, model.scores(logits).tolist(), strict=True)}
     return found

@@ -142,7 +142,8 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
     Raises:
         ValueError: the records do not all hold the same of them.
     """
-    forms = {tuple(name for name in ("image", *REGION_COLUMNS) if name in record) for record in records}
+    columns = ("image", *REGION_COLUMNS, "image_embeds")
+    forms = {tuple(name for name in columns if name in record) for record in records}
     if len(forms) != 1 or not any("region_features" in form or form == ("image",) for form in forms):
         raise ValueError(
             f"the records of a batch hold {sorted(forms)}; expected in all of them either 'image', or "

@@ -186,7 +186,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
     with _evaluating(model):
         scene = read_scene(model, processor, image)
         images = model.encode_images(**scene.inputs)
-        device = images.tokens.device
+        device = images.refined_regions.device
         inputs = {name: value.to(device) for name, value in processor(text=[text], return_tensors="pt").items()}
         texts = model.encode_texts(**inputs)
         pair = _Pair(model, images, texts)
@@ -217,7 +217,7 @@ class _Pair:
         stage = model.pair
         self.images, self.texts, self.stage = images, texts, stage
         self.logit = model.match(images, texts).item()
-        self.terms = {name: value.item() for name, value in model.match_terms(images, texts).items()}
+        self.terms = {name: value.item() for name, value in model.score_components(images, texts).items()}
         refined, scale = stage.refine(images, texts, model.attention, model.textual_refinement)
         mask, _ = stage.text_tokens(texts)
         attention, saliency = stage.attend(images, refined, scale, mask)
@@ -226,16 +226,20 @@ class _Pair:
         nodes, weights = stage.nodes(images, texts, model.attention, model.textual_refinement)
         if hasattr(stage.head, "parts"):
             mixing, evidence = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
-            self.mixing, self.evidence = mixing, evidence * stage.config.evidence_scale
-        self.tokens = self._token_parts() if "tokens" in self.terms else None
+            self.mixing, self.evidence = mixing, evidence * self.weight("reasoning")
+        self.tokens = self._token_parts() if "late_interaction" in self.terms else None
         self.positions = texts.word_positions[0].tolist()
 
+    def weight(self, name: str) -> float:
+        """The learned weight of a component."""
+        return float(self.stage.weight(name))
+
     def _token_parts(self) -> np.ndarray:
-        """(W,) the words' parts of the token similarity: linear in their weights, so taken one word at a time."""
+        """(W,) the words' parts of late interaction: linear in their weights, so taken one word at a time."""
         width = self.texts.word_weights.shape[1]
         alone = self.texts.select([0] * width)
         alone = dataclasses.replace(alone, word_weights=torch.diag_embed(self.texts.word_weights[0]))
-        return _plain(self.stage.token_similarity(self.images, alone)[0])
+        return _plain(self.stage.late_interaction(self.images, alone)[0]) * self.weight("late_interaction")
 
     def parts(self) -> dict[str, float]:
         """The logit's parts.
@@ -245,10 +249,9 @@ class _Pair:
         """
         parts = self._evidence_parts()
         if self.tokens is not None:
-            parts["tokens"] = float(self.tokens.sum())
-        if "embeddings" in self.terms:
-            shift = self.stage.embedding_shift.item()
-            parts |= {"embeddings": self.terms["embeddings"] - shift, "embedding shift": shift}
+            parts["late interaction"] = float(self.tokens.sum())
+        if "first_stage" in self.terms:
+            parts["first stage"] = self.terms["first_stage"]
         total = sum(parts.values())
         if abs(total - self.logit) > TOLERANCE * max(1.0, abs(self.logit)):
             raise RuntimeError(
@@ -259,9 +262,9 @@ class _Pair:
 
     def _evidence_parts(self) -> dict[str, float]:
         if self.mixing is None or self.evidence is None:
-            return {"graph": self.terms["evidence"]}
+            return {"graph": self.terms["reasoning"]}
         shares = self.mixing / self.mixing.sum() * self.evidence
-        bias = self.stage.head.logit.bias.item() * self.stage.config.evidence_scale
+        bias = self.stage.head.logit.bias.item() * self.weight("reasoning")
         return {"words": float(shares[1:].sum()), "global": float(shares[0]), "head bias": bias}
 
     def word(self, word: CaptionWord, without: float | None) -> WordEvidence:
@@ -292,8 +295,8 @@ class _Pair:
 
     def region_saliency(self) -> np.ndarray:
         """a^v (R,) of the valid regions."""
-        mask = _plain(self.images.token_mask[0]) > 0
-        return self._by_region(np.where(mask, np.exp(_plain(self.images.token_saliency[0])), 0.0))
+        mask = _plain(self.images.refined_region_mask[0]) > 0
+        return self._by_region(np.where(mask, np.exp(_plain(self.images.refined_region_saliency[0])), 0.0))
 
     def _by_region(self, tokens: np.ndarray) -> np.ndarray:
         """(N,) numbers of the image's tokens -> (R,) of its valid regions; a region and its context are one."""

@@ -76,22 +76,26 @@ def pair_graph(model: TVRNModel, encoded: Tensors) -> Graph:
 
 
 def _read_of_images(model: TVRNModel) -> list[str]:
-    names = ["tokens", "token_mask", "global_vector", "token_saliency", "token_gram"]
-    if model.textual_refinement is not None or model.config.use_token_similarity:
+    config, names = model.config, []
+    if config.use_reasoning:
+        names += ["refined_regions", "refined_region_mask", "global_vector"]
+        names += ["refined_region_saliency", "refined_region_gram"]
+    if model.textual_refinement is not None or config.use_late_interaction:
         names.append("region_mask")
-    if model.textual_refinement is not None:
+    if config.use_reasoning and model.textual_refinement is not None:
         names += ["context_keys", "context_values", "context_gram"]
-    names += ["regions"] * model.config.use_token_similarity
-    return [*names, *["embeds"] * model.config.use_embedding_similarity]
+    names += ["regions"] * config.use_late_interaction
+    return [*names, *["embeds"] * config.use_first_stage]
 
 
 def _read_of_texts(model: TVRNModel) -> list[str]:
-    names = ["words", "word_mask", "word_weights", "context_queries", "gates", "recurrent_words", "recurrent_state"]
-    return [*names, *["embeds"] * model.config.use_embedding_similarity]
+    names = ["words", "word_mask", "word_weights"] * (model.config.use_late_interaction or model.config.use_reasoning)
+    names += ["context_queries", "gates", "recurrent_words", "recurrent_state"] * model.config.use_reasoning
+    return [*names, *["embeds"] * model.config.use_first_stage]
 
 
 # The fragments that an encoded tensor has dimensions of, beside the item and its own size.
-_FRAGMENTS = {"token": "tokens", "region": "regions", "context": "regions", "word": "words", "gates": "words"}
+_FRAGMENTS = {"refined": "refined_regions", "region": "regions", "context": "regions", "word": "words", "gates": "words"}
 
 
 def _axes(name: str, value: Tensor) -> tuple[str | int, ...]:
@@ -112,8 +116,7 @@ class _Pixels(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensors) -> Tensors:
-        features, boxes, mask = self.model._grid_regions(inputs["pixel_values"])
-        return _tensors("images", self.model._encode_regions(features, boxes, mask))
+        return _tensors("images", self.model._encode_regions(*self.model._grid_regions(inputs["pixel_values"])))
 
 
 class _Regions(nn.Module):
@@ -125,7 +128,7 @@ class _Regions(nn.Module):
         order = _valid_first(inputs["region_mask"])
         features, mask = take(inputs["region_features"], order), take(inputs["region_mask"], order)
         boxes = take(inputs["region_boxes"], order) if "region_boxes" in inputs else None
-        return _tensors("images", self.model._encode_regions(features, boxes, mask))
+        return _tensors("images", self.model._encode_regions(features, boxes, mask, None))
 
 
 class _Words(nn.Module):
@@ -144,8 +147,11 @@ class _Words(nn.Module):
             embedded = model.word_encoder.embeddings(take(inputs["input_ids"], order))
             words, pooled = normalize(self.recurrence(embedded, mask)), masked_mean(embedded, mask)
         else:
-            hidden = model.extract_words(inputs["input_ids"], inputs["attention_mask"])
-            words, pooled = model._words(take(hidden, order), mask), masked_mean(hidden, attended)
+            hidden, embeds = model._read(inputs["input_ids"], inputs["attention_mask"])
+            words = model._words(take(hidden, order), mask) if model.uses_fragments else hidden
+            pooled = masked_mean(hidden, attended) if embeds is None else embeds
+        if not model.uses_fragments:
+            return {"texts.embeds": model._text_embeds(None, mask, pooled)}
         return _tensors("texts", model._encode_words(words, mask, order, pooled))
 
 

@@ -1,13 +1,13 @@
 """An exported TVRN in NumPy arrays: onnxruntime runs it, torch and transformers are not needed. Copied to each export.
 
     import sys; sys.path.insert(0, "onnx/flickr8k")     # the exported folder
-    from tvrn_onnx import OnnxModel, sigmoid
+    from tvrn_onnx import OnnxModel, select
 
     model = OnnxModel("onnx/flickr8k")                  # precision="int8": the quantised graphs
     gallery = model.encode_images(["dog.jpg", "cat.jpg"])
     query = model.encode_texts(["a dog in the snow"])
     near = (gallery["images.embeds"] @ query["texts.embeds"].T)[:, 0].argsort()[::-1][:64]
-    logits = model.match(select(gallery, near), query)  # (64, 1); sigmoid(logits) are matching scores
+    logits = model.match(select(gallery, near), query)  # (64, 1); model.scores(logits) are between 0 and 1
 
 Needs onnxruntime and numpy; pillow for pictures, tokenizers for captions. What the graphs read and give, and how
 pictures and captions become their inputs, is in tvrn_onnx.json.
@@ -122,8 +122,13 @@ class OnnxModel:
         batches = (captions[start : start + batch_size] for start in range(0, len(captions), batch_size))
         return cat([self._run("text", self.tokens(batch)) for batch in batches])
 
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """Matching scores in (0, 1) of logits, with the model's calibration."""
+        scale, shift = self.manifest["calibration"]
+        return 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift)))
+
     def match(self, images: Arrays, texts: Arrays, pairs_at_once: int = 256) -> np.ndarray:
-        """Logits (I, T) of every image with every caption; their sigmoid is the matching score.
+        """Logits (I, T) of every image with every caption; `scores` makes matching scores of them.
 
         Args:
             images, texts: As `encode_images` and `encode_texts` give them, of the same export.
@@ -232,11 +237,6 @@ def cat(parts: Sequence[Arrays]) -> Arrays:
     if not parts:
         raise ValueError("There are no items; expected at least one.")
     return {name: _cat_padded([part[name] for part in parts]) for name in parts[0]}
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Matching scores in (0, 1)."""
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 def import_onnxruntime() -> Any:

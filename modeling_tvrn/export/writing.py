@@ -76,6 +76,7 @@ def export_onnx(
         whole = Path(folder) / target.name
         whole.mkdir()
         manifest = _write_graphs(copied, pixel_shape, whole)
+        manifest["calibration"] = [float(model.calibration_scale), float(model.calibration_shift)]
         manifest |= {"pixels": _pixel_recipe(processor, pixel_shape), "tokens": _token_recipe(processor)}
         _write_beside(whole, processor, manifest)
         exported = OnnxModel(whole)

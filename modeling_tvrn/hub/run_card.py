@@ -33,7 +33,7 @@ captions = ["two dogs run through the snow", "a child on a swing"]
 with torch.inference_mode():
     images = model.encode_images(**processor({keywords}))  # once for a collection
     texts = model.encode_texts(**processor(text=captions))
-    scores = model.match(images, texts).sigmoid()  # (images, captions)
+    scores = model.scores(model.match(images, texts))  # (images, captions)
 print(scores)
 """
 # What is imported, what makes the images' side, and the processor's keywords for it.
@@ -62,8 +62,8 @@ SWITCHES = (  # the parts of the score, of which a card names those that are off
     "use_geometric_context",
     "use_text_refinement",
     "use_semantic_alignment",
-    "use_embedding_similarity",
-    "use_token_similarity",
+    "use_first_stage",
+    "use_late_interaction",
 )
 TOWER_KEYS = ("vision", "text", "word_embeddings")  # of what a run can start from
 OWN_DATA = "Look up what the training data allow before you use or pass on these weights."

@@ -342,7 +342,7 @@ class ImageTextIndex:
         hits = []
         for rank, (place, cosine, logit) in enumerate(scored[:limit], start=1):
             item = self.backend.item(place)
-            score = cosine if logit is None else float(torch.tensor(logit, dtype=torch.float64).sigmoid())
+            score = cosine if logit is None else float(self.model.scores(torch.tensor(logit, dtype=torch.float64)))
             metadata = {name: value for name, value in item.items() if name not in RESERVED}
             hits.append(Hit(rank, item["id"], score, logit, cosine, item.get("path"), item.get("text"), metadata))
         return hits

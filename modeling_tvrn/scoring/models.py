@@ -72,12 +72,14 @@ class AveragedModel:
         In float64, where the device knows it: in float32 a confident model's sigmoid is 1, and such pairs would tie.
         """
         parts = zip(self.models, images.parts, texts.parts, strict=True)
-        return self.mean(match(model, left, right, chunk_size) for model, left, right in parts)
+        return self.mean([match(model, left, right, chunk_size) for model, left, right in parts])
 
-    @staticmethod
-    def mean(logits: Iterable[Tensor]) -> Tensor:
+    def mean(self, logits: Iterable[Tensor]) -> Tensor:
         """The mean of the models' matching scores from their logits, in float64 where the device knows it."""
-        scores = [(each if each.device.type == "mps" else each.double()).sigmoid() for each in logits]
+        scores = [
+            model.scores(each if each.device.type == "mps" else each.double())
+            for model, each in zip(self.models, logits, strict=True)
+        ]
         return torch.stack([each.to(scores[0].device) for each in scores]).sum(dim=0) / len(scores)
 
 

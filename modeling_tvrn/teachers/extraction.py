@@ -114,8 +114,8 @@ class RegionExtraction:
 
     @property
     def backbone(self) -> nn.Module | None:
-        """The network whose weights decide the features: the model's vision tower, or the model itself."""
-        found = getattr(self.model, "vision_model", None)
+        """The network whose weights decide the features: a dual encoder or a vision tower, or the model itself."""
+        found = getattr(self.model, "dual_encoder", None) or getattr(self.model, "vision_model", None)
         if isinstance(found, nn.Module):
             return found
         return self.model if isinstance(self.model, nn.Module) else None
@@ -155,32 +155,37 @@ class RegionExtraction:
 
         Returns:
             `region_features` (B, R, F) of `dtype`, `region_boxes` (B, R, 4) float32, `region_mask` (B, R) bool.
-            Masked regions are zero.
+            Masked regions are zero. Over a dual encoder also `image_embeds` (B, P) float32.
 
         Raises:
             ValueError: If an image's features are NaN or infinite, or too large for `dtype`; names the image.
         """
         with self._autocast():
-            features, boxes, mask = self._regions(batch)
+            features, boxes, mask, embeds = self._regions(batch)
         mask = mask.bool()
         features = features.float().masked_fill(~mask.unsqueeze(-1), 0.0)
         stored = features.to(getattr(torch, self.dtype))
         self._check_finite(batch["image_ids"], features, stored)
-        return {
+        arrays = {} if embeds is None else {"image_embeds": embeds.float().cpu().numpy()}
+        return arrays | {
             "region_features": stored.cpu().numpy(),
             "region_boxes": boxes.float().masked_fill(~mask.unsqueeze(-1), 0.0).cpu().numpy(),
             "region_mask": mask.cpu().numpy(),
         }
 
-    def _regions(self, batch: Mapping[str, Any]) -> Regions:
+    def _regions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # Convolutions run faster on channels-last pixels; what is computed stays the same.
         pixels = batch["pixel_values"].to(self.device).contiguous(memory_format=torch.channels_last)
         if self.boxes_column is None:
-            found: Regions = getattr(self.model, "extract_regions", self.model)(pixels)
-            return found
+            if getattr(self.model, "dual_encoder", None) is not None:
+                found = self.model.extract_image_features(pixels)
+                names = ("region_features", "region_boxes", "region_mask", "image_embeds")
+                return tuple(found[name] for name in names)  # type: ignore[return-value]
+            regions: Regions = getattr(self.model, "extract_regions", self.model)(pixels)
+            return *regions, None
         assert self.feature_map is not None  # checked when made
         boxes, mask = batch["region_boxes"].to(self.device), batch["region_mask"].to(self.device)
-        return pool_boxes(self.feature_map(pixels).float(), boxes), boxes, mask
+        return pool_boxes(self.feature_map(pixels).float(), boxes), boxes, mask, None
 
     @property
     def device(self) -> torch.device:

@@ -56,7 +56,12 @@ def with_checked_regions(
         KeyError: As `with_regions`.
     """
     cache = RegionCache.load(folder)
-    if model.vision_model is not None:
+    if model.dual_encoder is not None and "image_embeds" not in cache.store.layout:
+        raise ValueError(
+            f"the region cache in {str(folder)!r} has no embeddings of the dual encoder, which are the first stage: "
+            "build it with that dual encoder as the model"
+        )
+    if model.vision_model is not None or model.dual_encoder is not None:
         expected = region_fingerprint(model, processor)
         sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
         cache = RegionCache.load(folder, {name: expected[name] for name in sections})
@@ -125,6 +130,10 @@ class RegionStream:
 
 
 def regions_of(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The valid regions of the one image that was read: `region_features` (R, F) and `region_boxes` (R, 4)."""
+    """The valid regions of the one image that was read: `region_features` (R, F) and `region_boxes` (R, 4).
+
+    Of a dual encoder's cache also `image_embeds` (P,).
+    """
     kept = stored["region_mask"][0]
-    return {name: stored[name][0][kept] for name in ("region_features", "region_boxes")}
+    whole = {"image_embeds": stored["image_embeds"][0]} if "image_embeds" in stored else {}
+    return whole | {name: stored[name][0][kept] for name in ("region_features", "region_boxes")}

@@ -43,6 +43,8 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
 
 def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
     """The towers' own processor; words from the training captions where no text model brings them."""
+    if config.dual_encoder is not None:
+        return TVRNProcessor.from_dual_encoder(config.dual_encoder)
     tokens_of = config.text or config.word_embeddings
     processor = TVRNProcessor.from_backbones(
         config.vision,
@@ -73,6 +75,10 @@ def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
 def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
     """A new model on the configured towers, with the sizes that follow from processor and data filled in."""
     fields = copy.deepcopy(config.model)
+    if config.dual_encoder is not None:
+        if config.cusa and config.cusa_beta:
+            fields.setdefault("use_unimodal_heads", True)
+        return TVRNModel.from_dual_encoder(config.dual_encoder, **fields)
     if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
     if config.vision is None:

@@ -1,7 +1,7 @@
-"""Where the matching score crosses one half: the shift of a finished model's logits.
+"""Where the matching score crosses one half: the shift that a finished model's score adds to its logits.
 
 Contrastive losses see differences of logits alone, so what a logit is as a number is left open, and its sigmoid may be
-1 for every pair. Rankings do not depend on the shift.
+1 for every pair. Logits and rankings do not depend on the shift.
 """
 
 from __future__ import annotations
@@ -50,23 +50,24 @@ def balanced_shift(logits: Tensor, positives: Tensor) -> float:
 
 @torch.no_grad()
 def calibrate(model: Any, processor: Any, records: Any) -> float | None:
-    """Move `embedding_shift` so that the score of a match is above one half, of most mismatches below.
+    """Set `calibration_shift` so that the score of a match is above one half, of most mismatches below.
 
     Args:
-        model: a TVRNModel; one without the embeddings' similarity has no shift and stays as it is.
+        model: a TVRNModel; one without its first stage in the logit learned on sigmoids and stays as it is.
         processor: its processor.
         records: validation records, of which the first are scored.
 
     Returns:
-        What was added to the shift, or None.
+        The shift, or None.
     """
-    if not model.config.use_embedding_similarity:
+    if not model.config.use_first_stage:
         return None
     some = records.select(range(min(CALIBRATION_IMAGES, len(records))))
     images, texts, rows = encode_dataset(model, processor, some, progress=False)
     logits = model.match(images, texts)
     positives = positive_mask(torch.arange(len(images)), torch.as_tensor(rows))
     shift = balanced_shift(logits, positives.to(logits.device))
-    model.pair.embedding_shift.add_(shift)
+    model.calibration_scale.fill_(1.0)
+    model.calibration_shift.fill_(shift)
     logger.info("calibrated on %d validation images: logits shifted by %.2f", len(images), shift)
     return shift

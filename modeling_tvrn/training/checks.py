@@ -25,6 +25,8 @@ def check_together(config: TrainingConfig) -> None:
     if config.streaming:
         _check_streaming(config)
     _check_towers(config)
+    if config.dual_encoder is not None:
+        _check_dual_encoder(config)
     if config.shard:
         _check_sharding(config)
     check_cusa(config)
@@ -106,9 +108,9 @@ def _check_phases(phases: Sequence[PhaseConfig], model: Any) -> None:
 def _check_losses(phase: str, name: str, model: Any) -> None:
     """What is named exists, and a loss reaches it."""
     row = NAMES[name]
-    if row.computes == "late_interaction" and not model.use_token_similarity:
+    if row.computes == "late_interaction" and not model.use_late_interaction:
         raise ValueError(
-            f"{phase}.train names {name} but model.use_token_similarity = False: there is no late interaction to "
+            f"{phase}.train names {name} but model.use_late_interaction = False: there is no late interaction to "
             f"{'learn from' if row.component == 'embeddings' else 'train'}; leave the phase out"
         )
     needed = {"embeddings": ("contrastive",), "distilled_embeddings": ("distillation",)}.get(name, row.losses)
@@ -151,7 +153,7 @@ def _check_towers(config: TrainingConfig) -> None:
                 f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
                 f"model.freeze_{side}=false (the tower's own weights stay as they are)"
             )
-    if config.cache_text_features and not config.model.get("freeze_text", False):
+    if config.cache_text_features and not _is_frozen(config, "text"):
         raise ValueError(
             "cache_text_features = True needs model.freeze_text = True, got False; "
             "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
@@ -172,17 +174,24 @@ def _check_towers(config: TrainingConfig) -> None:
             f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
             "(a pretrained one, or a configuration to start from scratch)"
         )
-    has_tower = config.vision is not None or config.model.get("vision_config") is not None
-    if config.regions is not None and has_tower and not config.model.get("freeze_vision", False):
+    has_tower = any((config.vision, config.dual_encoder, config.model.get("vision_config")))
+    if config.regions is not None and has_tower and not _is_frozen(config, "vision"):
         raise ValueError(
             f"regions = {config.regions!r} holds the outputs of a frozen tower, but model.freeze_vision = False; "
             "set model.freeze_vision=true, or drop regions so that the tower learns from the pictures"
         )
-    if config.cache_text_features and config.text is None:
+    if config.cache_text_features and config.text is None and config.dual_encoder is None:
         raise ValueError(
             "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
             "name one with text=…, or drop cache_text_features"
         )
+
+
+def _is_frozen(config: TrainingConfig, side: str) -> bool:
+    """Whether a side's outputs stay what they are; those of a dual encoder do unless something of it is to learn."""
+    whole = config.dual_encoder is not None
+    frozen = config.model.get(f"freeze_{side}", whole)
+    return bool(frozen and (not whole or config.model.get("freeze_first_stage", True)))
 
 
 def _check_sharding(config: TrainingConfig) -> None:
@@ -214,13 +223,28 @@ def _check_streaming(config: TrainingConfig) -> None:
                 f"streaming = True and {name} = {getattr(config, name)!r}, which needs the whole training split; "
                 f"set {name}={_shown(needed)}, or streaming=false"
             )
-    if config.text is None and config.word_embeddings is None and config.model.get("text_config") is None:
+    words = config.text, config.word_embeddings, config.dual_encoder, config.model.get("text_config")
+    if not any(words):
         raise ValueError(
             "streaming = True needs a text tower, got text = None: a vocabulary from scratch needs all captions; "
             "name one with text=…, or word_embeddings=… for a BiGRU"
         )
     if config.scheduler == "step":
         raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
+
+
+def _check_dual_encoder(config: TrainingConfig) -> None:
+    """A dual encoder is both towers, with its own pixels and tokens."""
+    others = ("vision", "text", "word_embeddings", "image_size", "vision_lora_rank", "text_lora_rank")
+    for name in others:
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name} = {value!r} beside dual_encoder = {config.dual_encoder!r}, which brings both towers with "
+                f"their pixels and tokens; set {name}=null"
+            )
+    for name in ("vision_config", "text_config", "dual_encoder_config"):
+        if config.model.get(name) is not None:
+            raise ValueError(f"model.{name} is given beside dual_encoder = {config.dual_encoder!r}; leave it out")
 
 
 def check_cusa(settings: Any) -> None:

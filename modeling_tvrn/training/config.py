@@ -67,6 +67,12 @@ class TrainingConfig:
         False, "data", "go on although validation images are trained on too; results.json and the card then say so"
     )
 
+    dual_encoder: str | None = setting(
+        None,
+        "towers",
+        "Hub id or path of a dual encoder (CLIP, SigLIP, ...) that is both towers and the first stage of the score; "
+        "in place of vision and text",
+    )
     vision: str | None = setting(None, "towers", "Hub id or path of the vision backbone (null: region features)")
     text: str | None = setting(
         None, "towers", "Hub id or path of the text encoder (null: words and BiGRU from scratch)"

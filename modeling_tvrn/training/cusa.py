@@ -221,23 +221,21 @@ class CUSATerms(nn.Module):
 
 
 def tvrn_similarities(model: Any) -> list[str]:
-    """The names of the similarities of a TVRN model that get soft labels beside the embeddings' cosines."""
-    return [*["tokens"] * bool(model.config.use_token_similarity), "pairs"]
+    """The components of a TVRN model's logit that get soft labels beside the embeddings' cosines."""
+    return [name for name in model.config.components if name != "first_stage"]
 
 
-def labelled_similarities(model: Any, terms: dict[str, Tensor], on_logits: bool = False) -> dict[str, Tensor]:
-    """Those similarities (I, T) from the terms of the pair logits: tokens without their scale, pairs as scores.
+def labelled_similarities(model: Any, components: dict[str, Tensor], on_logits: bool = False) -> dict[str, Tensor]:
+    """Those similarities (I, T) from unweighted components: late interaction without its scale, reasoning as scores.
 
-    The score is the sigmoid of what the pair losses see: the plain evidence alone, or the sum of the terms. With
-    `on_logits` both stay logits.
+    With `on_logits` both stay logits.
     """
     found = {}
-    if "tokens" in terms:
-        tokens = terms["tokens"]
-        found["tokens"] = tokens if on_logits else tokens / model.pair.token_logit_scale.to(tokens.dtype).exp()
-    if "evidence" in terms:
-        logits = model.trained_logits(terms)
-        found["pairs"] = logits if on_logits else logits.sigmoid()
+    if "late_interaction" in components:
+        late, scale = components["late_interaction"], model.pair.late_interaction_scale
+        found["late_interaction"] = late if on_logits else late / scale.to(late.dtype).exp()
+    if "reasoning" in components:
+        found["reasoning"] = components["reasoning"] if on_logits else components["reasoning"].sigmoid()
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..encoded_tvrn import CoarseImages, CoarseTexts, EncodedItems
+from ..encoded_tvrn import EncodedItems
 from ..losses import matching_loss_floor
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
 from .exchange import gather_counts, gather_items, gather_rows
@@ -26,13 +26,6 @@ def drop_valid(mask: Tensor, probability: float) -> Tensor:
     certain = draws.masked_fill(~valid, -1.0).argmax(dim=1, keepdim=True)
     keep = keep.scatter(1, certain, True) & valid
     return keep.to(mask.dtype)
-
-
-@dataclass
-class Summaries(EncodedItems):
-    """Images or texts of which only the embeddings are wanted: embeds (n, P)."""
-
-    embeds: Tensor
 
 
 @dataclass
@@ -59,7 +52,7 @@ class Sides:
         rest = {name: value for name, value in batch.items() if name != "return_loss"}
         ids = rest.pop("image_ids"), rest.pop("text_image_ids")
         stand_in, teachers = bool(rest.pop("stand_in", False)), take_teachers(rest)
-        images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or "region" in name}
+        images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or name.startswith(("region", "image_"))}
         return cls(images, rest, *ids, stand_in, teachers)
 
 
@@ -111,37 +104,31 @@ class Objective(nn.Module):
         inputs = given = dict(inputs)
         if self.training and self.region_dropout:
             if "pixel_values" in given:
-                regions = self.model.extract_regions(given.pop("pixel_values"))
-                given |= dict(zip(("region_features", "region_boxes", "region_mask"), regions, strict=True))
+                given |= self.model.extract_image_features(given.pop("pixel_values"))
             inputs = {**given, "region_mask": drop_valid(given["region_mask"], self.region_dropout)}
-        if self.learning.computes == "embeddings":
-            return Summaries(self.model.embed_images(**inputs))
         if self.learning.distils:
-            return self._with_source(self.model.encode_coarse_images, given, self.model.embed_images(**inputs))
-        encode = self.model.encode_images if self.learning.computes == "full" else self.model.encode_coarse_images
-        return cast(EncodedItems, encode(**inputs))
+            return self._with_source(self.model.encode_images, given, inputs)
+        return cast(EncodedItems, self.model.encode_images(**inputs, level=self.learning.computes))
 
     def encode_texts(self, inputs: dict[str, Tensor]) -> EncodedItems:
         """The text side without the words that this step leaves out, as far as its phase needs it."""
         given = inputs
         if self.training and self.word_dropout:
             inputs = {**given, "word_mask": drop_valid(given["word_mask"], self.word_dropout)}
-        if self.learning.computes == "embeddings":
-            return Summaries(self.model.embed_texts(**inputs))
         if self.learning.distils:
-            return self._with_source(self.model.encode_coarse_texts, given, self.model.embed_texts(**inputs))
-        encode = self.model.encode_texts if self.learning.computes == "full" else self.model.encode_coarse_texts
-        return cast(EncodedItems, encode(**inputs))
+            return self._with_source(self.model.encode_texts, given, inputs)
+        return cast(EncodedItems, self.model.encode_texts(**inputs, level=self.learning.computes))
 
-    @torch.no_grad()
     def _with_source(
-        self, encode: Callable[..., CoarseImages | CoarseTexts], inputs: dict[str, Tensor], embeds: Tensor
+        self, encode: Callable[..., EncodedItems], whole: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> EncodedItems:
         """Embeddings that learn beside the words or regions that they learn from: these whole, without dropout."""
+        embeds = encode(**inputs, level="embeddings").tensors()["embeds"]
         training = self.model.training
         self.model.eval()
         try:
-            return replace(encode(**inputs), embeds=embeds)
+            with torch.no_grad():
+                return replace(encode(**whole, level="late_interaction"), embeds=embeds)
         finally:
             self.model.train(training)
 
@@ -157,9 +144,10 @@ class Objective(nn.Module):
         if learning.computes != LEVELS[0]:
             captions = gather_items(texts.select(own), text_counts)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not learning.distils):
-                terms = model.match_terms(images, captions, with_evidence=learning.computes == "full")
+                terms = model.unweighted_components(images, captions, level=learning.computes)
             terms = {name: gather_rows(term[own], image_counts) for name, term in terms.items()}
-            logits = model.pair_logits({name: term.detach() for name, term in terms.items()})
+            with torch.no_grad():
+                logits = model.pair_logits(model.weigh_components(terms))
         loss, parts = model.training_loss(terms, *embeds, *ids, losses=learning.losses)
         if "matching" in parts:  # what is left to gain: the floor depends on the batch's size alone
             parts["matching"] = parts["matching"] - matching_loss_floor(*ids)

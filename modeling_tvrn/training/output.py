@@ -131,7 +131,7 @@ def draw_query(run: Run, model: Any, query: str) -> None:
     plot_search_results(
         query,
         [pictures[row]["image"] for row in rows],
-        found.values.sigmoid().tolist(),
+        model.scores(found.values).tolist(),
         Path(run.config.output_dir) / "query.png",
         positives=right if any(query in captions for captions in pictures.captions) else None,
     )

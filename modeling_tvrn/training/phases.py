@@ -38,11 +38,12 @@ class Row:
 # interaction that stays as it is, computed without dropout and without gradients. `all` is every component.
 NAMES = {
     "embeddings": Row("embeddings", "embeddings", ("contrastive", "distillation"), "embeddings"),
-    "late_interaction": Row("late_interaction", "late_interaction", ("token_contrastive",), "tokens"),
-    "reasoning": Row("reasoning", "full", ("matching", "pair_contrastive", "hardest_negative"), "pairs"),
+    "late_interaction": Row("late_interaction", "late_interaction", ("late_interaction",), "late_interaction"),
+    "reasoning": Row("reasoning", "full", ("matching", "pair_contrastive", "hardest_negative"), "reasoning"),
     "distilled_embeddings": Row("embeddings", "late_interaction", ("contrastive", "distillation"), "embeddings"),
 }
 ALL = "all"
+COMPONENT_WEIGHTS = ("pair.late_interaction_weight", "pair.reasoning_weight")
 
 # Weights by the beginnings of their names, the first that fits, and the components that read them. A phase trains what
 # its components read, but nothing that a component reads which an earlier phase trained and this one does not name:
@@ -55,13 +56,19 @@ READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("region_projection.", "word_projection.", "word_perceptron.", "word_encoder."),
         ("refined", "late_interaction", "reasoning"),
     ),
-    (("text_pooling.", "pair.embedding_"), ("late_interaction", "reasoning")),
-    (("pair.token_",), ("late_interaction",)),
+    (
+        ("dual_encoder.vision_model.", "dual_encoder.text_model."),
+        ("embeddings", "late_interaction", "reasoning"),
+    ),
+    (("dual_encoder.",), ("embeddings",)),
+    (("text_pooling.",), ("late_interaction", "reasoning")),
+    (("pair.late_interaction_weight",), ("late_interaction", "reasoning")),
+    (("pair.late_interaction_scale",), ("late_interaction",)),
     (("attention.", "geometry.", "visual_refinement.", "image_pooling."), ("refined", "reasoning")),
     (("textual_refinement.",), ("recurrent", "reasoning")),
     (("pair.",), ("reasoning",)),
     (
-        ("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_scale"),
+        ("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_"),
         ("embeddings",),
     ),
 )
@@ -236,6 +243,11 @@ def _refining(model: Any) -> set[str]:
 
 def learns(weights: Iterable[str], model: Any, components: frozenset[str], kept: frozenset[str]) -> set[str]:
     """Those of the weights that learn while these components do and those stay as they are."""
-    kept = kept if model.use_token_similarity else kept - {"late_interaction"}
+    kept = kept if model.use_late_interaction else kept - {"late_interaction"}
     read = {weight: readers(weight, model) for weight in weights}
-    return {weight for weight, by in read.items() if by & components and not by & kept}
+    return {
+        weight
+        for weight, by in read.items()
+        # What components count for in their sum changes when another one joins it.
+        if by & components and (weight.endswith(COMPONENT_WEIGHTS) or not by & kept)
+    }

@@ -28,13 +28,22 @@ class CachedTextProcessor:
         features: (N, F) float16, the tokens of all captions one after another.
         words: (N,) bool, which of the tokens are words to match.
         spans: caption -> its first token and the one past its last.
+        embeds: of a dual encoder, caption -> its embedding (P,).
     """
 
-    def __init__(self, processor: Any, features: Tensor, words: Tensor, spans: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        features: Tensor,
+        words: Tensor,
+        spans: dict[str, tuple[int, int]],
+        embeds: dict[str, Tensor] | None = None,
+    ) -> None:
         self.processor = processor
         self.features = features
         self.words = words
         self.spans = spans
+        self.embeds = embeds or {}
 
     @classmethod
     def build(
@@ -51,16 +60,22 @@ class CachedTextProcessor:
         Raises:
             ValueError: the tower is not frozen or not there, or a feature does not fit half precision.
         """
-        if model.text_model is None or not model.config.freeze_text:
+        tower, config = model.config.text_tower_config, model.config
+        learns = not config.freeze_text or (model.dual_encoder is not None and not config.freeze_first_stage)
+        if tower is None or learns:
             raise ValueError(
                 "the text outputs to cache need a frozen text tower; this model has "
-                f"{'none' if model.text_model is None else 'one that learns'}: set text=… and model.freeze_text=true"
+                f"{'none' if tower is None else 'one that learns'}: set text=… and model.freeze_text=true (over a dual "
+                "encoder model.freeze_first_stage=true as well)"
             )
         different = sorted(set(captions), key=len)
         spans: dict[str, tuple[int, int]] = {}
+        embeds: dict[str, Tensor] = {}
         features, words, end = [], [], 0
         for batch in _batches(different, batch_size, progress):
-            hidden, attended, word_mask = _run_tower(model, processor, batch)
+            hidden, attended, word_mask, embedded = _run_tower(model, processor, batch)
+            if embedded is not None:
+                embeds |= dict(zip(batch, embedded, strict=True))
             lengths = attended.sum(dim=1).tolist()
             features.append(hidden[attended])
             words.append(word_mask[attended])
@@ -72,10 +87,10 @@ class CachedTextProcessor:
         if not torch.isfinite(stored).all():
             raise ValueError("the text tower's outputs leave half precision's range; set cache_text_features=false")
         logger.info("cached the text tower's outputs of %d captions, %.0f MB", len(spans), stored.nbytes / 2**20)
-        return cls(processor, stored, torch.cat(words), spans)
+        return cls(processor, stored, torch.cat(words), spans, embeds)
 
     def __call__(self, text: str | Sequence[str] | None = None, **inputs: Any) -> BatchFeature:
-        """As the processor, with `text_features (T, W, F)` in place of `input_ids`."""
+        """As the processor, with `text_features (T, W, F)`, of a dual encoder and `text_embeds`, for `input_ids`."""
         rest = {name: value for name, value in inputs.items() if value is not None and name != "return_tensors"}
         batch = self.processor(**inputs) if rest else BatchFeature()
         if text is not None:
@@ -97,7 +112,10 @@ class CachedTextProcessor:
         attention_mask = torch.from_numpy(attended)
         features = self.features[rows].masked_fill_(~attention_mask.unsqueeze(-1), 0.0)
         word_mask = self.words[rows] & attention_mask
-        return {"text_features": features, "attention_mask": attention_mask.long(), "word_mask": word_mask.long()}
+        found = {"text_features": features, "attention_mask": attention_mask.long(), "word_mask": word_mask.long()}
+        if self.embeds:
+            found["text_embeds"] = torch.stack([self.embeds[caption] for caption in captions])
+        return found
 
     def __getattr__(self, name: str) -> Any:
         if name == "processor":  # not set yet: while being unpickled in a worker
@@ -112,9 +130,16 @@ def _batches(captions: list[str], batch_size: int, progress: bool) -> Iterator[l
 
 
 @torch.no_grad()
-def _run_tower(model: Any, processor: Any, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (T, W, F) float16, attended positions and words (T, W) bool, on the CPU."""
+def _run_tower(model: Any, processor: Any, captions: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Hidden states (T, W, F) float16, attended positions and words (T, W) bool, embeddings (T, P), on the CPU.
+
+    Of a dual encoder, whose embeddings come apart, the words alone count as attended: SigLIP's captions are padding to
+    three quarters.
+    """
     inputs = processor(text=captions).to(model.device)
-    hidden = model.extract_words(inputs["input_ids"], inputs["attention_mask"])
-    word_mask = inputs.get("word_mask", inputs["attention_mask"])
-    return hidden.half().cpu(), inputs["attention_mask"].bool().cpu(), word_mask.bool().cpu()
+    found = model.extract_text_features(inputs["input_ids"], inputs.get("attention_mask"))
+    hidden, embeds = found["text_features"].half().cpu(), found.get("text_embeds")
+    word_mask = inputs["word_mask"].bool().cpu()
+    if embeds is not None:
+        return hidden, word_mask, word_mask, embeds.float().cpu()
+    return hidden, inputs["attention_mask"].bool().cpu(), word_mask, None

@@ -1,0 +1,115 @@
+"""`load_model`: a TVRN checkpoint or any dual encoder, by one call."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from .modeling_tvrn import TVRNModel
+from .processing_tvrn import TVRNProcessor
+
+__all__ = ["load_model"]
+
+EXPECTED = "expected a TVRN checkpoint or a dual encoder (CLIP, SigLIP, …)"
+FOLDERS_LOOKED_AT = 2000
+
+
+def load_model(
+    id_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str = "",
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[TVRNModel, TVRNProcessor]:
+    """Model, ready to score, and processor, of a TVRN checkpoint or any dual encoder of the Hub.
+
+    Both are loaded by this package's and transformers' own classes. A dual encoder comes as a TVRN whose score is the
+    dual encoder's logit, without late interaction and reasoning (`TVRNModel.from_dual_encoder` builds these to train).
+
+    Args:
+        id_or_path: Hub id, or a local folder.
+        revision, subfolder: Of the Hub repository, or within the folder.
+        dtype: What the weights are loaded in; None: what the checkpoint holds.
+        device: Where the model goes; None: a GPU where there is one.
+        trust_remote_code: Allow code of the repository, which only a TVRN with such a tower needs.
+
+    Raises:
+        ValueError: If nothing is there (with near matches among local folders), or it is a model of another kind.
+    """
+    name = os.fspath(id_or_path)
+    check_exists(name, subfolder)
+    hub: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    if revision is not None:
+        hub["revision"] = revision
+    config = _read_config(name, hub)
+    if config.model_type == "tvrn":
+        model = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
+        processor = TVRNProcessor.from_pretrained(name, **hub)
+    elif getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None:
+        model = TVRNModel.from_dual_encoder(
+            name, dtype=dtype or "auto", use_late_interaction=False, use_reasoning=False, hub=hub
+        )
+        processor = TVRNProcessor.from_dual_encoder(name, **hub)
+    else:
+        kind = (config.architectures or [config.model_type])[0]
+        raise ValueError(f"{name!r} holds a {kind}; {EXPECTED}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.eval().to(where), processor
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error
+
+
+def check_exists(name: str, subfolder: str = "") -> None:
+    """Refuse a local folder that isn't there before anything asks the Hub.
+
+    Raises:
+        ValueError: With what was looked for, and near matches among local folders.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / subfolder / "config.json").is_file():
+            raise ValueError(f"{str(path / subfolder)!r} is a folder without config.json; {EXPECTED}{_near(path)}")
+    elif path.exists():
+        raise ValueError(f"{name!r} is a file; {EXPECTED}, a folder with config.json and model.safetensors")
+    elif _is_local(name):
+        raise ValueError(f"there is no folder {str(path)!r}; {EXPECTED}{_near(path)}")
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can't be a Hub id, or its first part is a folder here."""
+    parts = Path(name).parts
+    return name.startswith((".", "~", "/")) or os.sep in name.rstrip(os.sep) and (
+        len(parts) > 2 or Path(parts[0]).is_dir()
+    ) or "\\" in name
+
+
+def _near(path: Path) -> str:
+    """Local folders with a model whose name is like the one asked for, as the end of a sentence."""
+    around = [path, path.parent, path.parent.parent]
+    found: dict[str, str] = {}
+    for folder in around:
+        if not folder.is_dir():
+            continue
+        for count, each in enumerate(sorted(folder.iterdir())):
+            if count >= FOLDERS_LOOKED_AT:
+                break
+            if (each / "config.json").is_file():
+                found.setdefault(each.name, str(each))
+    near = difflib.get_close_matches(path.name, found, n=3, cutoff=0.4) or sorted(found)[:3]
+    return f". Near by: {', '.join(found[name] for name in near)}" if near else ""
+
+
+def _read_config(name: str, hub: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        near = _near(Path(name))
+        raise ValueError(f"no model {name!r}: {reason} Looked for a local folder and on the Hub; {EXPECTED}{near}") from error
