@@ -118,17 +118,18 @@ def test_the_head_start_trains_the_embeddings_and_leaves_the_pair_stage_alone() 
     assert {"matching", "contrastive"} <= set(everything["parts"])
 
 
-def test_the_tokens_are_trained_without_the_evidence() -> None:
+def test_late_interaction_is_trained_without_the_reasoning() -> None:
     model = tiny_model(dropout=0.0)
     output = Objective(model)(tiny_batch(), stage=Stage.TOKENS)
     output["loss"].backward()
-    assert set(output["parts"]) == {"contrastive", "late_interaction"}
+    assert set(output["parts"]) == {"contrastive", "late_interaction", "component_weights"}
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"region_projection.weight", "pair.late_interaction_scale", "logit_scale"} <= reached
-    assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
+    late = {"pair.late_interaction_scale", "pair.late_interaction_weight"}
+    assert {"region_projection.weight", "logit_scale", *late} <= reached
+    assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity", "pair.reasoning"))}
 
 
-def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
+def test_late_interaction_teaches_the_embeddings_and_learns_nothing() -> None:
     """What teaches sees every region and word, without dropout; the embeddings see what the step leaves them."""
     weights = {"distillation_loss_weight": 2.0, "contrastive_loss_weight": 0.0, "distillation_temperature": 3.0}
     model, batch = tiny_model(use_refined_features=False, dropout=0.4, **weights), tiny_batch()
@@ -137,16 +138,18 @@ def test_the_tokens_teach_the_embeddings_and_learn_nothing() -> None:
     images, texts = taught.encode_images(sides.images, Stage.TAUGHT), taught.encode_texts(sides.texts, Stage.TAUGHT)
     assert taught.training and model.training and model.text_pooling.training
     assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
-    found = model.score_components(images, texts, with_evidence=False)
+    level = "late_interaction"
+    found = model.score_components(images, texts, level=level)
     model.eval()
-    whole = model.encode_coarse_images(**sides.images), model.encode_coarse_texts(**sides.texts)
-    expected = model.score_components(*whole, with_evidence=False)
-    torch.testing.assert_close(found["tokens"], expected["tokens"])
-    assert not torch.allclose(found["embeddings"], expected["embeddings"])
+    whole = model.encode_images(**sides.images, level=level), model.encode_texts(**sides.texts, level=level)
+    expected = model.score_components(*whole, level=level)
+    torch.testing.assert_close(found["late_interaction"], expected["late_interaction"])
+    assert not torch.allclose(found["first_stage"], expected["first_stage"])
     taught.train()(batch, stage=Stage.TAUGHT)["loss"].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"pooled_image_embedding.linear.weight", "logit_scale"} <= reached
-    assert not {name for name in reached if name.startswith("pair.") or "pooling" in name}
+    own = {name for name in reached if name.startswith("pair.") or "pooling" in name}
+    assert own == {"pair.late_interaction_weight"}  # of a logit whose first stage changes
 
 
 def test_each_phase_has_its_own_batches_and_rate() -> None:
@@ -267,6 +270,14 @@ def test_scores_that_stay_all_the_same_stop_the_run_and_one_such_batch_does_not(
         see(watch, 100 + step, logits=same)
     with pytest.raises(TrainingStopped, match=f"collapsed.*Seen at step {99 + PATIENCE} .*'c', 'a'"):
         watch.check()
+
+
+def test_logits_far_from_zero_are_no_collapse() -> None:
+    """A pretrained dual encoder's are about 25, where every sigmoid is 1."""
+    watch = Watch(["a", "b", "c"])
+    for step in range(2 * PATIENCE):
+        see(watch, step, logits=25.0 + 2.0 * torch.randn(3, 4))
+    watch.check()
 
 
 # -- cached text features --------------------------------------------------------------------------------
