@@ -24,11 +24,11 @@ class SimilarityAttention(nn.Module):
 
     def forward(self, nodes: Tensor, weights: Tensor) -> Tensor:
         """(n, M, S) nodes, (n, M) weights ω (0 = padding) -> (n,) logits."""
-        mixing, evidence = self.parts(nodes, weights)
-        return (mixing * evidence).sum(dim=-1) / mixing.sum(dim=-1) + self.logit.bias
+        mixing, votes = self.parts(nodes, weights)
+        return (mixing * votes).sum(dim=-1) / mixing.sum(dim=-1) + self.logit.bias
 
     def parts(self, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Each node's weight ωβ in the mean and its evidence w·s: (n, M) both; the logit is their weighted mean + b.
+        """Each node's weight ωβ in the mean and its vote w·s: (n, M) both; the logit is their weighted mean + b.
 
         w·(Σ ωβ s / Σ ωβ) = Σ ωβ (w·s) / Σ ωβ: only two numbers a node are needed.
         """

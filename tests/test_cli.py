@@ -130,7 +130,7 @@ class TestScore:
                 if row["score"]:
                     image = PIL.Image.open(pairs.parent / row["image"])
                     logits = loaded(**processor(images=image, text=row["caption"])).logits_per_image
-                    assert float(row["score"]) == pytest.approx(logits.sigmoid().item(), abs=2e-6), row
+                    assert float(row["score"]) == pytest.approx(loaded.scores(logits).item(), abs=2e-6), row
         assert "gone.png" in outcome.stderr and "broken.png" in outcome.stderr and "empty caption" in outcome.stderr
         assert outcome.stderr.splitlines()[-1] == "tvrn: 3 rows without a score"
 
@@ -222,7 +222,7 @@ class TestSearch:
         names = ["a.png", "b.png", "c.png"]
         images = [PIL.Image.open(pairs.parent / name) for name in names]
         with torch.no_grad():
-            scores = loaded(**processor(images=images, text=[CAPTIONS[0]])).logits_per_image[:, 0].sigmoid()
+            scores = loaded.scores(loaded(**processor(images=images, text=[CAPTIONS[0]])).logits_per_image[:, 0])
         best = scores.argsort(descending=True)[:2].tolist()
         assert [Path(hit["path"]).name for hit in hits] == [names[row] for row in best]
         assert hits[0]["score"] == pytest.approx(scores.max().item(), abs=5e-3), "features are kept in half precision"

@@ -143,7 +143,7 @@ def test_several_models_are_averaged_and_each_is_reported(processor: TVRNProcess
     records, models = region_records(10, 3), [tiny(0), tiny(1, similarity_head="sgr")]
     report = evaluate(models, processor, records, progress=False)
     encoded = [encode_dataset(model, processor, records, progress=False) for model in models]
-    scores = [model.match(*each[:2]).double().sigmoid() for model, each in zip(models, encoded, strict=True)]
+    scores = [model.scores(model.match(*each[:2]).double()) for model, each in zip(models, encoded, strict=True)]
     assert report.metrics == retrieval_metrics((scores[0] + scores[1]) / 2, encoded[0][2])
     for described, each in zip(report.models, scores, strict=True):
         assert described.metrics == retrieval_metrics(each, encoded[0][2])
@@ -263,7 +263,7 @@ def test_pictures_are_encoded_like_in_a_forward_pass(processor: TVRNProcessor) -
     torch.testing.assert_close(model.match(images, texts), whole.logits_per_image, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(EmbeddingScore().match(images, texts), whole.image_embeds @ whole.text_embeds.T)
     parallel, _, _ = encode_dataset(model, processor, records, batch_size=2, num_workers=2, progress=False)
-    torch.testing.assert_close(parallel.tokens, images.refined_regions)
+    torch.testing.assert_close(parallel.refined_regions, images.refined_regions)
 
 
 @pytest.fixture(scope="module")

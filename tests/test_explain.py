@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dual_encoder_makers import save_dual_encoder
 from model_makers import FEATURES, SIZES, overlapping_boxes, shake, tiny_model
 from reference import Reference, softmax
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.explain import Explanation, explain
+from modeling_tvrn.explain.picture import bar_rows
 from modeling_tvrn.layers_tvrn import grid_boxes
 
 CAPTION = "Two dogs run, one <b>barks</b>"
@@ -47,8 +49,11 @@ def test_the_words_and_the_other_parts_add_up_to_the_score(
     assert found.logit == pytest.approx(score(model, processor, image, CAPTION), abs=1e-5)
     assert sum(found.parts.values()) == pytest.approx(found.logit, abs=1e-5)
     whole = sum(word.contribution for word in found.words)
-    others = sum(value for name, value in found.parts.items() if name not in ("words", "tokens"))
+    others = sum(value for name, value in found.parts.items() if name not in ("words", "late interaction"))
     assert whole + others == pytest.approx(found.logit, abs=1e-5)
+    assert sum(value for _, value in bar_rows(found)) == pytest.approx(found.logit, abs=1e-5), "no part is drawn twice"
+    for word in found.words:
+        assert word.contribution == pytest.approx(word.reasoning + word.late_interaction, abs=1e-9)
     assert len({round(word.contribution, 6) for word in found.words}) == len(found.words), "each word has its own part"
     assert 0 < sum(word.weight for word in found.words) < 1, "the global vector has a share too"
 
@@ -58,7 +63,7 @@ def test_a_graph_does_not_come_apart_but_says_what_leaving_a_word_out_costs(proc
     found = explain(model, processor, image := record(), "two dogs run")
     assert [word.contribution for word in found.words] == [None] * 3
     assert sum(found.parts.values()) == pytest.approx(found.logit, abs=1e-5)
-    assert set(found.parts) == {"graph", "tokens", "embeddings", "embedding shift"}
+    assert set(found.parts) == {"graph", "late interaction", "first stage"}
     for word, rest in zip(found.words, ["dogs run", "two run", "two dogs"], strict=True):
         assert word.without == pytest.approx(found.logit - score(model, processor, image, rest), abs=1e-5)
 
@@ -176,7 +181,36 @@ def test_wrong_input_is_refused_with_what_was_expected(processor: TVRNProcessor)
         explain(model, processor, record(), CAPTION).figure(columns=0)
 
 
-def test_a_term_that_explain_does_not_know_is_no_silent_error(processor: TVRNProcessor) -> None:
+def test_the_score_is_the_models_calibrated_one(processor: TVRNProcessor) -> None:
+    model, image = tiny_model(), record()
+    before = explain(model, processor, image, CAPTION, leave_out=False)
+    model.calibration_scale.fill_(0.5)
+    model.calibration_shift.fill_(-2.0)
+    found = explain(model, processor, image, CAPTION, leave_out=False)
+    assert (found.logit, found.parts) == (before.logit, before.parts) and found.score != before.score
+    assert found.score == pytest.approx(float(model.scores(torch.tensor(found.logit))), abs=1e-6)
+
+
+def test_a_photograph_scored_over_a_dual_encoder(tmp_path: Path) -> None:
+    """Its regions and its embedding are of one pass, so leaving a region out leaves the first stage as it is."""
+    folder = save_dual_encoder(tmp_path / "clip")
+    sizes = {"hidden_size": 24, "similarity_size": 12, "vision_grid_size": 2, "component_weight_init_value": 0.5}
+    model, clip = TVRNModel.from_dual_encoder(folder, **sizes), TVRNProcessor.from_dual_encoder(folder)
+    photograph = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    found = explain(model, clip, photograph, "a dog runs in snow")
+    with torch.no_grad():
+        wanted = model.eval()(**clip(images=[photograph], text="a dog runs in snow"))
+    assert found.logit == pytest.approx(float(wanted.logits_per_image), abs=1e-4)
+    assert [word.text for word in found.words] == ["a", "dog", "runs", "in", "snow"] and found.grid == (2, 2)
+    assert len(set(found.region_without.round(5))) == 4
+
+
+def test_a_score_without_reasoning_is_refused(processor: TVRNProcessor) -> None:
+    with pytest.raises(ValueError, match=r"\['first_stage', 'late_interaction'\] and no reasoning"):
+        explain(tiny_model(use_reasoning=False), processor, record(), CAPTION)
+
+
+def test_a_component_that_explain_does_not_know_is_no_silent_error(processor: TVRNProcessor) -> None:
     model = tiny_model()
     known = model.match
     model.match = lambda *arguments, **options: known(*arguments, **options) + 1.0

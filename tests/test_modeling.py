@@ -61,27 +61,33 @@ def reordered(inputs: dict[str, torch.Tensor], order: list[int]) -> dict[str, to
     return {key: value[order] for key, value in inputs.items()}
 
 
-def terms_after_a_step(model, images, texts):
-    """The score's terms once every weight that has a gradient has moved by as much."""
+def components_after_a_step(model, images, texts):
+    """The logit's components once every weight that has a gradient has moved by as much."""
     model(**images, **texts, return_loss=True).loss.backward()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.grad is not None:
                 weight.sub_(weight.grad.sign() * 0.05)
-    return terms(model, images, texts)
+    return components(model, images, texts)
 
 
-def let_learn(model, components, kept):
+def let_learn(model, trained, kept):
     """Freeze what does not learn in a phase that trains some components beside others that stay."""
-    learning = learns(dict(model.named_parameters()), model.config, frozenset(components), frozenset(kept))
+    learning = learns(dict(model.named_parameters()), model.config, frozenset(trained), frozenset(kept))
     for key, weight in model.named_parameters():
         weight.requires_grad_(key in learning)
 
 
-def terms(model, images, texts):
+def components(model, images, texts):
     """The summands of a batch's logits."""
     with torch.no_grad():
         return model.score_components(model.encode_images(**images), model.encode_texts(**texts))
+
+
+def unweighted(model, images, texts):
+    """The same without the learned weights."""
+    with torch.no_grad():
+        return model.unweighted_components(model.encode_images(**images), model.encode_texts(**texts))
 
 
 class TestAPairIsItself:
@@ -248,57 +254,78 @@ class TestOutput:
         images, texts = regions(3), words(4)
         ids = (torch.tensor([4, 9, 4]), torch.tensor([9, 4, 4, 9]))
         output = model(**images, **texts, image_ids=ids[0], text_image_ids=ids[1], return_loss=True)
-        scores = output.logits_per_image.sigmoid()
+        raw, logits = unweighted(model, images, texts), output.logits_per_image
+        scores = raw["reasoning"].sigmoid()
         parts = {
             "matching": matching_loss(scores, *ids, margin=0.2, temperature=0.05),
-            "pair_contrastive": positives_cross_entropy(output.logits_per_image, *ids),
+            "pair_contrastive": positives_cross_entropy(raw["reasoning"], *ids),
             "contrastive": contrastive_loss(output.image_embeds, output.text_embeds, model.logit_scale, *ids),
             "hardest_negative": hardest_negative_loss(scores, *ids, margin=0.2),
-            "late_interaction": positives_cross_entropy(terms(model, images, texts)["tokens"], *ids),
-            "distillation": distillation_loss(
-                output.image_embeds, output.text_embeds, model.logit_scale, output.logits_per_image, 3.0
-            ),
+            "late_interaction": positives_cross_entropy(raw["late_interaction"], *ids),
+            "distillation": distillation_loss(output.image_embeds, output.text_embeds, model.logit_scale, logits, 3.0),
+            "component_weights": positives_cross_entropy(logits, *ids),
         }
         assert set(output.loss_parts) == set(parts)
         for key, part in parts.items():
             assert_same(output.loss_parts[key], part, 1e-6)
-        assert_same(output.loss, sum(weights[key] * part for key, part in parts.items()), 1e-5)
+        assert_same(output.loss, sum(weights.get(key, 1.0) * part for key, part in parts.items()), 1e-5)
 
-    def test_the_logits_are_the_sum_of_their_terms(self):
-        """What explains a score, and what the losses see of it, is the score."""
+    def test_the_logits_are_the_sum_of_their_components(self):
+        """What explains a score is the score; each component comes with the weight that the model has learned for it."""
         model, images, texts = tiny_model(), regions(3), words(4)
-        summands = terms(model, images, texts)
-        assert set(summands) == {"evidence", "tokens", "embeddings"}
+        summands, raw = components(model, images, texts), unweighted(model, images, texts)
+        assert list(summands) == ["first_stage", "late_interaction", "reasoning"]
         assert min(summand.std() for summand in summands.values()) > 1e-4
-        logits = model(**images, **texts).logits_per_image
-        assert_same(sum(summands.values()), logits, 1e-5)
-        coarse = model(**images, **texts, with_evidence=False).logits_per_image
-        assert_same(coarse, logits - summands["evidence"], 1e-5)
+        output = model(**images, **texts)
+        cosine = output.image_embeds @ output.text_embeds.T
+        assert_same(summands["first_stage"], model.logit_scale.exp() * cosine)
+        for key in ("late_interaction", "reasoning"):
+            assert_same(summands[key], getattr(model.pair, f"{key}_weight") * raw[key])
+        assert_same(sum(summands.values()), output.logits_per_image)
+        without = model(**images, **texts, level="late_interaction").logits_per_image
+        assert_same(without, output.logits_per_image - summands["reasoning"])
 
-    def test_the_evidence_learns_alone(self):
-        """Trained on the sum, the evidence would learn what the other terms leave of the training set."""
+    def test_each_component_learns_by_its_own_losses_and_the_weights_by_the_sum(self):
+        """Trained on the sum, the reasoning would learn what the other components leave of the training set."""
         losses = {"matching_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "late_interaction_loss_weight": 0.0}
-        model = tiny_model(train_evidence_alone=True, evidence_scale=0.5, pair_contrastive_loss_weight=1.0, **losses)
+        model = tiny_model(pair_contrastive_loss_weight=1.0, use_refined_features=False, **losses)
         images, texts, rows = regions(4), words(4), torch.arange(4)
         output = model(**images, **texts, return_loss=True)
-        evidence = terms(model, images, texts)["evidence"] / 0.5
-        assert_same(output.loss, positives_cross_entropy(evidence, rows, rows), 1e-5)
+        own = positives_cross_entropy(unweighted(model, images, texts)["reasoning"], rows, rows)
+        assert_same(output.loss_parts["pair_contrastive"], own)
+        assert_same(output.loss, own + positives_cross_entropy(output.logits_per_image, rows, rows))
+        output.loss.backward()
+        moved = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert {"pair.late_interaction_weight", "pair.reasoning_weight", "pair.head.logit.weight"} <= moved
+        assert not {"logit_scale", "pair.late_interaction_scale", "pooled_image_embedding.linear.weight"} & moved
 
-    def test_without_evidence_and_without_coarse_terms_nothing_is_left(self):
+    def test_a_component_alone_has_no_weight(self):
+        names = ("use_first_stage", "use_late_interaction", "use_reasoning")
+        for kept in names:
+            model = tiny_model(**{key: key == kept for key in names})
+            assert not [key for key in model.state_dict() if key.endswith(("interaction_weight", "reasoning_weight"))]
+            images, texts = regions(3), words(4)
+            [alone] = components(model, images, texts).values()
+            assert_same(alone, model(**images, **texts).logits_per_image, 0)
+
+    @pytest.mark.parametrize("level", ["embeddings", "late_interaction"])
+    def test_a_level_that_holds_no_component_of_the_score_is_refused(self, level):
         model = tiny_model(use_first_stage=False, use_late_interaction=False)
-        with pytest.raises(ValueError, match="nothing is left"):
-            model(**regions(3), **words(3), with_evidence=False)
+        with pytest.raises(ValueError, match=r"\['reasoning'\] alone; use level='full'"):
+            model(**regions(3), **words(3), level=level)
 
     @pytest.mark.parametrize("variant", [*HEADS, {"use_refined_features": False}], ids=name)
-    def test_embeddings_and_tokens_stay_while_the_reasoning_learns(self, variant):
-        """What an earlier phase trained must not drift with the evidence that is trained beside it."""
+    def test_embeddings_and_late_interaction_stay_while_the_reasoning_learns(self, variant):
+        """What an earlier phase trained must not drift with the reasoning that is trained beside it; what it counts for
+        in the sum may."""
         model, images, texts = tiny_model(**variant), regions(4), words(4)
-        before = terms(model, images, texts)
+        before = unweighted(model, images, texts)
         let_learn(model, {"reasoning"}, {"embeddings", "late_interaction"})
-        after = terms_after_a_step(model, images, texts)
-        assert_same(after["tokens"], before["tokens"], 0)
-        assert_same(after["embeddings"], before["embeddings"], 0)
-        assert (after["evidence"] - before["evidence"]).abs().max() > 1e-3
+        components_after_a_step(model, images, texts)
+        after = unweighted(model, images, texts)
+        assert_same(after["late_interaction"], before["late_interaction"], 0)
+        assert_same(after["first_stage"], before["first_stage"], 0)
+        assert (after["reasoning"] - before["reasoning"]).abs().max() > 1e-3
         learning = {key.split(".")[0] for key, weight in model.named_parameters() if weight.requires_grad}
         own = {"pair"} if variant.get("refinement") == "gru" else {"textual_refinement", "pair"}
         refined = {"attention", "geometry", "visual_refinement", "image_pooling", "textual_refinement"}
@@ -307,11 +334,11 @@ class TestOutput:
     @pytest.mark.parametrize("variant", [{}, {"use_refined_features": False}], ids=name)
     def test_tokens_that_are_learned_from_stay_while_the_embeddings_learn(self, variant):
         model, images, texts = tiny_model(**variant), regions(4), words(4)
-        before = terms(model, images, texts)
+        before = components(model, images, texts)
         let_learn(model, {"embeddings"}, {"late_interaction"})
-        after = terms_after_a_step(model, images, texts)
-        assert_same(after["tokens"], before["tokens"], 0)
-        assert (after["embeddings"] - before["embeddings"]).abs().max() > 1e-3
+        after = components_after_a_step(model, images, texts)
+        assert_same(after["late_interaction"], before["late_interaction"], 0)
+        assert (after["first_stage"] - before["first_stage"]).abs().max() > 1e-3
 
     @pytest.mark.parametrize("refined", [True, False])
     @pytest.mark.parametrize("heads", [True, False])

@@ -50,7 +50,7 @@ def test_the_python_of_the_readme_runs_as_printed(quickstart: Path, capsys: pyte
     assert "tensor" in capsys.readouterr().out
     assert names["output"].logits_per_image.shape == (2, 2)
     assert isinstance(names["gallery"], EncodedImages)
-    first_caption = names["output"].logits_per_image.sigmoid()[:, :1]
+    first_caption = names["model"].scores(names["output"].logits_per_image)[:, :1]
     order = (names["gallery"].embeds @ names["queries"].embeds[0]).argsort(descending=True)
     torch.testing.assert_close(names["scores"].detach(), first_caption[order], atol=1e-5, rtol=0)
 

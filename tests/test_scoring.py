@@ -30,8 +30,9 @@ class Items:
 class CountingModel(torch.nn.Module):
     """Integer products, so that every block order gives the same bits and ties abound; counts what it scores."""
 
-    def __init__(self, scale: float = 1.0):
+    def __init__(self, scale: float = 1.0, shift: float = 0.0):
         super().__init__()
+        self.shift = shift
         self.scale, self.scored, self.largest, self.seen_training = scale, 0, 0, False
 
     def match(self, images: Items, texts: Items, chunk_size: int | None = None) -> torch.Tensor:
@@ -39,6 +40,9 @@ class CountingModel(torch.nn.Module):
         self.largest = max(self.largest, len(images) * len(texts))
         self.seen_training |= self.training
         return self.scale * (images.vectors @ texts.vectors.T)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(logits + self.shift)
 
 
 def galleries(seed: int, images: int = 23) -> tuple[Items, Items, np.ndarray]:
@@ -166,15 +170,15 @@ def test_embeddings_alone_rank_by_cosine() -> None:
 
 
 def test_averaged_models_average_matching_scores() -> None:
-    """Sigmoids, not logits, in a precision in which confident scores do not tie; and the mean of the cosines."""
+    """Each model's calibrated scores, in a precision in which confident ones do not tie; and the mean of the cosines."""
     images, texts, rows = galleries(6)
     other_images, other_texts, _ = galleries(6)
     other_images.embeds = torch.nn.functional.normalize(other_images.vectors + 0.5, dim=1)
     other_texts.embeds = torch.nn.functional.normalize(other_texts.vectors + 0.5, dim=1)
-    systems = [(CountingModel(4.0), images, texts), (CountingModel(-0.5), other_images, other_texts)]
+    systems = [(CountingModel(4.0), images, texts), (CountingModel(-0.5, shift=1.5), other_images, other_texts)]
     model, both_images, both_texts = average(systems)
     logits = (images.vectors @ texts.vectors.T).double().numpy()
-    expected = (1 / (1 + np.exp(-4 * logits)) + 1 / (1 + np.exp(0.5 * logits))) / 2
+    expected = (1 / (1 + np.exp(-4 * logits)) + 1 / (1 + np.exp(0.5 * logits - 1.5))) / 2
     found = score_matrix(model, both_images, both_texts, progress=False)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
     assert rank(model, both_images, both_texts, rows, progress=False) == retrieval_metrics(found, rows)

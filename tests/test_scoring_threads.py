@@ -38,7 +38,7 @@ def test_averaged_models_and_ragged_blocks(galleries):
     model, images, texts = galleries
     system = average([(model, images, texts), (model, images, texts)])
     scores = score_matrix(*system, progress=False)
-    torch.testing.assert_close(scores, model.match(images, texts).double().sigmoid(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, model.scores(model.match(images, texts).double()), rtol=0, atol=1e-5)
 
 
 def test_an_error_reaches_the_caller_and_the_threads_stay_as_set(galleries):
@@ -67,4 +67,4 @@ def test_cores_share_the_images_and_copy_no_caption(galleries, monkeypatch):
     assert sorted(len(share) for share, _ in given) == [4, 4, 4]
     for share, captions in given:
         assert captions.words.data_ptr() == texts.words.data_ptr()
-        assert share.tokens.untyped_storage().data_ptr() == images.refined_regions.untyped_storage().data_ptr()
+        assert share.refined_regions.untyped_storage().data_ptr() == images.refined_regions.untyped_storage().data_ptr()

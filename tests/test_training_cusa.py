@@ -59,12 +59,10 @@ NAMED = [["embeddings"], ["embeddings", "late_interaction"], ["distilled_embeddi
 
 
 @pytest.mark.parametrize("train", NAMED, ids=" ".join)
-@pytest.mark.parametrize("alone", [True, False])
-def test_what_gets_soft_labels_in_each_phase(
-    data: Path, caches: dict, tmp_path: Path, train: list[str], alone: bool
-) -> None:
-    """The embeddings' cosines, the tokens' without their scale, and the score that the pair losses see."""
-    model = {**STILL, "train_evidence_alone": alone, "late_interaction_scale_init_value": 1.5, "evidence_scale": 2.0}
+def test_what_gets_soft_labels_in_each_phase(data: Path, caches: dict, tmp_path: Path, train: list[str]) -> None:
+    """The embeddings' cosines always, late interaction without its scale, and the reasoning's own score: whatever the
+    weights of these components in the logit."""
+    model = {**STILL, "component_weight_init_value": 2.0, "late_interaction_scale_init_value": 1.5}
     run = Training(config(data, caches, tmp_path, batch_captions_per_image=2, cusa_alpha=0.6, model=model))
     batch = next(iter(run.loaders[0]))
     with torch.no_grad():  # dissimilar on purpose: at their start the three are alike
@@ -87,23 +85,23 @@ def test_what_gets_soft_labels_in_each_phase(
     oracle.student_temperature.data.fill_(0.2)
     expected = oracle(*teachers, images.embeds[rows] @ texts.embeds.T, *heads)
     total = expected.loss
-    terms = run.model.score_components(images, texts)
+    components = run.model.score_components(images, texts)
     if {"late_interaction", "all"} & set(train):
-        tokens = CUSA(0.6, 0.0, 0.35, teacher_temperature=0.2)(*teachers, terms["tokens"][rows] / np.exp(1.5))
-        total = total + tokens.loss
-        assert output["parts"]["cusa_tokens"].item() == pytest.approx(tokens.cross_modal.item(), rel=1e-4)
+        cosines = components["late_interaction"][rows] / 2.0 / np.exp(1.5)
+        late = CUSA(0.6, 0.0, 0.35, teacher_temperature=0.2)(*teachers, cosines)
+        total = total + late.loss
+        assert output["parts"]["cusa_late_interaction"].item() == pytest.approx(late.cross_modal.item(), rel=1e-4)
     if train == ["all"]:
-        logits = terms["evidence"] / 2.0 if alone else sum(terms.values())
-        total = total + CUSA(0.6, 0.0, 0.5, teacher_temperature=0.2)(*teachers, logits.sigmoid()[rows]).loss
+        scores = (components["reasoning"] / 2.0).sigmoid()[rows]
+        total = total + CUSA(0.6, 0.0, 0.5, teacher_temperature=0.2)(*teachers, scores).loss
     assert (output["loss"] - without["loss"]).item() == pytest.approx(total.item(), rel=1e-4)
     assert output["parts"]["cusa_uni_modal"].item() == pytest.approx(expected.uni_modal.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict, tmp_path: Path, alone: bool) -> None:
+def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict, tmp_path: Path) -> None:
     """Each similarity in the scale of its own loss, without its diagonal, beside centred teachers."""
     keys = {"cusa_exclude_self": True, "cusa_center_teachers": True, "cusa_on_logits": True, "cusa_beta": 0.0}
-    model = {**STILL, "train_evidence_alone": alone, "late_interaction_scale_init_value": 1.5, "evidence_scale": 2.0}
+    model = {**STILL, "component_weight_init_value": 2.0, "late_interaction_scale_init_value": 1.5}
     run = Training(config(data, caches, tmp_path, **keys, model=model))
     batch = next(iter(run.loaders[0]))
     output = run.objective(batch)
@@ -112,11 +110,11 @@ def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict,
     texts = run.model.encode_texts(
         **{k: v for k, v in own.items() if k in ("input_ids", "attention_mask", "word_mask")}
     )
-    terms = run.model.score_components(images, texts)
+    components = run.model.score_components(images, texts)
     logits = {
         "cross_modal": images.embeds @ texts.embeds.T * run.model.logit_scale.exp(),
-        "tokens": terms["tokens"],
-        "pairs": terms["evidence"] / 2.0 if alone else sum(terms.values()),
+        "late_interaction": components["late_interaction"] / 2.0,
+        "reasoning": components["reasoning"] / 2.0,
     }
     vectors = [batch[f"teacher_{side}_embeds"].float() for side in ("image", "text")]
     rows = [own["image_ids"].tolist().index(number) for number in own["text_image_ids"].tolist()]
@@ -137,7 +135,7 @@ def test_labels_of_the_others_about_the_mean_on_logits(data: Path, caches: dict,
 def test_a_run_says_once_that_its_labels_teach_nothing(data: Path, caches: dict, tmp_path: Path, caplog) -> None:
     run = Training(config(data, caches, tmp_path, cusa_teacher_temperature=1000.0))
     for batch in run.loaders[0]:
-        assert "cusa_pairs" in run.objective(batch)["parts"]
+        assert "cusa_reasoning" in run.objective(batch)["parts"]
     assert sum("is uniform" in record.getMessage() for record in caplog.records) == 2  # images, texts
 
 
@@ -147,7 +145,7 @@ def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: di
     result = train(config(data, caches, tmp_path / "run", **keys, cusa_alpha=0.5, cusa_beta=2.0))
     events = [event for event in result["history"] if "loss" in event]
     assert events[-1]["cusa_uni_modal_loss"] < 0.85 * events[0]["cusa_uni_modal_loss"]
-    assert "cusa_pairs_loss" in events[-1] and "cusa_pairs_loss" not in events[0]
+    assert "cusa_reasoning_loss" in events[-1] and "cusa_reasoning_loss" not in events[0]
     model = TVRNModel.from_pretrained(tmp_path / "run")
     assert model.config.use_unimodal_heads
     assert result["config"]["cusa_beta"] == 2.0
@@ -181,7 +179,7 @@ def test_kept_embeddings_get_no_labels_in_the_pair_phase(data: Path, caches: dic
     run.fit()
     events = [event for event in run.progress.history if "loss" in event]
     assert "cusa_cross_modal_loss" in events[0] and "cusa_cross_modal_loss" not in events[-1]
-    assert "cusa_pairs_loss" in events[-1]
+    assert "cusa_reasoning_loss" in events[-1]
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0)])
@@ -189,7 +187,7 @@ def test_one_part_alone(data: Path, caches: dict, tmp_path: Path, alpha: float, 
     run = Training(config(data, caches, tmp_path, epochs=1, cusa_alpha=alpha, cusa_beta=beta, logging_steps=1))
     run.fit()
     parts = {name for event in run.progress.history for name in event if name.startswith("cusa")}
-    crossed = {"cusa_cross_modal_loss", "cusa_tokens_loss", "cusa_pairs_loss"}
+    crossed = {"cusa_cross_modal_loss", "cusa_late_interaction_loss", "cusa_reasoning_loss"}
     assert parts == (crossed if alpha else {"cusa_uni_modal_loss"})
     assert run.model.config.use_unimodal_heads == bool(beta)
 

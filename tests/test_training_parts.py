@@ -130,11 +130,13 @@ def test_the_late_interaction_is_trained_without_the_reasoning() -> None:
     model = tiny_model(dropout=0.0)
     output = objective_of(model, "embeddings", "late_interaction")(tiny_batch())
     output["loss"].backward()
-    assert set(output["parts"]) == {"contrastive", "late_interaction"}
+    assert set(output["parts"]) == {"contrastive", "late_interaction", "component_weights"}
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"region_projection.weight", "pair.late_interaction_scale", "logit_scale"} <= reached
-    assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity"))}
-    assert set(objective_of(model, "late_interaction")(tiny_batch())["parts"]) == {"late_interaction"}
+    late = {"pair.late_interaction_scale", "pair.late_interaction_weight"}
+    assert {"region_projection.weight", "logit_scale", *late} <= reached
+    assert not {name for name in reached if name.startswith(("pair.head", "pair.local_similarity", "pair.reasoning"))}
+    alone = set(objective_of(model, "late_interaction")(tiny_batch())["parts"])
+    assert alone == {"late_interaction", "component_weights"}
 
 
 def test_the_embeddings_learn_from_a_late_interaction_that_stays() -> None:
@@ -146,16 +148,18 @@ def test_the_embeddings_learn_from_a_late_interaction_that_stays() -> None:
     images, texts = distilled.encode_images(sides.images), distilled.encode_texts(sides.texts)
     assert distilled.training and model.training and model.text_pooling.training
     assert images.embeds.requires_grad and not images.regions.requires_grad and not texts.words.requires_grad
-    found = model.score_components(images, texts, with_evidence=False)
+    level = "late_interaction"
+    found = model.score_components(images, texts, level=level)
     model.eval()
-    whole = model.encode_coarse_images(**sides.images), model.encode_coarse_texts(**sides.texts)
-    expected = model.score_components(*whole, with_evidence=False)
-    torch.testing.assert_close(found["tokens"], expected["tokens"])
-    assert not torch.allclose(found["embeddings"], expected["embeddings"])
+    whole = model.encode_images(**sides.images, level=level), model.encode_texts(**sides.texts, level=level)
+    expected = model.score_components(*whole, level=level)
+    torch.testing.assert_close(found["late_interaction"], expected["late_interaction"])
+    assert not torch.allclose(found["first_stage"], expected["first_stage"])
     distilled.train()(batch)["loss"].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"pooled_image_embedding.linear.weight", "logit_scale"} <= reached
-    assert not {name for name in reached if name.startswith("pair.") or "pooling" in name}
+    own = {name for name in reached if name.startswith("pair.") or "pooling" in name}
+    assert own == {"pair.late_interaction_weight"}  # of a logit whose first stage changes
 
 
 def test_what_a_phase_leaves_out_comes_from_the_run() -> None:
@@ -274,6 +278,14 @@ def test_scores_that_stay_all_the_same_stop_the_run_and_one_such_batch_does_not(
         see(watch, 100 + step, logits=same)
     with pytest.raises(TrainingStopped, match=f"collapsed.*Seen at step {99 + PATIENCE} .*'c', 'a'"):
         watch.check()
+
+
+def test_logits_far_from_zero_are_no_collapse() -> None:
+    """A pretrained dual encoder's are about 25, where every sigmoid is 1."""
+    watch = Watch(["a", "b", "c"])
+    for step in range(2 * PATIENCE):
+        see(watch, step, logits=25.0 + 2.0 * torch.randn(3, 4))
+    watch.check()
 
 
 # -- cached text features --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Why an image and a caption match: the evidence of every word, as numbers that add up, a picture, and a page."""
+"""Why an image and a caption match: what every word says, as numbers that add up, a picture, and a page."""
 
 from .evidence import Explanation, WordEvidence, explain
 

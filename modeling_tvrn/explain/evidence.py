@@ -34,10 +34,10 @@ class WordEvidence:
     Attributes:
         text: The word as written.
         span: Its characters in the caption; None where the tokenizer keeps no offsets.
-        contribution: Its part of the logit, `evidence` + `tokens`; all parts add up to the logit. None for an SGR
-            head, whose nodes mix.
-        evidence: Its part of the pair stage's weighted mean; None for SGR.
-        tokens: Its part of the token similarity; None for a model without that term.
+        contribution: Its part of the logit, `reasoning` + `late_interaction`; all parts add up to the logit. None for
+            an SGR head, whose nodes mix.
+        reasoning: Its part of the reasoning's weighted mean, with the reasoning's weight in the logit; None for SGR.
+        late_interaction: Its part of late interaction, likewise weighted; None for a model without that component.
         weight: Its share of the weighted mean, 0 to 1; the words' shares and the global one's sum to 1. None for SGR.
         saliency: ω, how much the image as a whole calls for this word; the mean over a caption's tokens is 1.
         without: Logit of the caption minus logit of the caption without this word: above 0 the word speaks for the
@@ -48,8 +48,8 @@ class WordEvidence:
     text: str
     span: tuple[int, int] | None
     contribution: float | None
-    evidence: float | None
-    tokens: float | None
+    reasoning: float | None
+    late_interaction: float | None
     weight: float | None
     saliency: float
     without: float | None
@@ -70,11 +70,12 @@ class Explanation:
         region_without: (R,) what the logit loses without each region, at most above 0 for those it rests on; None for
             one region, or where it was not asked for.
         logit: The pair logit, as `model.match` gives it.
-        parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their evidence), "global", "head
-            bias"; for SGR "graph", which does not come apart; and, where the model has the term, "tokens" (a sum over
-            the words), "embeddings" (a scaled cosine) and "embedding shift".
+        parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their reasoning), "global", "head
+            bias"; for SGR "graph", which does not come apart; and, where the model has the component, "late
+            interaction" (a sum over the words) and "first stage" (a scaled cosine).
         cosine: Of the two embeddings.
         head: "saf" or "sgr".
+        calibration: Scale and shift that the model's score applies to the logit.
     """
 
     caption: str
@@ -88,11 +89,14 @@ class Explanation:
     parts: dict[str, float]
     cosine: float
     head: str
+    calibration: tuple[float, float] = (1.0, 0.0)
 
     @property
     def score(self) -> float:
-        """Matching score, the logit's sigmoid."""
-        return 1 / (1 + math.exp(-self.logit)) if self.logit >= 0 else 1 - 1 / (1 + math.exp(self.logit))
+        """Matching score: the sigmoid of the calibrated logit, as `model.scores` gives it."""
+        scale, shift = self.calibration
+        logit = scale * self.logit + shift
+        return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
 
     @property
     def attention(self) -> np.ndarray:
@@ -163,8 +167,8 @@ class Explanation:
 def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: bool = True) -> Explanation:
     """Take one pair's score apart: which word looks where, and what it adds to the score.
 
-    With a SAF head the evidence is a weighted mean of one number a word and a global one, plus a bias; the tokens'
-    similarity is a sum over words, and the embeddings' one number: all of it comes apart exactly. An SGR head passes
+    With a SAF head the reasoning is a weighted mean of one number a word and a global one, plus a bias; late
+    interaction is a sum over words, and the first stage one number: all of it comes apart exactly. An SGR head passes
     its nodes through three ReLU layers: its part of the logit stays whole, and what a word matters is the difference
     that leaving it out makes (`WordEvidence.without`).
 
@@ -178,9 +182,14 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
             texts and images more). Where a word looks is not what the score rests on; this tells.
 
     Raises:
-        ValueError: On an image or a caption that the processor or the model refuses.
-        RuntimeError: If the parts do not give the score: the model's pair stage has a term that is not known here.
+        ValueError: On an image or a caption that the processor or the model refuses, or a model without reasoning.
+        RuntimeError: If the parts do not give the score: it has a component that is not known here.
     """
+    if not model.config.use_reasoning:
+        raise ValueError(
+            f"this model's score has the components {model.config.components} and no reasoning, so there is nothing to "
+            "take apart by words; explain a model with use_reasoning=True"
+        )
     if not isinstance(text, str):
         raise ValueError(f"text is a {type(text).__name__}; explain takes one caption, a string")
     with _evaluating(model):
@@ -207,6 +216,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         parts=parts,
         cosine=float(images.embeds[0].double() @ texts.embeds[0].double()),
         head=str(model.config.similarity_head),
+        calibration=(float(model.calibration_scale), float(model.calibration_shift)),
     )
 
 
@@ -217,24 +227,24 @@ class _Pair:
         stage = model.pair
         self.images, self.texts, self.stage = images, texts, stage
         self.logit = model.match(images, texts).item()
-        self.terms = {name: value.item() for name, value in model.score_components(images, texts).items()}
+        self.components = {name: value.item() for name, value in model.score_components(images, texts).items()}
         refined, scale = stage.refine(images, texts, model.attention, model.textual_refinement)
         mask, _ = stage.text_tokens(texts)
         attention, saliency = stage.attend(images, refined, scale, mask)
         self.attention, self.saliency = _plain(attention[0, 0]), _plain(saliency[0, 0])
-        self.mixing = self.evidence = None
+        self.mixing = self.reasoning = None
         nodes, weights = stage.nodes(images, texts, model.attention, model.textual_refinement)
         if hasattr(stage.head, "parts"):
-            mixing, evidence = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
-            self.mixing, self.evidence = mixing, evidence * self.weight("reasoning")
-        self.tokens = self._token_parts() if "late_interaction" in self.terms else None
+            mixing, votes = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
+            self.mixing, self.reasoning = mixing, votes * self.weight("reasoning")
+        self.late = self._late_interaction_parts() if "late_interaction" in self.components else None
         self.positions = texts.word_positions[0].tolist()
 
     def weight(self, name: str) -> float:
         """The learned weight of a component."""
         return float(self.stage.weight(name))
 
-    def _token_parts(self) -> np.ndarray:
+    def _late_interaction_parts(self) -> np.ndarray:
         """(W,) the words' parts of late interaction: linear in their weights, so taken one word at a time."""
         width = self.texts.word_weights.shape[1]
         alone = self.texts.select([0] * width)
@@ -247,46 +257,46 @@ class _Pair:
         Raises:
             RuntimeError: If they do not add up to it.
         """
-        parts = self._evidence_parts()
-        if self.tokens is not None:
-            parts["late interaction"] = float(self.tokens.sum())
-        if "first_stage" in self.terms:
-            parts["first stage"] = self.terms["first_stage"]
+        parts = self._reasoning_parts()
+        if self.late is not None:
+            parts["late interaction"] = float(self.late.sum())
+        if "first_stage" in self.components:
+            parts["first stage"] = self.components["first_stage"]
         total = sum(parts.values())
         if abs(total - self.logit) > TOLERANCE * max(1.0, abs(self.logit)):
             raise RuntimeError(
-                f"the parts {parts} add up to {total}, but the model's logit is {self.logit}: its score has a term "
+                f"the parts {parts} add up to {total}, but the model's logit is {self.logit}: its score has a component "
                 "that explain does not know; update modeling_tvrn, or report this"
             )
         return parts
 
-    def _evidence_parts(self) -> dict[str, float]:
-        if self.mixing is None or self.evidence is None:
-            return {"graph": self.terms["reasoning"]}
-        shares = self.mixing / self.mixing.sum() * self.evidence
+    def _reasoning_parts(self) -> dict[str, float]:
+        if self.mixing is None or self.reasoning is None:
+            return {"graph": self.components["reasoning"]}
+        shares = self.mixing / self.mixing.sum() * self.reasoning
         bias = self.stage.head.logit.bias.item() * self.weight("reasoning")
         return {"words": float(shares[1:].sum()), "global": float(shares[0]), "head bias": bias}
 
     def word(self, word: CaptionWord, without: float | None) -> WordEvidence:
-        """The evidence of a word: of its tokens, and with `refinement="gru"` of their expansions too."""
+        """What a word says: its tokens, and with `refinement="gru"` their expansions too."""
         columns = [self.positions.index(position) for position in word.positions]
-        tokens = None if self.tokens is None else float(self.tokens[columns].sum())
+        late = None if self.late is None else float(self.late[columns].sum())
         if self.texts.recurrent_words is not None:
             columns += [len(self.positions) + column for column in columns]
         saliency = self.saliency[columns]
-        weights, evidence, weight = saliency, None, None
-        if self.mixing is not None and self.evidence is not None:
+        weights, reasoning, weight = saliency, None, None
+        if self.mixing is not None and self.reasoning is not None:
             nodes = [1 + column for column in columns]  # node 0 is the global one
             weights = self.mixing[nodes]
             weight = float(weights.sum() / self.mixing.sum())
-            evidence = float((weights * self.evidence[nodes]).sum() / self.mixing.sum())
+            reasoning = float((weights * self.reasoning[nodes]).sum() / self.mixing.sum())
         attention = np.average(self.attention[columns], axis=0, weights=weights if weights.sum() > 0 else None)
         return WordEvidence(
             text=word.text,
             span=word.span,
-            contribution=None if evidence is None else evidence + (tokens or 0.0),
-            evidence=evidence,
-            tokens=tokens,
+            contribution=None if reasoning is None else reasoning + (late or 0.0),
+            reasoning=reasoning,
+            late_interaction=late,
             weight=weight,
             saliency=float(saliency.mean()),
             without=without,

@@ -142,7 +142,7 @@ def _table(explanation: Explanation) -> str:
 
 def _other_parts(explanation: Explanation) -> list[tuple[str, float]]:
     named = {name for name, _ in bar_rows(explanation)}
-    graph = {"graph", "tokens"} if explanation.words[0].contribution is None else set()
+    graph = {"graph", "late interaction"} if explanation.words[0].contribution is None else set()
     return [(name, value) for name, value in explanation.parts.items() if name in named | graph]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COST = "#b23a48"
 HEAT = (0.85, 0.16, 0.10)  # a heatmap's colour; its opacity is the attention
 CELL = 1.9  # inches of one picture
+WORD_PARTS = ("words", "late interaction")  # of the logit, which the words' own numbers add up to
 BOXES = 3  # a detector's boxes that are drawn for a word
 
 
@@ -71,7 +72,7 @@ def bar_rows(explanation: Explanation) -> list[tuple[str, float]]:
     """(label, number) of each bar: the parts that add up to the logit; for an SGR head what each word matters."""
     words = [(word.text, word.contribution) for word in explanation.words if word.contribution is not None]
     if words:
-        return words + [(name, value) for name, value in explanation.parts.items() if name not in ("words", "tokens")]
+        return words + [(name, value) for name, value in explanation.parts.items() if name not in WORD_PARTS]
     left_out = [(word.text, word.without) for word in explanation.words if word.without is not None]
     return left_out or list(explanation.parts.items())
 

@@ -21,8 +21,8 @@ class Scene:
     """One image.
 
     Attributes:
-        inputs: `region_features (1, R, F)` and, where there are any, `region_boxes`, `region_mask`: arguments of
-            `encode_images`.
+        inputs: `region_features (1, R, F)` and, where there are any, `region_boxes`, `region_mask`, `image_embeds`:
+            arguments of `encode_images`.
         picture: What the boxes are fractions of: the part of the photograph that the model saw; None where only
             features are known.
     """
@@ -48,8 +48,7 @@ def read_scene(model: Any, processor: Any, image: Any) -> Scene:
         image = image["image"]
     picture = open_picture(image)
     pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
-    features, boxes, mask = model.extract_regions(pixels.to(device))
-    inputs = {"region_features": features, "region_boxes": boxes, "region_mask": mask}
+    inputs = model.extract_image_features(pixels.to(device))
     return Scene(inputs, _as_picture(pixels[0], processor.image_processor))
 
 

@@ -1,9 +1,9 @@
 """CUSA in a training run: the teachers' vectors beside each batch, and the loss added to the model's own.
 
 What gets the cross-modal soft labels: the cosines of the embeddings wherever these learn, and, where pairs are scored,
-the matching scores that the pair losses see. The token similarities of TVRN, where it has them, get them as well. Each
-of the three has a temperature of its own. The uni-modal part goes to the model's uni-modal heads, or to the embeddings
-of a model without heads.
+late interaction and the reasoning's matching scores, before their weights in the logit. Each of the three has a
+temperature of its own. The uni-modal part goes to the model's uni-modal heads, or to the embeddings of a model without
+heads.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class CUSATerms(nn.Module):
     Args:
         config: the run, for weights, temperatures and teachers' combination.
         similarities: further similarities, beside the embeddings' cosines, that get cross-modal soft labels; of TVRN
-            "tokens" and "pairs".
+            "late_interaction" and "reasoning".
     """
 
     def __init__(self, config: Settings, similarities: Sequence[str] = ()) -> None:

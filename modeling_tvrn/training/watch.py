@@ -18,6 +18,11 @@ PATIENCE = 20  # steps in a row below it: one batch may be alike by chance
 SHOWN_IDS = 16
 
 
+def _scores(logits: Tensor) -> Tensor:
+    """Scores about one half: the sigmoid of a dual encoder's own logits is 1 for every pair, learning or not."""
+    return (logits.float() - logits.float().mean()).sigmoid()
+
+
 class TrainingStopped(RuntimeError):
     """A run that cannot go on; the message names the step and the images of its batch."""
 
@@ -74,7 +79,7 @@ class Watch:
             TrainingStopped: as `check`.
         """
         self.check()
-        spread = logits.sigmoid().std() if logits is not None and logits.numel() > 1 else loss.new_ones(())
+        spread = _scores(logits).std() if logits is not None and logits.numel() > 1 else loss.new_ones(())
         norm = gradient_norm if gradient_norm is not None else loss.new_zeros(())
         numbers = torch.stack([value.detach().float() for value in (loss, norm, spread)])
         self._last = _Step(number, image_rows, parts, numbers, logits)
@@ -104,7 +109,7 @@ class Watch:
     def _stop_collapsed(self, step: _Step) -> None:
         assert step.logits is not None
         try:
-            check_score_spread(step.logits.sigmoid(), LEAST_SPREAD)
+            check_score_spread(_scores(step.logits), LEAST_SPREAD)
         except RuntimeError as error:
             raise TrainingStopped(
                 f"{error} Seen at step {step.number} and the {PATIENCE - 1} before it; {self.shown(step.image_rows)}."
