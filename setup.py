@@ -49,10 +49,13 @@ EXTRAS = {
     "index": ["faiss-cpu>=1.12,<2"],
     "qdrant": ["qdrant-client>=1.16,<2"],
     "eval": ["eccv-caption>=0.1,<1", "scipy>=1.15,<2"],
+    "wandb": ["wandb>=0.20,<1"],
     "lora": ["peft>=0.18,<1"],
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],
     "dev": [*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"],
 }
+
+BESIDE = {"modeling_tvrn.model_cards": "model_cards", "modeling_tvrn.recipes": "examples/configs"}
 
 setup(
     name="modeling-tvrn",
@@ -63,10 +66,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",  # as transformers
-    # The card template travels inside the installed package; in a checkout it lies beside it.
-    packages=[*find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]), "modeling_tvrn.model_cards"],
-    package_dir={"modeling_tvrn.model_cards": "model_cards"},
-    package_data={"modeling_tvrn": ["py.typed"], "modeling_tvrn.model_cards": ["*.md"]},
+    # The card template and the recipes travel inside the installed package; in a checkout they lie beside it.
+    packages=[*find_packages(include=["modeling_tvrn", "modeling_tvrn.*"]), *BESIDE],
+    package_dir=BESIDE,
+    package_data={
+        "modeling_tvrn": ["py.typed"],
+        "modeling_tvrn.model_cards": ["*.md"],
+        "modeling_tvrn.recipes": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["tvrn = modeling_tvrn.cli:main"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

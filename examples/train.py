@@ -4,8 +4,9 @@ The quickstart, on generated scenes, about two minutes on two cores:
 
     python examples/train.py
 
-Another recipe, with any key changed on the command line:
+Your own pairs, or another recipe, with any key changed on the command line:
 
+    python examples/train.py data=pairs.csv
     accelerate launch examples/train.py --config examples/configs/flickr30k.yaml batch_size=128 model.hidden_size=256
 
 Several GPUs or machines: see examples/configs/accelerate/. A run that was interrupted goes on with `resume=auto`.
@@ -15,28 +16,31 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from modeling_tvrn import training
 from modeling_tvrn.redaction import guard_logs, redacted_text
 from modeling_tvrn.training import TrainingConfig, describe
-
-QUICKSTART = Path(__file__).resolve().parent / "configs" / "scenes.yaml"
+from modeling_tvrn.training.command import settings_of
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The configuration file and the overrides; `--help` lists every key."""
+    """The recipe and the words after it; `--help` lists every key."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Keys, with their defaults:\n\n" + describe(TrainingConfig).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", type=Path, default=QUICKSTART, help="YAML file of keys (default: examples/configs/scenes.yaml)"
+        "--config", metavar="NAME|FILE", help="recipe or YAML file of keys (default: scenes; for your own data: own)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the file")
-    return parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the recipe")
+    given = sys.argv[1:] if arguments is None else arguments
+    options, others = parser.parse_known_intermixed_args(given)
+    if others:  # such as `--data x`, which is answered where the keys are known
+        options.overrides = [word for word in given if word in {*others, *options.overrides}]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     guard_logs()
     try:
-        config = TrainingConfig.from_yaml(options.config, options.overrides)
+        config = settings_of(options.config, options.overrides)
         result = run(config)
     except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {redacted_text(str(error))}", file=sys.stderr)

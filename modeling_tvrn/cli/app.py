@@ -85,7 +85,9 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "card": (share.card, "render a run's model card again"),
 }
 for verb, (function, summary) in VERBS.items():
-    app.command(verb, short_help=summary)(function)
+    # Of a key written as an option the verb itself says how it is written.
+    settings = {"ignore_unknown_options": True} if verb == "train" else None
+    app.command(verb, short_help=summary, context_settings=settings)(function)
 
 
 def main() -> None:

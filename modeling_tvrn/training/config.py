@@ -9,7 +9,8 @@ from typing import Any
 
 from .checks import check_together
 from .phases import ALL, EXAMPLE, PhaseConfig, read_phases, written
-from .settings import build, read_overrides, read_yaml, setting, shown, validate
+from .recipes import recipe_values
+from .settings import build, read_overrides, setting, shown, validate
 
 __all__ = ["TrainingConfig", "like"]
 
@@ -43,8 +44,8 @@ class TrainingConfig:
     validation_split: str = setting(
         "validation",
         "data",
-        "name of the split that chooses the best checkpoint; where the data have none, 10 % of the training images are "
-        "set aside, drawn by seed",
+        "name of the split that chooses the best checkpoint; where the data have none, 10 % of the training images "
+        "are set aside, drawn by seed",
     )
     max_train_images: int | None = setting(None, "data", "train on the first N images only (null: all)", minimum=1)
     streaming: bool = setting(
@@ -313,14 +314,14 @@ class TrainingConfig:
         """A configuration from a YAML file and `key=value` overrides, which win.
 
         Args:
-            path: the file; None starts from the defaults.
+            path: the file, or the name of a recipe that comes with the package; None starts from the defaults.
             overrides: such as `"batch_size=128"` or `"model.hidden_size=256"`; values are read as YAML.
 
         Raises:
             ValueError: for an unknown key (near matches are listed), a value of the wrong type or out of range, a file
                 that is not a mapping, or an override without `=`.
         """
-        return build(cls, read_overrides(overrides, read_yaml(path) if path is not None else {}))
+        return build(cls, read_overrides(overrides, recipe_values(path, overrides) if path is not None else {}))
 
     def as_dict(self) -> dict[str, Any]:
         """All keys and values, ready for YAML or JSON; secrets in `data_options` too: `redacted` takes them out."""

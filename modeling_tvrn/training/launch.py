@@ -6,12 +6,13 @@ import gc
 import importlib.util
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
-from ..redaction import redacted
+from ..redaction import redacted, redacted_text
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -29,7 +30,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             than this package's, or the device lacks the precision.
     """
     for tracker in config.trackers:
-        if importlib.util.find_spec(tracker) is None:
+        if not _is_installed(tracker):
             raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
     refuse_other_sharding()
     accelerator = Accelerator(
@@ -45,9 +46,27 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_precision(accelerator)
     if config.trackers:
-        shown = redacted(config.as_dict())
-        accelerator.init_trackers("tvrn", config={name: _flat(value) for name, value in shown.items()})
+        _start_trackers(accelerator, config)
     return accelerator
+
+
+def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere where there is no folder
+    keys = {name: _flat(value) for name, value in redacted(config.as_dict()).items()}
+    place = {"wandb": {"dir": config.output_dir, "name": Path(config.output_dir).name}}
+    try:
+        accelerator.init_trackers("tvrn", config=keys, init_kwargs=place)
+    except Exception as error:  # each has errors of its own: no account, no network, a folder that is not writable
+        raise ValueError(
+            f"trackers = {config.trackers} could not be started ({type(error).__name__}: {redacted_text(str(error))}); log in with `wandb "
+            "login`, or set WANDB_MODE=offline, if it is that; or drop trackers"
+        ) from error
+
+
+def _is_installed(tracker: str) -> bool:
+    """Whether a tracker can be imported; a folder of its name, such as the `wandb` of former runs, is none."""
+    found = importlib.util.find_spec(tracker)
+    return found is not None and found.origin is not None
 
 
 def refuse_other_sharding() -> None:

@@ -32,7 +32,7 @@ class TrainingPairs:
     Attributes:
         train, validation: records; the training ones may be a stream.
         about: what results.json says of both: `set_aside` (`share`, `seed`, `of` so many images) where the data have
-            no validation split, `overlap` (`images`, an `example`) where both hold the same images and that was allowed.
+            no validation split, `overlap` (`images`, an `example`) where both hold the same and that is allowed.
     """
 
     train: Any
@@ -113,7 +113,9 @@ def _read(config: TrainingConfig, data: Any, split: str | None, streaming: bool 
     if isinstance(data, PairDataset):
         return _of_split(data, split)
     source: Any = config.data if data is None else data
-    return load_pairs(source, split=split, streaming=streaming, **config.data_options)
+    if streaming:
+        return load_pairs(source, split=split, streaming=True, **config.data_options)
+    return load_pairs(source, split=split, **config.data_options)
 
 
 def _of_split(records: PairDataset, split: str | None) -> PairDataset:

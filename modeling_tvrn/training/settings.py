@@ -24,6 +24,11 @@ __all__ = [
 ]
 
 Settings = TypeVar("Settings")
+# What `describe` explains before all else, of those that there are.
+FIRST_KEYS = (
+    *("data", "dual_encoder", "start_from", "output_dir", "phases", "epochs"),
+    *("batch_size", "learning_rate", "mixed_precision"),
+)
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
 _DOCUMENTED = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(([^)]*)\))?:[ \n]+(.*(?:\n {8}.*)*)", re.MULTILINE)
 
@@ -275,26 +280,35 @@ def _default(field: Field[Any]) -> Any:
 
 
 def describe(cls: type) -> str:
-    """Help for every key of a settings dataclass: its default, limits and meaning, section by section."""
-    lines: list[str] = []
+    """Help for each key of settings, with its default and limits: those that matter most, then section by section."""
+    known = {field.name: field for field in fields(cls)}
+    first = [name for name in FIRST_KEYS if name in known]
+    lines = ["what matters most:", *(_explained(known[name]) for name in first)]
     section = None
-    for field in fields(cls):
+    for name, field in known.items():
+        if name in first:
+            continue
         if field.metadata["section"] != section:
             section = field.metadata["section"]
             lines.append(f"\n{section}:")
-        choices = field.metadata.get("choices")
-        text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
-        lines.append(f"  {field.name}={_plain(_default(field))}\n      {text}")
-        if "items" in field.metadata:
-            for inner in fields(field.metadata["items"]):
-                lines.append(f"    {field.name}.N.{inner.name}\n      {inner.metadata['help']}")
-            lines.append(f"    Example: {field.metadata['example']}")
-    if any(field.name == "model" for field in fields(cls)):
+        lines.append(_explained(field))
+    if "model" in known:
         lines.append("\nmodel (fields of TVRNConfig):")
         meanings = _model_meanings()
         for name, default in model_fields().items():
             lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
-    return "\n".join(lines).lstrip("\n")
+    return "\n".join(lines)
+
+
+def _explained(field: Field[Any]) -> str:
+    choices = field.metadata.get("choices")
+    text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
+    lines = [f"  {field.name}={_plain(_default(field))}", f"      {text}"]
+    if "items" in field.metadata:
+        for inner in fields(field.metadata["items"]):
+            lines.append(f"    {field.name}.N.{inner.name}\n      {inner.metadata['help']}")
+        lines.append(f"    Example: {field.metadata['example']}")
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:
