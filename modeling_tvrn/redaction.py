@@ -72,7 +72,7 @@ def is_secret(name: object) -> bool:
 def redacted(value: Any) -> Any:
     """A JSON value without its secrets: those under a secret's name, and those that look like one."""
     if isinstance(value, Mapping):
-        return {_shapeless(name): _redacted_item(name, item) for name, item in value.items()}
+        return {_name(name): _redacted_item(name, item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([redacted(item) for item in value])
     return redacted_text(value) if isinstance(value, str) else value
@@ -92,7 +92,7 @@ def _is_given(value: Any) -> bool:
 def without_secrets(value: Any) -> Any:
     """As `redacted`, but without what goes by a secret's name: settings that differ in secrets alone become equal."""
     if isinstance(value, Mapping):
-        return {_shapeless(name): without_secrets(item) for name, item in value.items() if not is_secret(name)}
+        return {_name(name): without_secrets(item) for name, item in value.items() if not is_secret(name)}
     if isinstance(value, (list, tuple)):
         return type(value)([without_secrets(item) for item in value])
     return redacted(value)
@@ -104,9 +104,11 @@ def redacted_text(text: str) -> str:
     return _nameless(IN_QUERY.sub(_in_query, text))
 
 
-def _shapeless(text: Any) -> Any:
-    if not isinstance(text, str):
-        return text
+def _name(name: Any) -> Any:
+    return redacted_text(name) if isinstance(name, str) else name
+
+
+def _shapeless(text: str) -> str:
     return BEARER.sub(rf"\1\2{REDACTED}", SHAPES.sub(REDACTED, text))
 
 

@@ -199,7 +199,10 @@ def test_the_script_trains(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     spec.loader.exec_module(script)
     keys = [f"checkpoint={folder / 'clip'}", f"data={folder}", f"output_dir={tmp_path / 'out'}", "cpu=true"]
     assert script.main([*keys, "max_steps=2", "batch_size=8"]) == 0
-    assert "rsum" in capsys.readouterr().out and (tmp_path / "out/model.safetensors").is_file()
+    assert "rsum" in capsys.readouterr().out
+    assert type(AutoModel.from_pretrained(tmp_path / "out")).__name__ == "CLIPModel"
+    AutoProcessor.from_pretrained(tmp_path / "out")
+    assert {"metrics", "history", "config"} <= set(json.loads((tmp_path / "out/results.json").read_text()))
     assert script.main([*keys, "batch_size=1"]) == 2
     with pytest.raises(SystemExit):
         script.main(["--help"])

@@ -16,7 +16,7 @@ from ..evaluation.encoding import encode_images
 from ..hub import split_label, write_run_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
-from ..redaction import redacted
+from ..redaction import redacted, redacted_text
 from ..words_tvrn import tokenize
 from .calibration import calibrate
 from .checkpoint import save_model
@@ -129,7 +129,7 @@ def draw_query(run: Run, model: Any, query: str) -> None:
     rows = found.indices.tolist()
     right = [query in pictures.captions[row] for row in rows]
     plot_search_results(
-        query,
+        redacted_text(query),
         [pictures[row]["image"] for row in rows],
         model.scores(found.values).tolist(),
         Path(run.config.output_dir) / "query.png",
