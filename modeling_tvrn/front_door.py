@@ -85,9 +85,9 @@ def check_exists(name: str, subfolder: str = "") -> None:
 def _is_local(name: str) -> bool:
     """Whether a name can't be a Hub id, or its first part is a folder here."""
     parts = Path(name).parts
-    return name.startswith((".", "~", "/")) or os.sep in name.rstrip(os.sep) and (
+    return name.startswith((".", "~", "/")) or (os.sep in name.rstrip(os.sep) and (
         len(parts) > 2 or Path(parts[0]).is_dir()
-    ) or "\\" in name
+    )) or "\\" in name
 
 
 def _near(path: Path) -> str:

@@ -427,7 +427,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _only_embeds(self, level: str) -> bool:
         """Whether the embeddings are all that this model computes at that level."""
-        return level == "embeddings" and not self.config.use_refined_features or not self.uses_fragments
+        return (level == "embeddings" and not self.config.use_refined_features) or not self.uses_fragments
 
     def _encode_regions(
         self, features: Tensor, boxes: Tensor | None, mask: Tensor, embeds: Tensor | None, level: str = "full"

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a the dog cat runs sits in on snow grass red blue circle square above below small large two".split()
+WORDS = ["a", "the", "dog", "cat", "runs", "sits", "in", "on", "snow", "grass", "red", "blue", "circle", "square", "above", "below", "small", "large", "two"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 TEXT = {
     "hidden_size": 28,
