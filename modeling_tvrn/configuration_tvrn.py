@@ -267,7 +267,9 @@ class TVRNConfig(PreTrainedConfig):
         if not self.use_first_stage:
             raise ValueError("use_first_stage is False, but a dual encoder's logit is always part of the score.")
         if self.freeze_word_embeddings:
-            raise ValueError("freeze_word_embeddings is True, but the words come from a dual encoder; use freeze_text.")
+            raise ValueError(
+                "freeze_word_embeddings is True, but the words come from a dual encoder; use freeze_text."
+            )
         for name in ("matching_loss_weight", "hardest_negative_loss_weight"):
             if getattr(self, name):
                 raise ValueError(

@@ -261,9 +261,7 @@ class PairMatching:
         found = {name: getattr(self.config, f"{name}_loss_weight") for name in LOSSES}
         return {name: weight if losses is None or name in losses else 0.0 for name, weight in found.items()}
 
-    def _pair_losses(
-        self, logits: Tensor, ids: tuple[Tensor, Tensor], weights: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _pair_losses(self, logits: Tensor, ids: tuple[Tensor, Tensor], weights: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of the reasoning."""
         config, parts = self.config, {}
         if weights["matching"]:

@@ -261,7 +261,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         sizes = probe(model.eval())
         for name, size in sizes.config().items():
             if config.setdefault(name, size) != size:
-                raise ValueError(f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out.")
+                raise ValueError(
+                    f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
+                )
         own = next(model.parameters()).dtype
         tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(own)
         tvrn.dual_encoder = without_scale(model)
@@ -284,7 +286,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """
         if self.dual_encoder is None:
             raise ValueError("This model has no dual encoder to save; build it with TVRNModel.from_dual_encoder.")
-        plain = plain_dual_encoder(self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias)
+        plain = plain_dual_encoder(
+            self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias
+        )
         plain.save_pretrained(folder)
         if processor is not None:
             processor.save_dual_encoder(folder)
@@ -419,7 +423,12 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
         check_level(level)
-        if self._only_embeds(level) and self.dual_encoder is not None and pixel_values is None and image_embeds is not None:
+        if (
+            self._only_embeds(level)
+            and self.dual_encoder is not None
+            and pixel_values is None
+            and image_embeds is not None
+        ):
             embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
             return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
         given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds)

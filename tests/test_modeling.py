@@ -344,7 +344,10 @@ class TestOutput:
     @pytest.mark.parametrize("heads", [True, False])
     def test_every_weight_has_readers(self, refined, heads):
         """A weight that the table lacks would stay as it was drawn."""
-        for model in (tiny_model(use_refined_features=refined, use_unimodal_heads=heads), tiny_model(refinement="gru")):
+        for model in (
+            tiny_model(use_refined_features=refined, use_unimodal_heads=heads),
+            tiny_model(refinement="gru"),
+        ):
             named = [key for key, _ in model.named_parameters()]
             parts = {"embeddings", "late_interaction", "reasoning"}
             alone = [learns(named, model.config, frozenset({part}), frozenset()) for part in sorted(parts)]

@@ -65,7 +65,10 @@ def _check_lengths(config: TrainingConfig) -> None:
                 "phase of all"
             )
     for key in ("batch_size", "region_dropout", "word_dropout", "warmup_ratio"):
-        default, own = type(config).__dataclass_fields__[key].default, [phase.get(key) for phase in config.phases or []]
+        default, own = (
+            type(config).__dataclass_fields__[key].default,
+            [phase.get(key) for phase in config.phases or []],
+        )
         if phases and None not in own and getattr(config, key) != default:
             raise ValueError(
                 f"{key} = {getattr(config, key)} reaches no phase, each of which has its own "

@@ -52,7 +52,11 @@ class Sides:
         rest = {name: value for name, value in batch.items() if name != "return_loss"}
         ids = rest.pop("image_ids"), rest.pop("text_image_ids")
         stand_in, teachers = bool(rest.pop("stand_in", False)), take_teachers(rest)
-        images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or name.startswith(("region", "image_"))}
+        images = {
+            name: rest.pop(name)
+            for name in list(rest)
+            if name == "pixel_values" or name.startswith(("region", "image_"))
+        }
         return cls(images, rest, *ids, stand_in, teachers)
 
 
