@@ -9,7 +9,7 @@ On your pictures with pretrained towers:
     python examples/train_with_trainer.py --data FOLDER --vision google/mobilenet_v2_1.0_224 \
         --text sentence-transformers/all-MiniLM-L6-v2 --epochs 10
 
-The head start of the embeddings, several processes that share one batch's negatives, exact resume and the published
+Phases, several processes that share one batch's negatives, exact resume and the published
 recipes need `examples/train.py`: Trainer's processes each see the negatives of their own batch alone.
 """
 

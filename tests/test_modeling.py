@@ -14,7 +14,7 @@ from modeling_tvrn.losses import (
     positives_cross_entropy,
 )
 from modeling_tvrn.pair_tvrn import PairStage
-from modeling_tvrn.training.phases import learns
+from modeling_tvrn.training.phases import NAMES, learns
 
 BERT = {"hidden_size": 22, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 41, "vocab_size": 31}
 
@@ -344,12 +344,10 @@ class TestOutput:
     @pytest.mark.parametrize("heads", [True, False])
     def test_every_weight_has_readers(self, refined, heads):
         """A weight that the table lacks would stay as it was drawn."""
-        for model in (
-            tiny_model(use_refined_features=refined, use_unimodal_heads=heads),
-            tiny_model(refinement="gru"),
-        ):
+        switches = {"use_refined_features": refined, "use_unimodal_heads": heads}
+        parts = {row.component for row in NAMES.values()}
+        for model in (tiny_model(**switches), tiny_model(refinement="gru")):
             named = [key for key, _ in model.named_parameters()]
-            parts = {"embeddings", "late_interaction", "reasoning"}
             alone = [learns(named, model.config, frozenset({part}), frozenset()) for part in sorted(parts)]
             assert set().union(*alone) == set(named) == learns(named, model.config, frozenset(parts), frozenset())
 

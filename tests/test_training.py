@@ -336,7 +336,7 @@ def test_each_phase_has_its_own_batches_and_rate(configure: Configure) -> None:
     run = Training(configure(phases=phases, **rates, model={"use_refined_features": False}))
     run.fit()
     found = [event["learning_rate"] for event in run.progress.history if "learning_rate" in event]
-    assert found == pytest.approx([9e-3] * 3 + [2.5e-3, 3.75e-3, 5e-3, 5e-3] + [1e-3] * 6)
+    assert found == pytest.approx([9e-3] * 3 + [1.25e-3, 2.5e-3, 3.75e-3, 5e-3] + [1e-3] * 6)
     assert [event["step"] for event in run.progress.history if "rsum" in event] == [13]
 
 

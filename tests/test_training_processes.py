@@ -228,12 +228,13 @@ def fit_parts(config: TrainingConfig, stop_after: int | None = None) -> dict[str
 
 def test_a_run_of_parts_goes_on_with_the_same_bits_and_among_whole_ones(data: Path, tmp_path: Path) -> None:
     keys = sharded_keys(data, tmp_path, **SHARDED["phases, embeddings kept, means of weights"])
-    keys |= {"word_dropout": 0.2, "max_steps": 8, "save_steps": 2, "keep_checkpoints": 9, "evaluation_steps": 3}
+    keys |= phases("embeddings", 1, "late_interaction", 2, "reasoning", 5)
+    keys |= {"word_dropout": 0.2, "save_steps": 2, "keep_checkpoints": 9, "evaluation_steps": 3}
     runner = Processes(tmp_path)
     whole = tiny_config(data, tmp_path / "whole", **keys)
     expected = runner.run(fit_parts, whole, count=2)
     killed = tiny_config(data, tmp_path / "killed", resume="auto", **keys)
-    for step in (1, 4, 5):  # before the first checkpoint, in the head start's and the evidence's steps
+    for step in (1, 4, 5):  # before the first checkpoint, in the steps of each phase
         assert -signal.SIGKILL in runner.finish(runner.start(fit_parts, killed, step, count=2))
     assert runner.run(fit_parts, killed, count=2) == expected
     first, other = (

@@ -1,7 +1,8 @@
 r"""What each module of the pair score earns: the evidence trained again, without it, beside the same coarse terms.
 
     python examples/benchmarks/ablation.py runs/flickr8k --config examples/configs/flickr8k.yaml --images 400 \
-        data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 'phases.3={train: reasoning, steps: 400, batch_size: 32}'
+        data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 \
+        'phases.3={train: reasoning, steps: 400, batch_size: 32}'
 
 Embeddings and tokens are the trained checkpoint's and stay as they are; everything that only the evidence goes through
 starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase.

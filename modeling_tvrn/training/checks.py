@@ -65,14 +65,11 @@ def _check_lengths(config: TrainingConfig) -> None:
                 "phase of all"
             )
     for key in ("batch_size", "region_dropout", "word_dropout", "warmup_ratio"):
-        default, own = (
-            type(config).__dataclass_fields__[key].default,
-            [phase.get(key) for phase in config.phases or []],
-        )
-        if phases and None not in own and getattr(config, key) != default:
+        values = [phase.get(key) for phase in config.phases or []]
+        if values and None not in values and getattr(config, key) != type(config).__dataclass_fields__[key].default:
             raise ValueError(
                 f"{key} = {getattr(config, key)} reaches no phase, each of which has its own "
-                f"({', '.join(map(str, own))}); give phases.N.{key}, or leave it out"
+                f"({', '.join(map(str, values))}); give phases.N.{key}, or leave it out"
             )
     for number, phase in enumerate(phases):
         if config.streaming and phase.epochs is not None:
