@@ -105,8 +105,7 @@ class TestMistakes:
     def test_no_such_model(self, tmp_path: Path) -> None:
         assert "no folder" in tvrn("doctor", tmp_path / "none", code=2).stderr
 
-    def test_train_needs_to_be_told_what(self) -> None:
-        assert "--config" in tvrn("train", code=2).stderr
+    def test_train_refuses_a_key_that_there_is_not(self) -> None:
         assert "unknown" in tvrn("train", "epoch=3", code=2).stderr.lower()
 
     def test_evaluate_checks_before_it_loads(self) -> None:

@@ -67,7 +67,7 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["learning_rate=0"], "learning_rate = 0.0; expected above 0"),
         (["word_dropout=1"], "word_dropout = 1.0; expected below 1"),
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
-        (["trackers=wandb"], "trackers = 'wandb'; expected one of tensorboard, trackio"),
+        (["trackers=comet"], "trackers = 'comet'; expected one of tensorboard, trackio, wandb"),
         (["model=8"], "model = 8 is a int; expected dict"),
         (["scheduler=step"], "scheduler = 'step' needs decay_epochs"),
         (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),

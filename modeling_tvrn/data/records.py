@@ -276,7 +276,8 @@ def _read_table(source: PairSource, choice: SplitChoice, report: SkipReport) -> 
             merged += 1
         else:
             table.append(pair, source_row)
-    logger.info("%s: %d images; %d rows of other splits", source.name, len(table.image_ids), others)
+    if table.image_ids:
+        logger.info("%s: %d images; %d rows of other splits", source.name, len(table.image_ids), others)
     if merged:
         logger.info("%s: %d rows repeat an image id; their captions went to the first such row", source.name, merged)
     return table, seen

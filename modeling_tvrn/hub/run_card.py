@@ -186,7 +186,8 @@ def split_label(results: Mapping[str, Any]) -> str:
     name, aside = str(results["config"]["validation_split"]), results["data"].get("set_aside")
     if aside is None:
         return name
-    return f"{name} ({aside['share']:.0%} of {aside['of']} images, set aside by seed {aside['seed']})"
+    count = results["data"]["validation"]["images"]
+    return f"{name} ({count} of {aside['of']} images, set aside by seed {aside['seed']})"
 
 
 def results_table(results: Mapping[str, Any], split: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..redaction import redacted, redacted_text
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["check_precision", "leave_group", "make_accelerator", "refuse_other_sharding"]
+__all__ = ["check_precision", "check_trackers", "leave_group", "make_accelerator", "refuse_other_sharding"]
 
 PATIENCE = timedelta(hours=6)  # the other processes wait while the main one saves
 
@@ -29,9 +30,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ValueError: a tracker is not installed, the launcher's configuration asks for another way of dividing the model
             than this package's, or the device lacks the precision.
     """
-    for tracker in config.trackers:
-        if not _is_installed(tracker):
-            raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
+    check_trackers(config.trackers)
     refuse_other_sharding()
     accelerator = Accelerator(
         cpu=config.cpu,
@@ -63,10 +62,16 @@ def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
         ) from error
 
 
-def _is_installed(tracker: str) -> bool:
-    """Whether a tracker can be imported; a folder of its name, such as the `wandb` of former runs, is none."""
-    found = importlib.util.find_spec(tracker)
-    return found is not None and found.origin is not None
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ValueError: names one, and how to install it.
+    """
+    for tracker in trackers:
+        found = importlib.util.find_spec(tracker)
+        if found is None or found.origin is None:  # a folder of its name, as wandb leaves behind, is no package
+            raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
 
 
 def refuse_other_sharding() -> None:

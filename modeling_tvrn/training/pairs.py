@@ -103,9 +103,9 @@ def _read_train(config: TrainingConfig, data: Any) -> Any:
     except NoSuchSplit as error:
         if error.available == [EVERY_SPLIT] and config.train_split == _default(config, "train_split"):
             return _read(config, data, None)
+        advice = "leave it out" if error.available == [EVERY_SPLIT] else "name the one to train on"
         raise ValueError(
-            f"train_split = {config.train_split!r}, but {config.data} has {_listed(error.available)}; set train_split "
-            "to what is to be trained on"
+            f"train_split = {config.train_split!r}, but {config.data} has {_listed(error.available)}; {advice}"
         ) from error
 
 
@@ -142,8 +142,8 @@ def _check_may_set_aside(config: TrainingConfig, error: NoSuchSplit) -> None:
     if canonical_split(config.validation_split) != _default(config, "validation_split"):
         raise ValueError(
             f"validation_split = {config.validation_split!r}, but {config.data} has {_listed(error.available)}; name "
-            f"one that is not trained on, or leave validation_split out: {SHARE:.0%} of the training images are then "
-            "set aside"
+            f"one that is not trained on, or leave validation_split out: {100 * SHARE:.0f} % of the training images "
+            "are then set aside"
         ) from error
 
 
@@ -169,8 +169,8 @@ def _set_aside(records: PairDataset, seed: int) -> tuple[PairDataset, PairDatase
     train, validation = (records.select(rows) for rows in parts)
     validation.skipped = SkipReport()  # what was left out counts once
     logger.info(
-        "%s has no validation split: %d of %d images set aside (%.0f %%, seed %d), %d to train on",
-        records.name, len(validation), len(records), 100 * SHARE, seed, len(train),
+        "%s has no validation split: %d of %d images set aside (drawn by seed %d), %d to train on",
+        records.name, len(validation), len(records), seed, len(train),
     )  # fmt: skip
     return train, validation
 
@@ -196,7 +196,7 @@ def _overlap(config: TrainingConfig, train: Any, validation: Any) -> dict[str, A
     if not config.allow_overlap:
         raise ValueError(
             f"{found}: recalls on them say nothing of images that were not seen. Give splits that share none (without "
-            f"a validation split {SHARE:.0%} of the images are set aside), or set allow_overlap=true, which "
+            f"a validation split {100 * SHARE:.0f} % of the images are set aside), or set allow_overlap=true, which "
             "results.json and the card then say"
         )
     logger.warning("%s: %s (allow_overlap=true)", config.data, found)

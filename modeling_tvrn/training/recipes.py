@@ -22,7 +22,7 @@ BROUGHT = ("vision", "text", "model")
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find_recipe(name: str | Path) -> Path:
