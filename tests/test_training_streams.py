@@ -170,7 +170,7 @@ def test_a_stream_learns_the_soft_labels_of_its_own_captions(
         expected = torch.stack([vectors[text] for text in texts])
         torch.testing.assert_close(batch["teacher_text_embeds"], expected, atol=0, rtol=0)
     logged = [event for event in run.progress.history if "loss" in event]
-    assert all("cusa_cross_modal_loss" in event for event in logged) and "cusa_pairs_loss" in logged[-1]
+    assert all("cusa_cross_modal_loss" in event for event in logged) and "cusa_reasoning_loss" in logged[-1]
 
 
 def test_a_stream_of_other_data_than_the_teachers_is_refused(data: Path, text_tower: Path, tmp_path: Path) -> None:
