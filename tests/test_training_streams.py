@@ -174,8 +174,8 @@ def test_a_stream_learns_the_soft_labels_of_its_own_captions(
         expected = torch.stack([vectors[text] for text in texts])
         torch.testing.assert_close(batch["teacher_text_embeds"], expected, atol=0, rtol=0)
     logged = [event for event in run.progress.history if "loss" in event]
-    own = {"cusa_cross_modal_loss", "cusa_tokens_loss"}  # of the embeddings, and of the late interaction alone
-    assert all(own & set(event) for event in logged) and "cusa_pairs_loss" in logged[-1]
+    own = {"cusa_cross_modal_loss", "cusa_late_interaction_loss"}  # of the embeddings, and of late interaction alone
+    assert all(own & set(event) for event in logged) and "cusa_reasoning_loss" in logged[-1]
 
 
 def test_a_stream_of_other_data_than_the_teachers_is_refused(data: Path, text_tower: Path, tmp_path: Path) -> None:

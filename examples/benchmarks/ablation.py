@@ -1,13 +1,13 @@
-r"""What each module of the pair score earns: the evidence trained again, without it, beside the same coarse terms.
+r"""What each module of the reasoning earns: trained again, without it, beside the same other components of the score.
 
     python examples/benchmarks/ablation.py runs/flickr8k --config examples/configs/flickr8k.yaml --images 400 \
         data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 \
         'phases.3={train: reasoning, steps: 400, batch_size: 32}'
 
-Embeddings and tokens are the trained checkpoint's and stay as they are; everything that only the evidence goes through
+First stage and late interaction are the trained checkpoint's and stay as they are; all that only the reasoning goes through
 starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase.
-Prints for each variant the rSum in percent of the evidence alone and of the whole score on the first photographs of
-the validation split, with a paired bootstrap against the first variant, beside the coarse terms alone. "full" has all
+Prints for each variant the rSum in percent of the reasoning alone and of the whole score on the first photographs of
+the validation split, with a paired bootstrap against the first variant, beside the other components alone. "full" has all
 of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision: the
 whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
 
@@ -35,7 +35,7 @@ from modeling_tvrn.training.text_cache import CachedTextProcessor
 MODULES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment")
 FULL: dict[str, object] = dict.fromkeys(MODULES, True)
 VARIANTS: dict[str, dict[str, object]] = {
-    "checkpoint": {},  # its own evidence, as it was trained
+    "checkpoint": {},  # its own reasoning, as it was trained
     "full": FULL,
     "no module": dict.fromkeys(MODULES, False),
     "no geometric context": FULL | {"use_geometric_context": False},
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a trained model whose embeddings and tokens are kept")
+    parser.add_argument("checkpoint", help="a trained model whose first stage and late interaction are kept")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
     parser.add_argument("--config", required=True, help="the recipe that the checkpoint was trained by")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[1:])
@@ -71,7 +71,7 @@ def read_captions_once() -> None:
 
 
 def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
-    """The recipe's last phase on a variant, from the checkpoint's embeddings and tokens, and its CPU seconds."""
+    """The recipe's last phase on a variant, beside the checkpoint's other components, and its CPU seconds."""
     recipe = TrainingConfig.from_yaml(arguments.config, arguments.overrides).as_dict()
     model = {**recipe["model"], **VARIANTS[variant], "distillation_loss_weight": 0.0}
     last = {"phases": recipe["phases"][-1:], "model": model, "evaluation_steps": 1000000}
@@ -95,15 +95,16 @@ def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Tra
 
 @torch.no_grad()
 def measure(run: Training, arguments: argparse.Namespace) -> dict[str, RetrievalMetrics]:
-    """Of the coarse terms, the evidence (not with a shortlist) and the whole, in the training's precision."""
+    """Of the other components, the reasoning (not with a shortlist) and the whole, in the training's precision."""
     model = run.model.eval()
     records = run.validation_records.select(range(arguments.images))
     with run.accelerator.autocast():
         images, texts, rows = encode_dataset(model, run.input_processor, records, progress=False)
-        terms = match_blocks(model, images, texts, with_evidence=arguments.shortlist_size is None)
-        found = {"coarse terms": sum(term.float() for name, term in terms.items() if name != "evidence")}
-        if arguments.shortlist_size is None:
-            found |= {"evidence": terms["evidence"].float(), "whole": sum(term.float() for term in terms.values())}
+        level = "full" if arguments.shortlist_size is None else "late_interaction"
+        components = {name: value.float() for name, value in match_blocks(model, images, texts, level).items()}
+        found = {"the others": sum(value for name, value in components.items() if name != "reasoning")}
+        if level == "full":
+            found |= {"reasoning": components["reasoning"], "whole": sum(components.values())}
         metrics = {name: retrieval_metrics(scores, rows.tolist()) for name, scores in found.items()}
         if arguments.shortlist_size is not None:
             metrics["whole"] = search_then_rerank(model, images, texts, rows, arguments.shortlist_size)
@@ -122,8 +123,8 @@ def main() -> None:
         metrics = measure(run, arguments)
         shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
         print(f"{variant}: {shown}; {seconds:.0f} CPU s of training", flush=True)
-        gain = paired_bootstrap(metrics["whole"], metrics["coarse terms"])
-        print(f"    over the coarse terms: {_shown(gain)}", flush=True)
+        gain = paired_bootstrap(metrics["whole"], metrics["the others"])
+        print(f"    over the others: {_shown(gain)}", flush=True)
         if reference is not None:
             print(f"    over {reference[0]}: {_shown(paired_bootstrap(metrics['whole'], reference[1]))}", flush=True)
         reference = reference or (variant, metrics["whole"])

@@ -73,7 +73,7 @@ def operations(variant: dict[str, Any], sizes: dict[str, int]) -> dict[str, floa
     else:
         parts["head"] = 3 * (6 * nodes * similarity**2 + 4 * nodes**2 * similarity) + 2 * similarity
     if variant.get("use_late_interaction", False):
-        parts["tokens"] = 2 * words * regions * size
+        parts["late interaction"] = 2 * words * regions * size
     parts["embeddings"] = 2 * sizes["projection"]
     return parts
 

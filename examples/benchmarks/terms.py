@@ -1,9 +1,10 @@
-"""What each term of the pair score brings: embeddings, tokens and evidence, alone and together, on one split.
+"""What each component of the pair score brings: first stage, late interaction, reasoning, alone and together, on a split.
 
     python examples/benchmarks/terms.py runs/flickr8k --data flickr8k --split validation --regions regions/validation
 
 Scores every image against every caption once (bfloat16 unless --float32) and prints R@K and rSum, percent, of every
-sum of terms, with a paired bootstrap of what the evidence adds to the other two.
+sum of components, weighted as the model has learned to, with a paired bootstrap of what the reasoning adds to the other
+two.
 """
 
 import argparse
@@ -37,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def score_terms(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[int]]:
-    """Each term's matrix (I, T), and each caption's image row."""
+def score_components(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[int]]:
+    """Each component's matrix (I, T), and each caption's image row."""
     model = TVRNModel.from_pretrained(arguments.checkpoint).eval()
     processor = TVRNProcessor.from_pretrained(arguments.checkpoint)
     records = load_pairs(arguments.data, split=arguments.split)
@@ -52,11 +53,11 @@ def score_terms(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[
         return match_blocks(model, images, texts), rows.tolist()
 
 
-def match_blocks(model: TVRNModel, images, texts, with_evidence: bool = True) -> dict[str, Tensor]:
-    """Each term's whole matrix (I, T), some captions at a time."""
+def match_blocks(model: TVRNModel, images, texts, level: str = "full") -> dict[str, Tensor]:
+    """Each component's whole matrix (I, T), some captions at a time."""
     starts = tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions")
     blocks = [
-        model.score_components(images, texts.select(slice(start, start + BLOCK)), with_evidence=with_evidence)
+        model.score_components(images, texts.select(slice(start, start + BLOCK)), level=level)
         for start in starts
     ]
     return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
@@ -65,18 +66,18 @@ def match_blocks(model: TVRNModel, images, texts, with_evidence: bool = True) ->
 def main() -> None:
     arguments = parse_arguments()
     started = time.process_time()
-    terms, rows = score_terms(arguments)
+    components, rows = score_components(arguments)
     metrics: dict[tuple[str, ...], RetrievalMetrics] = {}
-    for count in range(1, len(terms) + 1):
-        for names in itertools.combinations(sorted(terms), count):
-            metrics[names] = retrieval_metrics(sum(terms[name] for name in names), rows)
+    for count in range(1, len(components) + 1):
+        for names in itertools.combinations(components, count):
+            metrics[names] = retrieval_metrics(sum(components[name] for name in names), rows)
     for names, found in metrics.items():
         recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
-        print(f"{' + '.join(names):34}" + "".join(f"{value:7.1f}" for value in recalls) + f"{found.rsum:8.1f}")
-    whole, coarse = tuple(sorted(terms)), tuple(sorted(set(terms) - {"evidence"}))
-    if coarse and coarse != whole:
-        print("what the evidence adds:")
-        print(paired_bootstrap(metrics[whole], metrics[coarse], seed=arguments.seed).table())
+        print(f"{' + '.join(names):44}" + "".join(f"{value:7.1f}" for value in recalls) + f"{found.rsum:8.1f}")
+    whole, others = tuple(components), tuple(name for name in components if name != "reasoning")
+    if others and others != whole:
+        print("what the reasoning adds:")
+        print(paired_bootstrap(metrics[whole], metrics[others], seed=arguments.seed).table())
     print(f"{time.process_time() - started:.0f} CPU s")
 
 

@@ -114,8 +114,8 @@ class Step:
     def pair_stage(self, images: Any, texts: Any) -> None:
         """Every pair scored, forward and backward, down to the encoded items."""
         with self.autocast():
-            terms = self.objective.model.score_components(images, texts)
-        self.backward(list(terms.values()))
+            components = self.objective.model.score_components(images, texts)
+        self.backward(list(components.values()))
 
     def encoded(self) -> tuple[Any, Any]:
         with self.autocast():
