@@ -81,8 +81,8 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
         )
     if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:
         raise ValueError(
-            f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a dual "
-            "encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
+            f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
+            "dual encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
     try:
         model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **hub)

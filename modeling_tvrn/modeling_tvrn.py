@@ -271,7 +271,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if tvrn.logit_bias is not None and sizes.logit_bias is not None:
             tvrn.logit_bias.data.fill_(sizes.logit_bias)
         tvrn._freeze()
-        tvrn.config.name_or_path = model.config.name_or_path
+        tvrn.config.name_or_path = tvrn.config.dual_encoder_config.name_or_path
         return tvrn
 
     def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
@@ -340,7 +340,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return self._look(pixel_values)[:3]
 
     def extract_image_features(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """`extract_regions` by the names of `encode_images`, and a dual encoder's `image_embeds` (B, P) of the same pass."""
+        """`extract_regions` by the names of `encode_images`; of a dual encoder also its `image_embeds` (B, P)."""
         features, boxes, mask, embeds = self._look(pixel_values)
         found = {"region_features": features, "region_boxes": boxes, "region_mask": mask}
         return found if embeds is None else {**found, "image_embeds": embeds}
@@ -381,7 +381,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return self._read(input_ids, attention_mask)[0]
 
     def extract_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """`extract_words` by the name of `encode_texts`, and a dual encoder's `text_embeds` (T, P) of the same pass."""
+        """`extract_words` by the name of `encode_texts`; of a dual encoder also its `text_embeds` (T, P)."""
         hidden, embeds = self._read(input_ids, attention_mask)
         return {"text_features": hidden} if embeds is None else {"text_features": hidden, "text_embeds": embeds}
 
@@ -485,8 +485,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if pixel_values is not None:
             if region_boxes is not None or region_mask is not None or image_embeds is not None:
                 raise ValueError(
-                    "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions are "
-                    "the tower's own grid; leave them out, or give region_features."
+                    "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions "
+                    "are the tower's own grid; leave them out, or give region_features."
                 )
             region_features, region_boxes, region_mask, image_embeds = self._look(pixel_values)
         assert region_features is not None
@@ -711,7 +711,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         )
 
     def get_image_features(
-        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Tensor | None
+        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Any
     ) -> BaseModelOutputWithPooling:
         """Unit-norm image embeddings (I, P) as `.pooler_output`, refined regions as `.last_hidden_state`.
 
@@ -724,7 +724,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=images.refined_regions, pooler_output=embeds)
 
     def get_text_features(
-        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Tensor | None
+        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Any
     ) -> BaseModelOutputWithPooling:
         """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`.
 

@@ -405,7 +405,7 @@ def test_a_run_trains_on_what_is_left(tmp_path: Path) -> None:
     sizes = "hidden_size=12", "projection_size=12", "similarity_size=6", "pooled_hidden_size=12", "word_hidden_size=12"
     keys = [f"data={data}", "train_split=all", "validation_split=all", f"output_dir={tmp_path / 'run'}", "epochs=1"]
     keys += [f"model.{size}" for size in sizes] + [f"model.vision_config={json.dumps(TINY_VIT)}", "image_size=32"]
-    keys += ["batch_size=6", "evaluation_batch_size=4", "head_start_epochs=0", "token_epochs=0"]
+    keys += ["batch_size=6", "evaluation_batch_size=4"]
     tvrn("train", *keys)
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert results["data"]["train"]["captions"] == results["data"]["validation"]["captions"] == 12

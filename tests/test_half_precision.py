@@ -45,7 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "vit": {"vision_config": VIT, "region_feature_size": VIT.hidden_size},
     "cnn": {"vision_config": CNN, "region_feature_size": 1280, "vision_grid_size": 2},
     "bert": {"text_config": BERT},
-    "evidence_alone": {"train_evidence_alone": True},
+    "no_reasoning": {"use_reasoning": False},
     "every_loss": {f"{loss}_loss_weight": 1.0 for loss in LOSSES},
 }
 MODELS = pytest.mark.parametrize("settings", [*VARIANTS, *OTHERS.values()], ids=[*map(name, VARIANTS), *OTHERS])

@@ -271,7 +271,7 @@ class TestOutput:
         assert_same(output.loss, sum(weights.get(key, 1.0) * part for key, part in parts.items()), 1e-5)
 
     def test_the_logits_are_the_sum_of_their_components(self):
-        """What explains a score is the score; each component comes with the weight that the model has learned for it."""
+        """What explains a score is the score; each component comes with the weight that the model has learned."""
         model, images, texts = tiny_model(), regions(3), words(4)
         summands, raw = components(model, images, texts), unweighted(model, images, texts)
         assert list(summands) == ["first_stage", "late_interaction", "reasoning"]
@@ -316,8 +316,7 @@ class TestOutput:
 
     @pytest.mark.parametrize("variant", [*HEADS, {"use_refined_features": False}], ids=name)
     def test_embeddings_and_late_interaction_stay_while_the_reasoning_learns(self, variant):
-        """What an earlier phase trained must not drift with the reasoning that is trained beside it; what it counts for
-        in the sum may."""
+        """What an earlier phase trained must not drift with the reasoning; what it counts for in the sum may."""
         model, images, texts = tiny_model(**variant), regions(4), words(4)
         before = unweighted(model, images, texts)
         let_learn(model, {"reasoning"}, {"embeddings", "late_interaction"})

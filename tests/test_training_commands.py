@@ -78,7 +78,14 @@ STREAM = {**PICTURES, "streaming": True, "max_steps": 4, "epochs": 10}
 CUSA = {
     "cusa": True, "cusa_image_teacher": "{place}/teachers/image", "cusa_text_teacher": "{place}/teachers/text",
 }  # fmt: skip
-PHASES = {"head_start": 1, "token": 1, "distillation": 1}
+
+
+def phases(unit: str) -> list[dict[str, Any]]:
+    """One of every kind."""
+    names = ("embeddings", "late_interaction", "distilled_embeddings", "reasoning")
+    return [{"train": each, unit: 1} for each in names]
+
+
 TEXT_TOWER = {**REGIONS, "model": {**SIZES, "text_config": TINY_BERT}}
 MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
     "regions": (REGIONS, 1),
@@ -87,12 +94,12 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
         **PICTURES, "text": None, "word_embeddings": "{place}/bert",
         "model": {**PICTURES["model"], "word_embedding_size": 12}}, 1),
     "phases": ({
-        **REGIONS, **{f"{name}_epochs": length for name, length in PHASES.items()},
-        "model": {**SIZES, "distillation_loss_weight": 0.5}}, 1),
+        **REGIONS, "epochs": None, "phases": phases("epochs"),
+        "model": {**SIZES, "distillation_loss_weight": 0.5, "use_refined_features": False}}, 1),
     "stream": (STREAM, 1),
     "stream, phases, cusa, workers": ({
-        **STREAM, **CUSA, "num_workers": 1, **{f"{name}_steps": length for name, length in PHASES.items()},
-        "model": {**PICTURES["model"], "distillation_loss_weight": 0.5}}, 1),
+        **STREAM, **CUSA, "num_workers": 1, "epochs": None, "max_steps": None, "phases": phases("steps"),
+        "model": {**PICTURES["model"], "distillation_loss_weight": 0.5, "use_refined_features": False}}, 1),
     "stream of two processes": (STREAM, 2),
     "cusa": ({**PICTURES, **CUSA}, 1),
     "adapters": ({**PICTURES, "text_lora_rank": 2, "vision_lora_rank": 2}, 1),

@@ -38,10 +38,11 @@ def _compare(
 ) -> Parity:
     images, regions, texts, words = size
     device = next(model.parameters()).device
-    image_inputs = sample_images(model, pixel_shape, images, regions, generator)
-    text_inputs = sample_texts(model, texts, words, generator)
-    ours = model.encode_images(**{name: value.to(device) for name, value in image_inputs.items()})
-    our_texts = model.encode_texts(**{name: value.to(device) for name, value in text_inputs.items()})
+    image_inputs: dict[str, Any] = sample_images(model, pixel_shape, images, regions, generator)
+    text_inputs: dict[str, Any] = sample_texts(model, texts, words, generator)
+    on_device = {name: value.to(device) for name, value in {**image_inputs, **text_inputs}.items()}
+    ours = model.encode_images(**{name: on_device[name] for name in image_inputs})
+    our_texts = model.encode_texts(**{name: on_device[name] for name in text_inputs})
     theirs, their_texts = (
         exported.encode_images(**_arrays(image_inputs)),
         exported.encode_texts(**_arrays(text_inputs)),
@@ -78,6 +79,7 @@ def _difference(side: str, ours: EncodedImages | EncodedTexts, theirs: Arrays) -
         wanted, found = tensor.cpu().double().numpy(), theirs[f"{side}.{name}"].astype(np.float64)
         if isinstance(ours, EncodedTexts) and name not in ("embeds", "recurrent_state"):
             # The model drops columns that are padding in every text; at padding the two may differ.
+            assert ours.word_mask is not None
             mask = ours.word_mask.cpu().numpy()
             wanted, found = wanted[mask], found[:, : mask.shape[1]][mask]
         errors.append(np.abs(wanted - found).max())

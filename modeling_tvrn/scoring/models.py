@@ -63,7 +63,7 @@ class AveragedGallery:
 class AveragedModel:
     """The mean of several models' matching scores: of their sigmoids, as the papers of this family report."""
 
-    def __init__(self, models: Sequence[PairModel]):
+    def __init__(self, models: Sequence[Any]):
         self.models = list(models)
 
     def match(self, images: AveragedGallery, texts: AveragedGallery, chunk_size: int | None = None) -> Tensor:

@@ -53,6 +53,7 @@ class RaggedTexts:
         pieces: dict[int, list[EncodedTexts]] = {}
         places: dict[int, list[np.ndarray]] = {}
         for texts, numbers in batches:
+            assert texts.word_mask is not None
             lengths = texts.word_mask.sum(dim=1).cpu().numpy()
             for length in np.unique(lengths).tolist():
                 rows = np.flatnonzero(lengths == length)
@@ -74,7 +75,8 @@ class RaggedTexts:
     @property
     def lengths(self) -> np.ndarray:
         """(T,) words of each text."""
-        return np.array([part.word_mask.shape[1] for part in self.parts])[self._part_of]
+        widths = [0 if part.word_mask is None else part.word_mask.shape[1] for part in self.parts]
+        return np.array(widths)[self._part_of]
 
     @property
     def nbytes(self) -> int:

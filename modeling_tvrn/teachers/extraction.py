@@ -180,7 +180,7 @@ class RegionExtraction:
             if getattr(self.model, "dual_encoder", None) is not None:
                 found = self.model.extract_image_features(pixels)
                 names = ("region_features", "region_boxes", "region_mask", "image_embeds")
-                return tuple(found[name] for name in names)  # type: ignore[return-value]
+                return tuple(found[name] for name in names)
             regions: Regions = getattr(self.model, "extract_regions", self.model)(pixels)
             return *regions, None
         assert self.feature_map is not None  # checked when made

@@ -56,8 +56,9 @@ def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
     try:
         accelerator.init_trackers("tvrn", config=keys, init_kwargs=place)
     except Exception as error:  # each has errors of its own: no account, no network, a folder that is not writable
+        problem = f"{type(error).__name__}: {redacted_text(str(error))}"
         raise ValueError(
-            f"trackers = {config.trackers} could not be started ({type(error).__name__}: {redacted_text(str(error))}); log in with `wandb "
+            f"trackers = {config.trackers} could not be started ({problem}); log in with `wandb "
             "login`, or set WANDB_MODE=offline, if it is that; or drop trackers"
         ) from error
 

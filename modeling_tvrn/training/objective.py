@@ -132,7 +132,7 @@ class Objective(nn.Module):
         self.model.eval()
         try:
             with torch.no_grad():
-                return replace(encode(**whole, level="late_interaction"), embeds=embeds)
+                return replace(encode(**whole, level="late_interaction"), embeds=embeds)  # type: ignore[call-arg]
         finally:
             self.model.train(training)
 

@@ -65,8 +65,8 @@ class CachedTextProcessor:
         if tower is None or learns:
             raise ValueError(
                 "the text outputs to cache need a frozen text tower; this model has "
-                f"{'none' if tower is None else 'one that learns'}: set text=… and model.freeze_text=true (over a dual "
-                "encoder model.freeze_first_stage=true as well)"
+                f"{'none' if tower is None else 'one that learns'}: set text=… and model.freeze_text=true (over a "
+                "dual encoder model.freeze_first_stage=true as well)"
             )
         different = sorted(set(captions), key=len)
         spans: dict[str, tuple[int, int]] = {}
