@@ -262,8 +262,8 @@ class TVRNConfig(PreTrainedConfig):
         for name in ("vision_config", "text_config"):
             if (tower := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"dual_encoder_config ({own.model_type!r}) came beside {name} ({tower.model_type!r}); a dual encoder "
-                    f"has both towers: leave {name} out."
+                    f"dual_encoder_config ({own.model_type!r}) came beside {name} ({tower.model_type!r}); a dual "
+                    f"encoder has both towers: leave {name} out."
                 )
         if not self.use_first_stage:
             raise ValueError("use_first_stage is False, but a dual encoder's logit is always part of the score.")
@@ -274,8 +274,8 @@ class TVRNConfig(PreTrainedConfig):
         for name in ("matching_loss_weight", "hardest_negative_loss_weight"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: margins on sigmoids, which a dual encoder's logits drive to 1 for "
-                    "every pair; set it to 0 and use pair_contrastive_loss_weight."
+                    f"{name} is {getattr(self, name)!r}: margins on sigmoids, which a dual encoder's logits drive to "
+                    "1 for every pair; set it to 0 and use pair_contrastive_loss_weight."
                 )
 
     @property

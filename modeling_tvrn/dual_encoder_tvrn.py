@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from .towers_tvrn import region_map
+from .trust_tvrn import MODEL_CODE, explained, without_code
 
 # What a logit is made of beside the cosine; a model has one of the first two.
 SCALE, TEMPERATURE, BIAS = "logit_scale", "temperature", "logit_bias"
@@ -52,7 +53,7 @@ class ProbedSizes:
 
 def build_dual_encoder(config: PreTrainedConfig) -> nn.Module:
     """A randomly initialised dual encoder without the scale and bias of its logit, which TVRN owns."""
-    return without_scale(AutoModel.from_config(config))
+    return without_scale(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def without_scale(model: nn.Module) -> nn.Module:
@@ -70,15 +71,12 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
         ValueError: If nothing that transformers can load is found there, or it is no dual encoder.
     """
     name = os.fspath(path)
+    # Nested in a TVRN checkpoint a model has transformers' own class: code of its repository is never run.
+    hub = {**hub, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub})
+        config = without_code(AutoConfig.from_pretrained(path, **hub))
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"No dual encoder at {name!r}: {error}") from error
-    if getattr(config, "auto_map", None):
-        raise ValueError(
-            f"{name!r} brings code of its own, which a TVRN checkpoint could not carry; expected a dual encoder that "
-            "transformers has a class for (CLIP, SigLIP, …)."
-        )
+        raise ValueError(f"No dual encoder at {name!r}: {explained(error, path, MODEL_CODE, **hub)}") from error
     if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:
         raise ValueError(
             f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
@@ -168,7 +166,7 @@ def _refused(kind: str, reason: str) -> ValueError:
 
 def plain_dual_encoder(config: PreTrainedConfig, nested: nn.Module, scale: Tensor, bias: Tensor | None) -> Any:
     """The dual encoder as a model of its original class, with the scale and bias that TVRN trained."""
-    model = AutoModel.from_config(copy.deepcopy(config)).to(next(nested.parameters()).dtype)
+    model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False).to(next(nested.parameters()).dtype)
     state = dict(nested.state_dict())
     for name, value in (
         (SCALE, scale.detach()),

@@ -18,7 +18,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from .pixels_tvrn import PixelTable, hub_pixels, pixel_table, rgb_images, with_image_size
 from .regions_tvrn import pad_regions
-from .trust_tvrn import HUB_ARGUMENTS, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
+from .trust_tvrn import HUB_ARGUMENTS, MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
 from .words_tvrn import build_word_tokenizer, caption_problems, check_captions, check_length, tokenize
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ class TVRNProcessor(ProcessorMixin):
 
 def _text_side(name: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Any, str]:
     """A dual encoder's text configuration, and the class of its processor."""
-    config = _load(AutoConfig, name, "configuration", **hub)
+    config = _load(AutoConfig, name, "configuration", MODEL_CODE, **hub)
     if getattr(config, "text_config", None) is None:
         raise ValueError(
             f"{os.fspath(name)!r} holds a {config.model_type!r} model, no dual encoder: use from_backbones"

@@ -8,8 +8,8 @@ First stage and late interaction are the trained checkpoint's and stay as they a
 through starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase.
 Prints for each variant the rSum in percent of the reasoning alone and of the whole score on the first photographs of
 the validation split, with a paired bootstrap against the first variant, beside the other components alone. "full" has
-all of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision: the
-whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
+all of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision:
+the whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
 
     python examples/benchmarks/ablation.py runs/flickr8k --variants full "no module" "no text refinement" \
         --images 1000 --shortlist-size 48 --config … data=… seed=0

@@ -241,7 +241,7 @@ class _Pair:
             mixing, votes = (_plain(part[0]) for part in stage.head.parts(nodes, weights))
             self.mixing, self.reasoning = mixing, votes * self.weight("reasoning")
         self.late = self._late_interaction_parts() if "late_interaction" in self.components else None
-        self.positions = texts.word_positions[0].tolist()
+        self.positions = self.texts.word_positions[0].tolist()
 
     def weight(self, name: str) -> float:
         """The learned weight of a component."""
