@@ -31,6 +31,7 @@ __all__ = [
     "matching_loss_floor",
     "positive_mask",
     "positives_cross_entropy",
+    "sigmoid_contrastive_loss",
     "soft_labels",
     "uni_modal_soft_label_loss",
 ]
@@ -209,6 +210,34 @@ def contrastive_loss(
     """
     logits = _scaled_cosines(image_embeds, text_embeds, logit_scale)
     return positives_cross_entropy(logits, image_ids, text_image_ids, label_smoothing)
+
+
+def sigmoid_contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_ids: Tensor,
+    text_image_ids: Tensor,
+) -> Tensor:
+    """Each pair a question of its own, match or not: −Σ log σ(±(exp(logit_scale)·cos + logit_bias)) (Zhai et al., 2023).
+
+    Args:
+        image_embeds, text_embeds: (I, P) and (T, P), unit norm.
+        logit_scale, logit_bias: Log of the factor on the cosine, and what is added to it; one number each.
+        image_ids, text_image_ids: (I,) and (T,) integers that decide positives.
+
+    Returns:
+        Scalar, the sum over a text's images, averaged over texts, as transformers' SigLIP has it.
+
+    Raises:
+        ValueError: As `contrastive_loss`.
+    """
+    logits = _scaled_cosines(image_embeds, text_embeds, logit_scale)
+    logits = logits + torch.as_tensor(logit_bias, device=logits.device).to(logits.dtype)
+    logits, positives = _checked(logits, image_ids, text_image_ids, bounded=False)
+    signs = 2.0 * positives.to(logits.dtype) - 1.0
+    return -F.logsigmoid(signs * logits).sum(dim=0).mean()
 
 
 def _scaled_cosines(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:

@@ -17,6 +17,7 @@ from .losses import (
     hardest_negative_loss,
     matching_loss,
     positives_cross_entropy,
+    sigmoid_contrastive_loss,
 )
 from .pair_tvrn import PairStage
 
@@ -226,9 +227,7 @@ class PairMatching:
         parts = self._pair_losses(components["reasoning"], ids, weights) if "reasoning" in components else {}
         learns = image_embeds.requires_grad or text_embeds.requires_grad or self.logit_scale.requires_grad
         if weights["contrastive"] and (learns or not torch.is_grad_enabled()):
-            parts["contrastive"] = contrastive_loss(
-                image_embeds, text_embeds, self.logit_scale, *ids, config.label_smoothing
-            )
+            parts["contrastive"] = self._contrastive_loss(image_embeds, text_embeds, ids)
         if weights["late_interaction"] and "late_interaction" in components:
             parts["late_interaction"] = positives_cross_entropy(
                 components["late_interaction"], *ids, config.label_smoothing
@@ -251,6 +250,12 @@ class PairMatching:
             )
             loss = loss + parts["component_weights"]
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _contrastive_loss(self, image_embeds: Tensor, text_embeds: Tensor, ids: tuple[Tensor, Tensor]) -> Tensor:
+        """Of the first stage: the sigmoid loss where its logit has a bias, as SigLIP's, else InfoNCE."""
+        if self.logit_bias is not None:
+            return sigmoid_contrastive_loss(image_embeds, text_embeds, self.logit_scale, self.logit_bias, *ids)
+        return contrastive_loss(image_embeds, text_embeds, self.logit_scale, *ids, self.config.label_smoothing)
 
     def _learned_weights(self, components: dict[str, Tensor]) -> bool:
         weights = [getattr(self.pair, f"{name}_weight", None) for name in components]

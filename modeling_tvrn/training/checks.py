@@ -45,8 +45,18 @@ def _check_schedule(config: TrainingConfig) -> None:
         raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
     _check_lengths(config)
     if config.phases is not None:
-        model = SimpleNamespace(**{**model_fields(), **config.model})
-        _check_phases(phases, model)
+        _check_phases(phases, _resolved_model(config))
+
+
+def _resolved_model(config: TrainingConfig) -> Any:
+    """The fields of the model's configuration as they will be, where one depends on whether there is a dual encoder."""
+    from ..configuration_tvrn import BY_FIRST_STAGE
+
+    whole = config.dual_encoder is not None
+    defaults = {name: both[whole] for name, both in BY_FIRST_STAGE.items()}
+    given = {name: value for name, value in config.model.items() if value is not None or name not in defaults}
+    fields = {**model_fields(), **defaults, **given}
+    return SimpleNamespace(**fields | ({"use_refined_features": False} if whole else {}))
 
 
 def _names(config: TrainingConfig) -> list[str]:
@@ -241,6 +251,19 @@ def _check_dual_encoder(config: TrainingConfig) -> None:
             raise ValueError(
                 f"{name} = {value!r} beside dual_encoder = {config.dual_encoder!r}, which brings both towers with "
                 f"their pixels and tokens; set {name}=null"
+            )
+    if all(_is_frozen(config, side) for side in ("vision", "text")):
+        frozen = "model.freeze_vision, freeze_text and freeze_first_stage are all true"
+        named = {name for phase in config.schedule() for name in phase.train}
+        if found := sorted(named & {"embeddings", "distilled_embeddings"}):
+            raise ValueError(
+                f"phases train {' and '.join(found)} of dual_encoder = {config.dual_encoder!r}, but {frozen}: nothing "
+                "of them can learn; set model.freeze_first_stage=false for its projections, or leave that phase out"
+            )
+        if config.cusa:
+            raise ValueError(
+                f"cusa = True with dual_encoder = {config.dual_encoder!r}, but {frozen}: there is nothing to teach; set "
+                "model.freeze_first_stage=false and name embeddings in a phase, or drop cusa"
             )
     for name in ("vision_config", "text_config", "dual_encoder_config"):
         if config.model.get(name) is not None:

@@ -49,6 +49,9 @@ def write_results(run: Run) -> dict[str, Any]:
         return {}
     calibrate(model, run.input_processor, run.validation_records)
     save_model(folder, model, run.processor)
+    if any(name.startswith("dual_encoder.") for name in run.free):
+        # What went in as a CLIP comes out as one, with what this run taught it.
+        model.save_dual_encoder(folder / "dual_encoder", run.processor)
     results = collect_results(run, model, report)
     table = recall_table(report.systems(), f"{split_label(results)}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -64,4 +64,6 @@ def recipe_values(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     given = read_overrides(overrides, {})
     if path == shipped_recipes().get(OWN) and any(given.get(start) is not None for start in STARTS):
         values = {key: value for key, value in values.items() if key not in BROUGHT}
+    if given.get("phases") is not None:  # they have lengths of their own, and the user has not given the recipe's
+        values = {key: value for key, value in values.items() if key not in ("epochs", "max_steps")}
     return values
