@@ -154,3 +154,18 @@ def test_the_sigmoid_loss_is_siglips() -> None:
 def test_keys_that_contradict_a_dual_encoder(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingConfig.from_yaml(None, ["dual_encoder=x", *words])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["clip", "siglip2"])
+def test_shipped_recipes_start_on_a_stand_in(recipe: str, data: Path, tmp_path: Path) -> None:
+    """With a tiny checkpoint of the class that the recipe names in its place, and nothing cached."""
+    folder = save_dual_encoder(tmp_path / recipe, "siglip" if recipe == "siglip2" else "clip")
+    done = train(
+        "-c", recipe, f"dual_encoder={folder}", f"data={data / 'train.csv'}", f"output_dir={tmp_path / 'run'}",
+        "regions=null", "phases.0={train: late_interaction, steps: 2, batch_size: 6}", "mixed_precision=no",
+        "phases.1={train: reasoning, steps: 2, batch_size: 6}", "model.word_hidden_size=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model(tmp_path / "run", device="cpu")
+    assert model.config.components == ["first_stage", "late_interaction", "reasoning"]
