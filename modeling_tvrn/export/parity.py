@@ -44,7 +44,7 @@ def _compare(
     our_texts = model.encode_texts(**{name: value.to(device) for name, value in text_inputs.items()})
     theirs, their_texts = (
         exported.encode_images(**_arrays(image_inputs)),
-        exported.encode_texts(**_arrays(text_inputs)),
+        exported.encode_texts(**_arrays({name: text_inputs[name] for name in exported.inputs("text")})),
     )
     logits = model.match(ours, our_texts).cpu().numpy()
     pairs = [
