@@ -58,6 +58,9 @@ def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"trackers = {config.trackers} could not be started ({type(error).__name__}: {error}); log in with `wandb "
             "login`, or set WANDB_MODE=offline, if it is that; or drop trackers"
         ) from error
+    if missing := set(config.trackers) - {tracker.name for tracker in accelerator.trackers}:
+        # accelerate, which looked while it was imported, passes over it with a log line
+        raise ValueError(f"accelerate does not find {', '.join(sorted(missing))}, named in trackers; install it again")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
