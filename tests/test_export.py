@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from dual_encoder_makers import save_dual_encoder
 from hub_makers import FEATURES, pixel_model, region_model
 from model_makers import VARIANTS, name, overlapping_boxes, regions, tiny_model, words
 from torch import Tensor
@@ -27,6 +28,7 @@ needs_extra = pytest.mark.skipif(
 )
 GATES = [variant for variant in VARIANTS if variant["refinement"] == "gate"]
 GRU = next(variant for variant in VARIANTS if variant["refinement"] == "gru")
+HEADS = {"hidden_size": 24, "similarity_size": 12, "vision_grid_size": 2, "component_weight_init_value": 0.7}
 ITEMS = [(1, 1), (2, 12), (5, 3)]  # (items, fragments): none of the traced sizes
 SENTENCES = ["A dog runs in the snow.", "snow", "two zebras sleep, one cat!"]
 
@@ -111,6 +113,18 @@ class TestRefused:
     def test_an_input_that_the_model_does_not_read(self, export, tmp_path, image_input, message):
         with pytest.raises(ValueError, match=message):
             export(*region_model(), tmp_path / "onnx", image_input=image_input)
+
+    def test_captions_padded_to_one_length(self, export, tmp_path):
+        folder = save_dual_encoder(tmp_path / "siglip", "siglip")
+        model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
+        with pytest.raises(ValueError, match="captions of one length without an attention mask"):
+            export(model, processor, tmp_path / "onnx")
+
+    def test_regions_of_a_dual_encoder(self, export, tmp_path):
+        folder = save_dual_encoder(tmp_path / "clip")
+        model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
+        with pytest.raises(ValueError, match="embeddings of a dual encoder are made of pixels"):
+            export(model, processor, tmp_path / "onnx", image_input="regions")
 
     def test_half_precision(self, export, tmp_path):
         model, processor = region_model()
@@ -340,3 +354,33 @@ class TestPictures:
         images, texts = processor(images=photographs()), word_inputs(model, *items)
         found = runner.match(runner.encode_images(photographs()), runner.encode_texts(**arrays(texts)))
         np.testing.assert_allclose(found, logits_of(model, dict(images), texts), atol=1e-4)
+
+
+@needs_extra
+@pytest.mark.slow
+class TestDualEncoders:
+    """Exported with their heads, and without: then captions and pictures are embeddings alone."""
+
+    SENTENCES = ("a dog runs in snow", "cat", "the small red circle above a large blue square")
+
+    @pytest.mark.parametrize("heads", [True, False], ids=["heads", "plain"])
+    @pytest.mark.parametrize("kind", ["clip", "vision-text-dual-encoder"])
+    def test_pictures_and_sentences_to_logits(self, kind, heads, tmp_path):
+        from modeling_tvrn.export import OnnxModel, export_onnx
+
+        folder = save_dual_encoder(tmp_path / kind, kind)
+        without = {"use_late_interaction": False, "use_reasoning": False}
+        model = TVRNModel.from_dual_encoder(folder, **HEADS if heads else without).eval()
+        model.calibration_scale.fill_(0.1)
+        model.calibration_shift.fill_(-1.0)
+        processor = TVRNProcessor.from_dual_encoder(folder)
+        report = export_onnx(model, processor, tmp_path / "onnx")
+        assert report.reads_pictures and report.reads_captions
+        runner = OnnxModel(tmp_path / "onnx", threads=1)
+        found = runner.match(runner.encode_images(photographs()), runner.encode_texts(self.SENTENCES))
+        inputs = processor(images=photographs(), text=list(self.SENTENCES))
+        with torch.no_grad():
+            wanted = model(**inputs).logits_per_image
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4 * max(1.0, float(wanted.abs().max())))
+        np.testing.assert_allclose(runner.scores(found), model.scores(wanted).numpy(), atol=1e-4)
+        assert np.ptp(found) > 1e-3

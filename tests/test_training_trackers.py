@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.utils import LoggerType
 from training_makers import tiny_config, write_scan
 
 from modeling_tvrn.training.launch import check_trackers
@@ -24,7 +25,7 @@ class Run:
 class config:
     @staticmethod
     def update(values, allow_val_change):
-        json.dump(values, open(os.path.join(Run.folder, "config.json"), "w"))
+        json.dump(values, open(os.path.join(Run.folder, "wandb-config.json"), "w"))
 
 def init(project, dir, name):
     if os.environ.get("WANDB_MODE") != "offline":
@@ -45,6 +46,8 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site" / "wandb-0.20.dist-info" / "METADATA").write_text(metadata)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    # accelerate looks for trackers while it is imported
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
 
 
 @pytest.mark.usefixtures("stub")
@@ -57,7 +60,7 @@ def test_a_run_is_followed_offline_in_its_own_folder(tmp_path: Path, monkeypatch
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("loss" in event for event in events) and any("rsum" in event for event in events)
     assert [event["step"] for event in events] == sorted(event["step"] for event in events), "wandb drops steps behind"
-    assert json.loads((folder / "config.json").read_text())["batch_size"] == 8
+    assert json.loads((folder / "wandb-config.json").read_text())["batch_size"] == 8
 
 
 @pytest.mark.usefixtures("stub")

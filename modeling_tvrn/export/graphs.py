@@ -43,7 +43,7 @@ def exportable(model: TVRNModel) -> TVRNModel:
     """A copy in evaluation mode whose recurrences can be exported."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     for name in ("visual_refinement", "textual_refinement"):
-        if isinstance(getattr(copied, name), Recurrence):
+        if isinstance(getattr(copied, name, None), Recurrence):
             setattr(copied, name, _ScannedRecurrence(getattr(copied, name)))
     return copied
 
@@ -64,7 +64,9 @@ def image_graph(model: TVRNModel, pixel_shape: tuple[int, ...] | None) -> Graph:
 
 def text_graph(model: TVRNModel) -> Graph:
     """Token ids to `EncodedTexts`."""
-    names = ("input_ids", "attention_mask", "word_mask")
+    names = ["input_ids", "attention_mask"]
+    if model.uses_fragments or model.word_encoder is not None:  # else an input that nothing reads
+        names.append("word_mask")
     return Graph(_Words(model), dict.fromkeys(names, ("texts", "words")))
 
 
@@ -146,7 +148,7 @@ class _Words(nn.Module):
     def forward(self, inputs: Tensors) -> Tensors:
         model = self.model
         attended = inputs["attention_mask"].bool()
-        mask = inputs["word_mask"].bool() & attended
+        mask = inputs["word_mask"].bool() & attended if "word_mask" in inputs else attended
         order = _valid_first(mask)
         mask = take(mask, order)
         if self.recurrence is not None and model.word_encoder is not None:

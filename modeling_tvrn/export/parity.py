@@ -45,7 +45,7 @@ def _compare(
     our_texts = model.encode_texts(**{name: on_device[name] for name in text_inputs})
     theirs, their_texts = (
         exported.encode_images(**_arrays(image_inputs)),
-        exported.encode_texts(**_arrays(text_inputs)),
+        exported.encode_texts(**_arrays({name: text_inputs[name] for name in exported.inputs("text")})),
     )
     logits = model.match(ours, our_texts).cpu().numpy()
     pairs = [

@@ -38,7 +38,7 @@ def sample_texts(model: TVRNModel, texts: int, words: int, generator: torch.Gene
 
 def vocabulary_size(model: TVRNModel) -> int:
     """Token ids are below it."""
-    return int(getattr(model.config.text_config, "vocab_size", model.config.vocab_size))
+    return int(getattr(model.config.text_tower_config, "vocab_size", model.config.vocab_size))
 
 
 def _mask(items: int, fragments: int, generator: torch.Generator) -> Tensor:

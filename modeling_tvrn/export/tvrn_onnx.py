@@ -106,7 +106,8 @@ class OnnxModel:
         Args:
             captions: Sentences.
             batch_size: Captions at a time.
-            **arrays: The graph's inputs instead: `input_ids`, `attention_mask`, `word_mask`, each (T, W).
+            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads single words,
+                `word_mask`, each (T, W).
 
         Returns:
             Arrays by name, the first dimension of each is the caption; "texts.embeds" (T, P) has unit norm.
@@ -120,7 +121,7 @@ class OnnxModel:
             return self._run_in_batches("text", arrays, batch_size)
         captions = [captions] if isinstance(captions, str) else list(captions)
         batches = (captions[start : start + batch_size] for start in range(0, len(captions), batch_size))
-        return cat([self._run("text", self.tokens(batch)) for batch in batches])
+        return cat([self._run("text", self.tokens(batch), extra=True) for batch in batches])
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Matching scores in (0, 1) of logits, with the model's calibration."""
@@ -143,7 +144,8 @@ class OnnxModel:
                 "expected at least 1 of each."
             )
         logits = np.empty((_length(images), _length(texts)), np.float32)
-        lengths = texts["texts.word_mask"].sum(axis=1)
+        # A dual encoder alone compares embeddings: its captions have no words.
+        lengths = texts.get("texts.word_mask", np.ones((_length(texts), 1), np.int64)).sum(axis=1)
         captions = min(CAPTIONS_AT_ONCE, pairs_at_once, len(lengths))
         for columns in _chunks(np.argsort(lengths, kind="stable"), captions):
             block = self._trimmed(select(texts, columns), int(lengths[columns].max()))
@@ -200,6 +202,10 @@ class OnnxModel:
         tokenizer.enable_padding(pad_id=recipe["pad_id"], pad_token=recipe["pad_token"])
         return tokenizer
 
+    def inputs(self, part: str) -> list[str]:
+        """The names of what a graph reads: of "image", "text" or "pair"."""
+        return [each["name"] for each in self.manifest["graphs"][part]["inputs"]]
+
     def _run_in_batches(self, part: str, arrays: Mapping[str, Any], batch_size: int) -> Arrays:
         given = {name: np.asarray(value) for name, value in arrays.items()}
         rows = _chunks(np.arange(_length(given)), batch_size)
@@ -207,8 +213,7 @@ class OnnxModel:
 
     def _run(self, part: str, arrays: Mapping[str, np.ndarray], extra: bool = False) -> Arrays:
         """One run of a graph; `extra` inputs are passed over rather than refused."""
-        about = self.manifest["graphs"][part]
-        names = [each["name"] for each in about["inputs"]]
+        about, names = self.manifest["graphs"][part], self.inputs(part)
         unknown = [] if extra else sorted(set(arrays) - set(names))
         missing = sorted(set(names) - set(arrays))
         if missing or unknown:

@@ -58,16 +58,17 @@ def export_onnx(
         model: In float32.
         processor: Its processor.
         directory: New or empty, or an earlier export.
-        image_input: "pixels" (default for a model with a vision tower) or "regions".
+        image_input: "pixels" (default for a model with a vision tower, the only one over a dual encoder) or "regions".
         tolerance: Largest difference from the model under onnxruntime, absolute up to values of 1 and relative beyond.
 
     Raises:
         ImportError: If the extra is missing.
-        ValueError: If the model is not in float32, a part can't be exported, its processor gives no fixed size of
-            pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
+        ValueError: If the model is not in float32, a part can't be exported, its captions are all padded to one length
+            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
     """
     _need_extra()
     _check_precision(model)
+    _check_captions(model, processor)
     target = _check_directory(Path(directory))
     pixel_shape = _pixel_shape(model, processor, image_input)
     copied = exportable(model).cpu()
@@ -108,6 +109,15 @@ def _check_precision(model: TVRNModel) -> None:
         )
 
 
+def _check_captions(model: TVRNModel, processor: Any) -> None:
+    if processor.text_padding == "max_length":
+        raise ValueError(
+            f"This model's {model.config.text_tower_config.model_type!r} reads captions of one length without an "
+            "attention mask, which the text graph does not do yet; expected a model whose captions are padded to the "
+            "longest of a batch (CLIP, a VisionTextDualEncoder, …)."
+        )
+
+
 def _check_directory(directory: Path) -> Path:
     directory = directory.absolute()
     if directory.exists() and not directory.is_dir():
@@ -119,13 +129,18 @@ def _check_directory(directory: Path) -> Path:
 
 def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> tuple[int, ...] | None:
     """(3, H, W) of what the processor makes of any picture; None for region features."""
+    has_tower = model.config.vision_tower_config is not None
     if image_input is None:
-        image_input = "regions" if model.vision_model is None else "pixels"
+        image_input = "pixels" if has_tower else "regions"
     if image_input not in ("pixels", "regions"):
         raise ValueError(f'image_input is {image_input!r}; expected "pixels" or "regions".')
     if image_input == "regions":
+        if model.config.dual_encoder_config is not None:
+            raise ValueError(
+                'image_input is "regions", but the embeddings of a dual encoder are made of pixels; leave it out.'
+            )
         return None
-    if model.vision_model is None:
+    if not has_tower:
         raise ValueError('image_input="pixels", but this model has no vision tower; leave it out, or give "regions".')
     if processor.image_processor is None:
         raise ValueError(
@@ -203,13 +218,13 @@ def _write_graph(
 
 def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
     config = cast(TVRNModel, graph.module.model).config
-    tower: Any = {"image": config.vision_config, "text": config.text_config}.get(part)
+    tower: Any = {"image": config.vision_tower_config, "text": config.text_tower_config}.get(part)
     what = f"The {part} side" if part != "pair" else "The pair stage"
     of = f" with its tower {tower.model_type!r}" if tower is not None else ""
     reason = " ".join(str(error).split())[:300]
     return (
         f"{what} of this model{of} cannot be exported: {type(error).__name__}: {reason} "
-        + ('Export it without the tower: image_input="regions".' if part == "image" and tower is not None else "")
+        + ('Export it without the tower: image_input="regions".' if part == "image" and config.vision_config is not None else "")
     ).strip()
 
 

@@ -63,12 +63,13 @@ def check_processor(folder: Path) -> tuple[Any, Check]:
     if processor.tokenizer is None:
         problems.append("no tokenizer, so no caption can be read")
     else:
-        words = config.vocab_size if config.text_config is None else config.text_config.vocab_size
+        tower = config.text_tower_config
+        words = config.vocab_size if tower is None else tower.vocab_size
         if len(processor.tokenizer) > words:
             problems.append(f"{len(processor.tokenizer)} tokens for a model of {words}")
-    if config.vision_config is not None and processor.image_processor is None:
+    if config.vision_tower_config is not None and processor.image_processor is None:
         problems.append("no image processor, but the model has a vision tower")
-    if config.vision_config is None and processor.image_processor is not None:
+    if config.vision_tower_config is None and processor.image_processor is not None:
         problems.append("an image processor, but the model reads region features")
     if problems:
         return processor, Check(

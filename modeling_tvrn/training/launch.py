@@ -61,6 +61,9 @@ def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"trackers = {config.trackers} could not be started ({problem}); log in with `wandb "
             "login`, or set WANDB_MODE=offline, if it is that; or drop trackers"
         ) from error
+    if missing := set(config.trackers) - {tracker.name for tracker in accelerator.trackers}:
+        # accelerate, which looked while it was imported, passes over it with a log line
+        raise ValueError(f"accelerate does not find {', '.join(sorted(missing))}, named in trackers; install it again")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
