@@ -76,8 +76,9 @@ def test_the_pair_stage_learns_over_a_first_stage_that_stays(checkpoint: Path, d
 
 
 @pytest.mark.slow
-def test_caches_train_the_same_bits_as_live_towers(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    """Region and caption caches hold the embeddings too: half precision is all that they lose."""
+def test_caches_train_as_live_towers_do(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Region and caption caches hold the embeddings too: half precision is all that they lose (where a gradient is next
+    to nothing, Adam's step may then have the other sign, so it is what the models say that is compared)."""
     live, _ = trained(tmp_path / "live", checkpoint, data, "phases=[{train: late_interaction, steps: 2}]")
     model = TVRNModel.from_dual_encoder(checkpoint, vision_grid_size=2, hidden_size=24, similarity_size=12).eval()
     processor = TVRNProcessor.from_dual_encoder(checkpoint)
@@ -86,8 +87,15 @@ def test_caches_train_the_same_bits_as_live_towers(checkpoint: Path, data: Path,
         tmp_path / "cached", checkpoint, data, "phases=[{train: late_interaction, steps: 2}]",
         f"regions={tmp_path / 'regions'}", "cache_text_features=true",
     )  # fmt: skip
-    for name, weight in live.named_parameters():
-        torch.testing.assert_close(cached.get_parameter(name), weight, rtol=0, atol=5e-3, msg=name)
+    images = [Image.open(path) for path in sorted((data / "validation").iterdir())]
+    given = processor(images=images, text=[" ".join(WORDS[k : k + 4]) for k in range(12)])
+    pixels = given.pop("pixel_values")
+    with torch.no_grad():
+        wanted, found = (
+            each.score_components(each.encode_images(pixels), each.encode_texts(**given)) for each in (live, cached)
+        )
+    for name, values in wanted.items():
+        assert (found[name] - values).abs().max() <= 0.05 * values.std() + 1e-4, name
 
 
 @pytest.mark.slow

@@ -224,7 +224,11 @@ def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     return (
         f"{what} of this model{of} cannot be exported: {type(error).__name__}: {reason} "
-        + ('Export it without the tower: image_input="regions".' if part == "image" and config.vision_config is not None else "")
+        + (
+            'Export it without the tower: image_input="regions".'
+            if part == "image" and config.vision_config is not None
+            else ""
+        )
     ).strip()
 
 
