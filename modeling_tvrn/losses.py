@@ -220,7 +220,7 @@ def sigmoid_contrastive_loss(
     image_ids: Tensor,
     text_image_ids: Tensor,
 ) -> Tensor:
-    """Each pair a question of its own, match or not: −Σ log σ(±(exp(logit_scale)·cos + logit_bias)) (Zhai et al., 2023).
+    """Each pair a question of its own: −Σ log σ(±(exp(logit_scale)·cos + logit_bias)) (Zhai et al., 2023).
 
     Args:
         image_embeds, text_embeds: (I, P) and (T, P), unit norm.

@@ -77,8 +77,8 @@ def test_the_pair_stage_learns_over_a_first_stage_that_stays(checkpoint: Path, d
 
 @pytest.mark.slow
 def test_caches_train_as_live_towers_do(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    """Region and caption caches hold the embeddings too: half precision is all that they lose (where a gradient is next
-    to nothing, Adam's step may then have the other sign, so it is what the models say that is compared)."""
+    """Region and caption caches hold the embeddings too: half precision is all that they lose (where a gradient is
+    next to nothing, Adam's step may then have the other sign, so it is what the models say that is compared)."""
     live, _ = trained(tmp_path / "live", checkpoint, data, "phases=[{train: late_interaction, steps: 2}]")
     model = TVRNModel.from_dual_encoder(checkpoint, vision_grid_size=2, hidden_size=24, similarity_size=12).eval()
     processor = TVRNProcessor.from_dual_encoder(checkpoint)

@@ -223,12 +223,10 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
 class _Pair:
     """One image against one text: the pair stage's inner numbers, in float64 on the CPU from here on."""
 
-    def __init__(self, model: Any, images: EncodedImages, texts: EncodedTexts):
+    # Any: at the full level no field is None that a model with reasoning has.
+    def __init__(self, model: Any, images: Any, texts: Any):
         stage = model.pair
-        # Of the full level, where no field is None that a model with reasoning has.
-        self.images: Any = images
-        self.texts: Any = texts
-        self.stage = stage
+        self.images, self.texts, self.stage = images, texts, stage
         self.logit = model.match(images, texts).item()
         self.components = {name: value.item() for name, value in model.score_components(images, texts).items()}
         refined, scale = stage.refine(images, texts, model.attention, model.textual_refinement)

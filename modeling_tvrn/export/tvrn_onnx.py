@@ -106,7 +106,7 @@ class OnnxModel:
         Args:
             captions: Sentences.
             batch_size: Captions at a time.
-            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads single words,
+            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads words,
                 `word_mask`, each (T, W).
 
         Returns:

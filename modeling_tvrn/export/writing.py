@@ -64,7 +64,8 @@ def export_onnx(
     Raises:
         ImportError: If the extra is missing.
         ValueError: If the model is not in float32, a part can't be exported, its captions are all padded to one length
-            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
+            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs
+            differ from the model by more than `tolerance`.
     """
     _need_extra()
     _check_precision(model)

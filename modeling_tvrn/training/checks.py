@@ -49,7 +49,7 @@ def _check_schedule(config: TrainingConfig) -> None:
 
 
 def _resolved_model(config: TrainingConfig) -> Any:
-    """The fields of the model's configuration as they will be, where one depends on whether there is a dual encoder."""
+    """The model's configuration as it will be, where a field depends on whether there is a dual encoder."""
     from ..configuration_tvrn import BY_FIRST_STAGE
 
     whole = config.dual_encoder is not None
@@ -262,8 +262,8 @@ def _check_dual_encoder(config: TrainingConfig) -> None:
             )
         if config.cusa:
             raise ValueError(
-                f"cusa = True with dual_encoder = {config.dual_encoder!r}, but {frozen}: there is nothing to teach; set "
-                "model.freeze_first_stage=false and name embeddings in a phase, or drop cusa"
+                f"cusa = True with dual_encoder = {config.dual_encoder!r}, but {frozen}: there is nothing to teach; "
+                "set model.freeze_first_stage=false and name embeddings in a phase, or drop cusa"
             )
     for name in ("vision_config", "text_config", "dual_encoder_config"):
         if config.model.get(name) is not None:
