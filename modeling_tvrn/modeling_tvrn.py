@@ -157,7 +157,6 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         self.uses_fragments = config.use_late_interaction or config.use_reasoning or config.use_refined_features
         if self.uses_fragments:
             self.region_projection = nn.Linear(config.region_feature_size, size)
-            self.text_pooling = AttentionPooling(config)
         if self.uses_fragments and config.text_tower_config is not None:
             self.word_projection = nn.Linear(_width(config), size)
             self.word_perceptron = perceptron(_width(config), config.word_hidden_size, size, config.dropout)
@@ -169,6 +168,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             self.visual_refinement = _refinement(config)
             self.textual_refinement = _refinement(config) if config.use_text_refinement else None
             self.image_pooling = AttentionPooling(config)
+        if self.uses_fragments:
+            self.text_pooling = AttentionPooling(config)  # here: the order of the parts is that of their random starts
         if config.use_refined_features:
             self.image_embedding = nn.Linear(2 * size, config.projection_size, bias=False)
             self.text_embedding = nn.Linear(size, config.projection_size, bias=False)

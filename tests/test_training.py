@@ -355,7 +355,7 @@ def test_each_phase_moves_what_it_names_and_nothing_else(configure: Configure) -
     assert {"pooled_image_embedding.linear.weight", "pooled_text_embedding.linear.weight"} <= distilled
     assert all(name.startswith(EMBEDDINGS) for name in distilled), "the late interaction reads the words, and stays"
     assert {"pair.local_similarity.weight", "pair.head.logit.weight", "attention.key.weight"} <= reasoning
-    assert not reasoning & (embeddings | late)
+    assert reasoning & (embeddings | late) == {"pair.late_interaction_weight"}, "what it counts for beside another one"
     assert embeddings | late | reasoning <= everything
 
 
@@ -376,7 +376,10 @@ def test_the_losses_of_a_phase_are_those_of_what_it_trains(configure: Configure)
     run.fit()
     logged = [event for event in run.progress.history if "loss" in event]
     seen = [{key.removesuffix("_loss") for key in event if key.endswith("_loss")} for event in logged[5::6]]
-    assert seen == [{"contrastive"}, {"late_interaction"}, {"contrastive", "distillation"}, {"matching"}]
+    weights = "component_weights"
+    assert seen == [
+        {"contrastive"}, {"late_interaction", weights}, {"contrastive", "distillation"}, {"matching", weights},
+    ]  # fmt: skip
 
 
 def test_a_run_of_embeddings_alone_is_evaluated_as_it_goes(configure: Configure) -> None:

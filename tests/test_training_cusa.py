@@ -225,7 +225,8 @@ def test_two_processes_have_the_gradients_of_one(
     expected, found = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
     assert found.keys() == expected.keys() >= {"embeddings.student_temperature", "unimodal_text_head.linear.weight"}
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+        # in float32: products of other shapes round otherwise, which logits of a first stage's scale amplify
+        torch.testing.assert_close(found[name], value, atol=5e-4, rtol=1e-3)
 
 
 def test_a_run_goes_on_with_its_temperatures(data: Path, caches: dict, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The pieces of the training loop, each against a plain rendering of what it promises."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,4 +324,4 @@ def test_a_text_tower_that_learns_is_not_cached() -> None:
     with pytest.raises(ValueError, match="need a frozen text tower; this model has one that learns"):
         CachedTextProcessor.build(tiny_model(text_config=BERT), processor, CAPTIONS)
     with pytest.raises(ValueError, match="need a frozen text tower; this model has none"):
-        CachedTextProcessor.build(SimpleNamespace(text_model=None), processor, CAPTIONS)
+        CachedTextProcessor.build(tiny_model(), processor, CAPTIONS)

@@ -53,7 +53,7 @@ def train(
 
     \b
     Examples:
-      tvrn train
+      tvrn train -c scenes
       tvrn train data=pairs.csv output_dir=runs/mine
       tvrn train -c flickr8k phases.0.epochs=5 model.hidden_size=128
       tvrn train --keys

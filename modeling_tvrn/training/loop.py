@@ -18,6 +18,7 @@ from .exchange import average_gradients, broadcast_json, everywhere
 from .feeding import named_shards, to_device
 from .optim import rate_factor
 from .output import write_results
+from .phases import COMPONENT_WEIGHTS
 from .run import Run
 from .sharding import change_trained, own_part, whole
 from .state import capture
@@ -183,7 +184,10 @@ class Training(Run):
         """Clip the gradients and move the weights; the gradient's norm where it is known."""
         norm = None
         if self.config.max_grad_norm is not None:
-            norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.max_grad_norm)
+            # A component's weight has a gradient of many logits' size, which would shrink all others'.
+            named = self.objective.named_parameters()
+            weights = [weight for name, weight in named if not name.endswith(COMPONENT_WEIGHTS)]
+            norm = self.accelerator.clip_grad_norm_(weights, self.config.max_grad_norm)
             norm = whole(norm) if norm is not None else None
         self.optimizer.step()
         self.optimizer.zero_grad()
