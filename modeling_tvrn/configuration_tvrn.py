@@ -51,7 +51,7 @@ class TVRNConfig(PreTrainedConfig):
             Frozen towers run without gradient and in evaluation mode. `None`: those of a dual encoder are frozen,
             others are not.
         freeze_first_stage (`bool`, defaults to `True`):
-            Of a dual encoder: keep its projections, scale and bias as they are (its towers have switches of their own).
+            Of a dual encoder: keep its projections, scale and bias as they are (its towers have their own switches).
         freeze_word_embeddings (`bool`, defaults to `False`):
             Keep the word embeddings that `TVRNModel.from_backbones(word_embeddings=…)` took over; the GRU learns.
         vision_grid_size (`int`, *optional*):
@@ -258,19 +258,22 @@ class TVRNConfig(PreTrainedConfig):
     def _check_dual_encoder(self) -> None:
         for name in ("vision_config", "text_config"):
             if getattr(self, name) is not None:
+                kind = getattr(self.dual_encoder_config, "model_type", None)
                 raise ValueError(
-                    f"dual_encoder_config ({self.dual_encoder_config.model_type!r}) came beside {name} "
+                    f"dual_encoder_config ({kind!r}) came beside {name} "
                     f"({getattr(self, name).model_type!r}); a dual encoder has both towers: leave {name} out."
                 )
         if not self.use_first_stage:
             raise ValueError("use_first_stage is False, but a dual encoder's logit is always part of the score.")
         if self.freeze_word_embeddings:
-            raise ValueError("freeze_word_embeddings is True, but the words come from a dual encoder; use freeze_text.")
+            raise ValueError(
+                "freeze_word_embeddings is True, but the words come from a dual encoder; use freeze_text."
+            )
         for name in ("matching_loss_weight", "hardest_negative_loss_weight"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: margins on sigmoids, which a dual encoder's logits drive to 1 "
-                    "for every pair; set it to 0 and use pair_contrastive_loss_weight."
+                    f"{name} is {getattr(self, name)!r}: margins on sigmoids, which a dual encoder's logits drive to "
+                    "1 for every pair; set it to 0 and use pair_contrastive_loss_weight."
                 )
 
     @property

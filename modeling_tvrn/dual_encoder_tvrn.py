@@ -81,8 +81,8 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
         )
     if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:
         raise ValueError(
-            f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a dual "
-            "encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
+            f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
+            "dual encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
     try:
         model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **hub)
@@ -107,10 +107,14 @@ def probe(model: Any) -> ProbedSizes:
     try:
         image, text = model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=ids)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise _refused(kind, f"get_image_features(pixel_values) and get_text_features(input_ids) fail: {error}") from error
+        raise _refused(
+            kind, f"get_image_features(pixel_values) and get_text_features(input_ids) fail: {error}"
+        ) from error
     shapes = [tuple(getattr(getattr(side, "pooler_output", None), "shape", ())) for side in (image, text)]
     if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
-        raise _refused(kind, f"pooler_output has shape {shapes[0]} for an image and {shapes[1]} for a text, not one (1, P)")
+        raise _refused(
+            kind, f"pooler_output has shape {shapes[0]} for an image and {shapes[1]} for a text, not one (1, P)"
+        )
     scale, bias = _logit_scale(model, kind), getattr(model, BIAS, None)
     try:
         grid = region_map(image, pixels, model.config.vision_config)
@@ -132,7 +136,9 @@ def _probe_inputs(config: Any, kind: str) -> tuple[Tensor, Tensor]:
     vision, text = config.vision_config, config.text_config
     size = getattr(vision, "image_size", None) or 224
     if not hasattr(vision, "image_size") and hasattr(vision, "num_patches"):
-        raise _refused(kind, "it wants patches of any resolution (pixel_attention_mask, spatial_shapes), not images of one size")
+        raise _refused(
+            kind, "it wants patches of any resolution (pixel_attention_mask, spatial_shapes), not images of one size"
+        )
     height, width = size if isinstance(size, list | tuple) else (size, size)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, getattr(vision, "num_channels", 3) or 3, height, width, generator=generator) * 2 - 1

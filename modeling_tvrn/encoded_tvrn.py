@@ -84,7 +84,14 @@ class EncodedItems:
 
         Embeddings, weights and boxes keep their precision: they are small, and a cosine in bfloat16 moves ranks.
         """
-        exact = ("embeds", "refined_region_saliency", "refined_region_gram", "context_gram", "word_weights", "region_boxes")
+        exact = (
+            "embeds",
+            "refined_region_saliency",
+            "refined_region_gram",
+            "context_gram",
+            "word_weights",
+            "region_boxes",
+        )
         casts = {name: name not in exact and value.is_floating_point() for name, value in self.tensors().items()}
         return self._like({k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
 

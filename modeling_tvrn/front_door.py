@@ -85,9 +85,11 @@ def check_exists(name: str, subfolder: str = "") -> None:
 def _is_local(name: str) -> bool:
     """Whether a name can't be a Hub id, or its first part is a folder here."""
     parts = Path(name).parts
-    return name.startswith((".", "~", "/")) or os.sep in name.rstrip(os.sep) and (
-        len(parts) > 2 or Path(parts[0]).is_dir()
-    ) or "\\" in name
+    return (
+        name.startswith((".", "~", "/"))
+        or (os.sep in name.rstrip(os.sep) and (len(parts) > 2 or Path(parts[0]).is_dir()))
+        or "\\" in name
+    )
 
 
 def _near(path: Path) -> str:
@@ -112,4 +114,6 @@ def _read_config(name: str, hub: dict[str, Any]) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         near = _near(Path(name))
-        raise ValueError(f"no model {name!r}: {reason} Looked for a local folder and on the Hub; {EXPECTED}{near}") from error
+        raise ValueError(
+            f"no model {name!r}: {reason} Looked for a local folder and on the Hub; {EXPECTED}{near}"
+        ) from error

@@ -158,7 +158,7 @@ class PairMatching:
     def _match_chunks(
         self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None, level: str
     ) -> dict[str, Tensor]:
-        """The components that see fragments, block by block; captions of one length share a chunk: little is padding."""
+        """The components that see fragments, block by block, captions of like length together."""
         names = self._fragment_components(level)
         if not names:
             return {}

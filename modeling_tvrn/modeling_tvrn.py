@@ -272,7 +272,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         sizes = probe(model.eval())
         for name, size in sizes.config().items():
             if config.setdefault(name, size) != size:
-                raise ValueError(f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out.")
+                raise ValueError(
+                    f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
+                )
         own = next(model.parameters()).dtype
         tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(own)
         tvrn.dual_encoder = without_scale(model)
@@ -280,7 +282,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if tvrn.logit_bias is not None and sizes.logit_bias is not None:
             tvrn.logit_bias.data.fill_(sizes.logit_bias)
         tvrn._freeze()
-        tvrn.config.name_or_path = model.config.name_or_path
+        tvrn.config.name_or_path = getattr(model.config, "name_or_path", "")
         return tvrn
 
     def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
@@ -295,7 +297,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """
         if self.dual_encoder is None:
             raise ValueError("This model has no dual encoder to save; build it with TVRNModel.from_dual_encoder.")
-        plain = plain_dual_encoder(self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias)
+        plain = plain_dual_encoder(
+            self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias
+        )
         plain.save_pretrained(folder)
         if processor is not None:
             processor.save_dual_encoder(folder)
@@ -388,7 +392,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return self._look(pixel_values)[:3]
 
     def extract_image_features(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """`extract_regions` by the names of `encode_images`, and a dual encoder's `image_embeds` (B, P) of the same pass."""
+        """`extract_regions` by the names of `encode_images`, with a dual encoder's `image_embeds` (B, P)."""
         features, boxes, mask, embeds = self._look(pixel_values)
         found = {"region_features": features, "region_boxes": boxes, "region_mask": mask}
         return found if embeds is None else {**found, "image_embeds": embeds}
@@ -429,7 +433,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return self._read(input_ids, attention_mask)[0]
 
     def extract_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """`extract_words` by the name of `encode_texts`, and a dual encoder's `text_embeds` (T, P) of the same pass."""
+        """`extract_words` by the name of `encode_texts`, with a dual encoder's `text_embeds` (T, P)."""
         hidden, embeds = self._read(input_ids, attention_mask)
         return {"text_features": hidden} if embeds is None else {"text_features": hidden, "text_embeds": embeds}
 
@@ -471,7 +475,12 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
         check_level(level)
-        if self._only_embeds(level) and self.dual_encoder is not None and pixel_values is None and image_embeds is not None:
+        if (
+            self._only_embeds(level)
+            and self.dual_encoder is not None
+            and pixel_values is None
+            and image_embeds is not None
+        ):
             embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
             return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
         given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds)
@@ -479,7 +488,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _only_embeds(self, level: str) -> bool:
         """Whether the embeddings are all that this model computes at that level."""
-        return level == "embeddings" and not self.config.use_refined_features or not self.uses_fragments
+        return (level == "embeddings" and not self.config.use_refined_features) or not self.uses_fragments
 
     def _encode_regions(
         self, features: Tensor, boxes: Tensor | None, mask: Tensor, embeds: Tensor | None, level: str = "full"
@@ -528,8 +537,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if pixel_values is not None:
             if region_boxes is not None or region_mask is not None or image_embeds is not None:
                 raise ValueError(
-                    "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions are "
-                    "the tower's own grid; leave them out, or give region_features."
+                    "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions "
+                    "are the tower's own grid; leave them out, or give region_features."
                 )
             region_features, region_boxes, region_mask, image_embeds = self._look(pixel_values)
         assert region_features is not None
@@ -753,7 +762,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         )
 
     def get_image_features(
-        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Tensor | None
+        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Any
     ) -> BaseModelOutputWithPooling:
         """Unit-norm image embeddings (I, P) as `.pooler_output`, refined regions as `.last_hidden_state`.
 
@@ -766,7 +775,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=images.refined_regions, pooler_output=embeds)
 
     def get_text_features(
-        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Tensor | None
+        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Any
     ) -> BaseModelOutputWithPooling:
         """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`.
 

@@ -92,10 +92,14 @@ class PairStage(nn.Module):
             self.global_similarity = nn.Linear(config.hidden_size, config.similarity_size, bias=False)
             self.head = HEADS[config.similarity_head](config)
         if config.use_late_interaction:
-            self.late_interaction_scale = nn.Parameter(torch.full((1,), float(config.late_interaction_scale_init_value)))
+            self.late_interaction_scale = nn.Parameter(
+                torch.full((1,), float(config.late_interaction_scale_init_value))
+            )
         # A component alone needs no weight, and the first stage is what the others are weighed against.
         for name in weighted_components(config):
-            setattr(self, f"{name}_weight", nn.Parameter(torch.full((1,), float(config.component_weight_init_value or 0))))
+            setattr(
+                self, f"{name}_weight", nn.Parameter(torch.full((1,), float(config.component_weight_init_value or 0)))
+            )
 
     def forward(
         self,
@@ -262,7 +266,9 @@ class PairStage(nn.Module):
         cosine = (sources @ flat.transpose(1, 2)).transpose(1, 2).reshape(*block, -1).to(norm.dtype) / norm
         affinity = F.leaky_relu(cosine[..., :-1], self.config.leaky_slope)
         affinity = normalize(affinity.masked_fill(~mask[..., None], 0.0), dim=2)
-        affinity = self.config.attention_scale * affinity + images.refined_region_saliency[:, None, None, :].to(norm.dtype)
+        affinity = self.config.attention_scale * affinity + images.refined_region_saliency[:, None, None, :].to(
+            norm.dtype
+        )
         beta = masked_softmax(affinity, images.refined_region_mask[:, None, None, :], dim=-1)
         return beta, self.word_saliency(cosine[..., -1], mask)
 

@@ -302,7 +302,8 @@ def _text_side(name: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Any, 
     config = _load(AutoConfig, name, "configuration", **hub)
     if getattr(config, "text_config", None) is None:
         raise ValueError(
-            f"{os.fspath(name)!r} holds a {config.model_type!r} model, no dual encoder: use TVRNProcessor.from_backbones"
+            f"{os.fspath(name)!r} holds a {config.model_type!r} model, no dual encoder: use "
+            "TVRNProcessor.from_backbones"
         )
     classes = PROCESSOR_MAPPING_NAMES.get(config.model_type)
     kind = classes[0] if isinstance(classes, tuple) else classes

@@ -8,7 +8,27 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a the dog cat runs sits in on snow grass red blue circle square above below small large two".split()
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "runs",
+    "sits",
+    "in",
+    "on",
+    "snow",
+    "grass",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "above",
+    "below",
+    "small",
+    "large",
+    "two",
+]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 TEXT = {
     "hidden_size": 28,
@@ -37,9 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         **{"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -57,7 +75,9 @@ def _vision_text() -> Any:
 CONFIGS = {
     "clip": lambda: transformers.CLIPConfig(**PROJECTED),
     "metaclip_2": lambda: transformers.MetaClip2Config(**PROJECTED),
-    "chinese_clip": lambda: transformers.ChineseCLIPConfig(**PROJECTED | {"text_config": {**TEXT, "type_vocab_size": 2}}),
+    "chinese_clip": lambda: transformers.ChineseCLIPConfig(
+        **PROJECTED | {"text_config": {**TEXT, "type_vocab_size": 2}}
+    ),
     "altclip": lambda: transformers.AltCLIPConfig(
         **PROJECTED | {"text_config": {**TEXT, "project_dim": 20, "max_position_embeddings": 30}}
     ),

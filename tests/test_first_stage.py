@@ -81,7 +81,9 @@ class TestStepZero:
         model.save_pretrained(tmp_path / "tvrn")
         again = TVRNModel.from_pretrained(tmp_path / "tvrn").eval()
         with torch.no_grad():
-            torch.testing.assert_close(again(**given).logits_per_image, model(**given).logits_per_image, rtol=0, atol=0)
+            torch.testing.assert_close(
+                again(**given).logits_per_image, model(**given).logits_per_image, rtol=0, atol=0
+            )
 
     def test_what_was_trained_leaves_as_a_plain_checkpoint(self, kind: str, tmp_path: Path) -> None:
         model, plain = over(kind, freeze_vision=False, freeze_text=False, freeze_first_stage=False)
@@ -189,9 +191,7 @@ class TestProcessor:
         assert ("attention_mask" in ours) == (kind != "siglip")
         processor.save_pretrained(tmp_path / "again")
         again = TVRNProcessor.from_pretrained(tmp_path / "again")(text=captions)
-        assert {name: value.tolist() for name, value in again.items()} == {
-            name: ours[name].tolist() for name in again
-        }
+        assert {name: value.tolist() for name, value in again.items()} == {name: ours[name].tolist() for name in again}
 
     def test_model_and_processor_leave_together(self, tmp_path: Path) -> None:
         folder = save_dual_encoder(tmp_path / "clip")
@@ -223,7 +223,10 @@ class TestRefused:
         vision = {"hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, **groups}
         model = transformers.GroupViTModel(
             transformers.GroupViTConfig(
-                text_config=text | {"vocab_size": 99}, vision_config=vision, projection_dim=20, projection_intermediate_dim=24
+                text_config=text | {"vocab_size": 99},
+                vision_config=vision,
+                projection_dim=20,
+                projection_intermediate_dim=24,
             )
         )
         with pytest.raises(ValueError, match="its patches form no grid"):

@@ -263,7 +263,7 @@ class TestOutput:
         assert_same(output.loss, sum(weights.get(key, 1.0) * part for key, part in parts.items()), 1e-5)
 
     def test_the_logits_are_the_sum_of_their_components(self):
-        """What explains a score is the score; each component comes with the weight that the model has learned for it."""
+        """What explains a score is the score; each component comes with the weight that the model has learned."""
         model, images, texts = tiny_model(), regions(3), words(4)
         summands, raw = components(model, images, texts), unweighted(model, images, texts)
         assert list(summands) == ["first_stage", "late_interaction", "reasoning"]

@@ -170,7 +170,7 @@ def test_embeddings_alone_rank_by_cosine() -> None:
 
 
 def test_averaged_models_average_matching_scores() -> None:
-    """Each model's calibrated scores, in a precision in which confident ones do not tie; and the mean of the cosines."""
+    """Each model's calibrated scores, so precise that confident ones do not tie; and the mean of the cosines."""
     images, texts, rows = galleries(6)
     other_images, other_texts, _ = galleries(6)
     other_images.embeds = torch.nn.functional.normalize(other_images.vectors + 0.5, dim=1)

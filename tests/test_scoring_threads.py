@@ -67,4 +67,6 @@ def test_cores_share_the_images_and_copy_no_caption(galleries, monkeypatch):
     assert sorted(len(share) for share, _ in given) == [4, 4, 4]
     for share, captions in given:
         assert captions.words.data_ptr() == texts.words.data_ptr()
-        assert share.refined_regions.untyped_storage().data_ptr() == images.refined_regions.untyped_storage().data_ptr()
+        assert (
+            share.refined_regions.untyped_storage().data_ptr() == images.refined_regions.untyped_storage().data_ptr()
+        )

@@ -111,7 +111,11 @@ def test_help_explains_every_key_with_its_default() -> None:
         assert len(field.metadata["help"]) > 10
         assert f"  {field.name}=" in text and field.metadata["help"] in text
     assert "batch_size=64" in text and "mixed_precision=no" in text and "model.hidden_size=1024" in text
-    assert "model.freeze_text=null" in text and "model.freeze_first_stage=true" in text and "model.chunk_size_feed_forward" not in text
+    assert (
+        "model.freeze_text=null" in text
+        and "model.freeze_first_stage=true" in text
+        and "model.chunk_size_feed_forward" not in text
+    )
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("  model."):

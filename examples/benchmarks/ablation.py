@@ -3,12 +3,13 @@ r"""What each module of the reasoning earns: trained again, without it, beside t
     python examples/benchmarks/ablation.py runs/flickr8k --config examples/configs/flickr8k.yaml --images 400 \
         data=flickr8k 'regions=regions/{split}' vision=VISION text=TEXT seed=0 max_steps=400
 
-First stage and late interaction are the trained checkpoint's and stay as they are; all that only the reasoning goes through
-starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase for `max_steps`.
+First stage and late interaction are the trained checkpoint's and stay as they are; all that only the reasoning goes
+through starts anew, with one module switched off or exchanged, and is trained by the recipe's last phase for
+`max_steps`.
 Prints for each variant the rSum in percent of the reasoning alone and of the whole score on the first photographs of
-the validation split, with a paired bootstrap against the first variant, beside the other components alone. "full" has all
-of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision: the
-whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
+the validation split, with a paired bootstrap against the first variant, beside the other components alone. "full" has
+all of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision:
+the whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
 
     python examples/benchmarks/ablation.py runs/flickr8k --variants full "no module" "no text refinement" \
         --images 1000 --shortlist-size 48 --config … data=… seed=0
@@ -70,7 +71,7 @@ def read_captions_once() -> None:
 
 
 def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
-    """The recipe's last phase on a variant, beside the checkpoint's first stage and late interaction, and its CPU seconds."""
+    """The recipe's last phase on a variant, beside the checkpoint's other components, and its CPU seconds."""
     overrides = [
         *arguments.overrides, "head_start_epochs=0", "token_epochs=0", "distillation_epochs=0",
         "keep_head_start=false", "head_start_region_dropout=null", f"output_dir={folder}", "keep_checkpoints=0",

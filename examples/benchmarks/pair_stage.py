@@ -130,7 +130,9 @@ def score_caption(model: TVRNModel, images, caption, keys: Tensor, queries: Tens
     global_text = normalize((caption.word_weights.unsqueeze(-1) * words).sum(dim=1))
     affinity = normalize(F.leaky_relu(words @ images.refined_regions.transpose(1, 2), config.leaky_slope), dim=1)
     beta = masked_softmax(
-        config.attention_scale * affinity + images.refined_region_saliency[:, None], images.refined_region_mask[:, None], dim=-1
+        config.attention_scale * affinity + images.refined_region_saliency[:, None],
+        images.refined_region_mask[:, None],
+        dim=-1,
     )
     contexts = normalize(beta @ images.refined_regions)
     saliency = (config.attention_scale * (words @ images.global_vector.unsqueeze(-1)).squeeze(-1)).softmax(dim=-1)

@@ -1,10 +1,10 @@
-"""What each component of the pair score brings: first stage, late interaction, reasoning, alone and together, on a split.
+"""What each component of the pair score brings: first stage, late interaction, reasoning, alone and together.
 
     python examples/benchmarks/terms.py runs/flickr8k --data flickr8k --split validation --regions regions/validation
 
 Scores every image against every caption once (bfloat16 unless --float32) and prints R@K and rSum, percent, of every
-sum of components, weighted as the model has learned to, with a paired bootstrap of what the reasoning adds to the other
-two.
+sum of components, weighted as the model has learned to, with a paired bootstrap of what the reasoning adds to the
+other two.
 """
 
 import argparse
@@ -57,8 +57,7 @@ def match_blocks(model: TVRNModel, images, texts, level: str = "full") -> dict[s
     """Each component's whole matrix (I, T), some captions at a time."""
     starts = tqdm(range(0, len(texts), BLOCK), unit=f" blocks of {BLOCK} captions")
     blocks = [
-        model.score_components(images, texts.select(slice(start, start + BLOCK)), level=level)
-        for start in starts
+        model.score_components(images, texts.select(slice(start, start + BLOCK)), level=level) for start in starts
     ]
     return {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
 

@@ -187,8 +187,8 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
     """
     if not model.config.use_reasoning:
         raise ValueError(
-            f"this model's score has the components {model.config.components} and no reasoning, so there is nothing to "
-            "take apart by words; explain a model with use_reasoning=True"
+            f"this model's score has the components {model.config.components} and no reasoning, so there is nothing "
+            "to take apart by words; explain a model with use_reasoning=True"
         )
     if not isinstance(text, str):
         raise ValueError(f"text is a {type(text).__name__}; explain takes one caption, a string")
@@ -223,7 +223,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
 class _Pair:
     """One image against one text: the pair stage's inner numbers, in float64 on the CPU from here on."""
 
-    def __init__(self, model: Any, images: EncodedImages, texts: EncodedTexts):
+    def __init__(self, model: Any, images: Any, texts: Any):  # encoded; at level "full" no field read here is None
         stage = model.pair
         self.images, self.texts, self.stage = images, texts, stage
         self.logit = model.match(images, texts).item()
@@ -265,8 +265,8 @@ class _Pair:
         total = sum(parts.values())
         if abs(total - self.logit) > TOLERANCE * max(1.0, abs(self.logit)):
             raise RuntimeError(
-                f"the parts {parts} add up to {total}, but the model's logit is {self.logit}: its score has a component "
-                "that explain does not know; update modeling_tvrn, or report this"
+                f"the parts {parts} add up to {total}, but the model's logit is {self.logit}: its score has a "
+                "component that explain does not know; update modeling_tvrn, or report this"
             )
         return parts
 

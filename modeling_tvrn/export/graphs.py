@@ -97,7 +97,13 @@ def _read_of_texts(model: TVRNModel) -> list[str]:
 
 
 # The fragments that an encoded tensor has dimensions of, beside the item and its own size.
-_FRAGMENTS = {"refined": "refined_regions", "region": "regions", "context": "regions", "word": "words", "gates": "words"}
+_FRAGMENTS = {
+    "refined": "refined_regions",
+    "region": "regions",
+    "context": "regions",
+    "word": "words",
+    "gates": "words",
+}
 
 
 def _axes(name: str, value: Tensor) -> tuple[str | int, ...]:

@@ -38,8 +38,8 @@ def _compare(
 ) -> Parity:
     images, regions, texts, words = size
     device = next(model.parameters()).device
-    image_inputs = sample_images(model, pixel_shape, images, regions, generator)
-    text_inputs = sample_texts(model, texts, words, generator)
+    image_inputs: dict[str, Any] = sample_images(model, pixel_shape, images, regions, generator)
+    text_inputs: dict[str, Any] = sample_texts(model, texts, words, generator)
     ours = model.encode_images(**{name: value.to(device) for name, value in image_inputs.items()})
     our_texts = model.encode_texts(**{name: value.to(device) for name, value in text_inputs.items()})
     theirs, their_texts = (
@@ -76,7 +76,7 @@ def _difference(side: str, ours: EncodedImages | EncodedTexts, theirs: Arrays) -
         if f"{side}.{name}" not in theirs:
             continue
         wanted, found = tensor.cpu().double().numpy(), theirs[f"{side}.{name}"].astype(np.float64)
-        if isinstance(ours, EncodedTexts) and name not in ("embeds", "recurrent_state"):
+        if isinstance(ours, EncodedTexts) and ours.word_mask is not None and name not in ("embeds", "recurrent_state"):
             # The model drops columns that are padding in every text; at padding the two may differ.
             mask = ours.word_mask.cpu().numpy()
             wanted, found = wanted[mask], found[:, : mask.shape[1]][mask]

@@ -105,8 +105,8 @@ class OnnxModel:
         Args:
             captions: Sentences.
             batch_size: Captions at a time.
-            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads single words,
-                `word_mask`, each (T, W).
+            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads single
+                words, `word_mask`, each (T, W).
 
         Returns:
             Arrays by name, the first dimension of each is the caption; "texts.embeds" (T, P) has unit norm.

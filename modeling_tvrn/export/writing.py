@@ -64,7 +64,8 @@ def export_onnx(
     Raises:
         ImportError: If the extra is missing.
         ValueError: If the model is not in float32, a part can't be exported, its captions are all padded to one length
-            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
+            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs
+            differ from the model by more than `tolerance`.
     """
     _need_extra()
     _check_precision(model)
@@ -224,7 +225,11 @@ def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     return (
         f"{what} of this model{of} cannot be exported: {type(error).__name__}: {reason} "
-        + ('Export it without the tower: image_input="regions".' if part == "image" and config.vision_config is not None else "")
+        + (
+            'Export it without the tower: image_input="regions".'
+            if part == "image" and config.vision_config is not None
+            else ""
+        )
     ).strip()
 
 

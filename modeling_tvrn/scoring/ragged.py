@@ -53,7 +53,8 @@ class RaggedTexts:
         pieces: dict[int, list[EncodedTexts]] = {}
         places: dict[int, list[np.ndarray]] = {}
         for texts, numbers in batches:
-            lengths = texts.word_mask.sum(dim=1).cpu().numpy()
+            mask = texts.word_mask  # none at level "embeddings": all texts are of one length then
+            lengths = np.zeros(len(texts), np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
             for length in np.unique(lengths).tolist():
                 rows = np.flatnonzero(lengths == length)
                 pieces.setdefault(length, []).append(texts.select(torch.from_numpy(rows)).trim())
@@ -73,8 +74,9 @@ class RaggedTexts:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(T,) words of each text."""
-        return np.array([part.word_mask.shape[1] for part in self.parts])[self._part_of]
+        """(T,) words of each text; 0 of texts encoded as embeddings alone."""
+        masks = [part.word_mask for part in self.parts]
+        return np.array([0 if mask is None else mask.shape[1] for mask in masks])[self._part_of]
 
     @property
     def nbytes(self) -> int:

@@ -233,7 +233,9 @@ def labelled_similarities(model: Any, components: dict[str, Tensor], on_logits: 
     found = {}
     if "late_interaction" in components:
         late = components["late_interaction"]
-        found["late_interaction"] = late if on_logits else late / model.pair.late_interaction_scale.exp().to(late.dtype)
+        found["late_interaction"] = (
+            late if on_logits else late / model.pair.late_interaction_scale.exp().to(late.dtype)
+        )
     if "reasoning" in components:
         found["reasoning"] = components["reasoning"] if on_logits else components["reasoning"].sigmoid()
     return found

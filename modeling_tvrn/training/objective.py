@@ -60,7 +60,11 @@ class Sides:
         rest = {name: value for name, value in batch.items() if name != "return_loss"}
         ids = rest.pop("image_ids"), rest.pop("text_image_ids")
         stand_in, teachers = bool(rest.pop("stand_in", False)), take_teachers(rest)
-        images = {name: rest.pop(name) for name in list(rest) if name == "pixel_values" or name.startswith(("region", "image_"))}
+        images = {
+            name: rest.pop(name)
+            for name in list(rest)
+            if name == "pixel_values" or name.startswith(("region", "image_"))
+        }
         return cls(images, rest, *ids, stand_in, teachers)
 
 
@@ -128,7 +132,7 @@ class Objective(nn.Module):
         self.model.eval()
         try:
             with torch.no_grad():
-                return replace(encode(**whole, level="late_interaction"), embeds=embeds)
+                return cast(EncodedItems, replace(cast(Any, encode(**whole, level="late_interaction")), embeds=embeds))
         finally:
             self.model.train(training)
 
