@@ -186,9 +186,9 @@ class TestRegions:
         left, right = runner.encode_images(**arrays(images)), runner.encode_texts(**arrays(texts))
         np.testing.assert_allclose(runner.match(left, right), logits_of(model, images, texts), atol=1e-4)
         with torch.no_grad():
-            wanted = model.embed_images(**images).numpy(), model.embed_texts(**texts).numpy()
-        np.testing.assert_allclose(left["images.embeds"], wanted[0], atol=1e-5)
-        np.testing.assert_allclose(right["texts.embeds"], wanted[1], atol=1e-5)
+            wanted = model.encode_images(**images).embeds, model.encode_texts(**texts).embeds
+        np.testing.assert_allclose(left["images.embeds"], wanted[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(right["texts.embeds"], wanted[1].numpy(), atol=1e-5)
 
     def test_padding_and_neighbours_change_nothing(self, exported, runner):
         """Alone, in a batch, in batches of one, in blocks of pairs: one number a pair."""
@@ -271,7 +271,7 @@ np.save("logits.npy", logits)
         images, texts = region_inputs(4, 6), word_inputs(model, 5, 7)
         embeds = runner.encode_images(**arrays(images))["images.embeds"]
         with torch.no_grad():
-            cosines = (embeds * model.embed_images(**images).numpy()).sum(axis=1)
+            cosines = (embeds * model.encode_images(**images).embeds.numpy()).sum(axis=1)
         assert (cosines > 0.99).all() and (cosines < 1 - 1e-7).any()
         scores = runner.match(runner.encode_images(**arrays(images)), runner.encode_texts(**arrays(texts)))
         wanted = logits_of(model, images, texts)

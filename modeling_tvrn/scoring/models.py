@@ -27,6 +27,12 @@ class PairModel(Protocol):
     def match(self, images: Any, texts: Any, chunk_size: int | None = None) -> Tensor: ...
 
 
+class ScoringModel(PairModel, Protocol):
+    """One whose logits become matching scores in (0, 1), as `TVRNModel.scores` makes them."""
+
+    def scores(self, logits: Tensor) -> Tensor: ...
+
+
 class EmbeddingScore:
     """The cosine of `image_embeds` and `text_embeds` as a pair score: what a search by embeddings alone ranks by."""
 
@@ -61,7 +67,7 @@ class AveragedGallery:
 
 
 class AveragedModel:
-    """The mean of several models' matching scores: of their sigmoids, as the papers of this family report."""
+    """The mean of several models' matching scores, their calibrated sigmoids, as the papers of this family report."""
 
     def __init__(self, models: Sequence[Any]):
         self.models = list(models)
