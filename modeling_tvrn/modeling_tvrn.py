@@ -161,10 +161,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             self.word_projection = nn.Linear(_width(config), size)
             self.word_perceptron = perceptron(_width(config), config.word_hidden_size, size, config.dropout)
         self.refines = config.use_reasoning or config.use_refined_features
-        self.geometry = GeometricAttention(config) if self.refines and config.use_geometric_context else None
-        self.textual_refinement = None
+        self.geometry = self.textual_refinement = None
         if self.refines:
             self.attention = FragmentAttention(config)
+            self.geometry = GeometricAttention(config) if config.use_geometric_context else None
             self.visual_refinement = _refinement(config)
             self.textual_refinement = _refinement(config) if config.use_text_refinement else None
             self.image_pooling = AttentionPooling(config)
