@@ -228,7 +228,9 @@ def model_fingerprint(model: nn.Module) -> str | None:
     """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return None
-    weights = {name: value for name, value in sorted(model.state_dict().items()) if value.is_floating_point()}
+    named = sorted(model.state_dict().items())
+    # Calibration changes no logit, so a gallery stays the model's when it is calibrated.
+    weights = {name: value for name, value in named if value.is_floating_point() and "calibration" not in name}
     if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):
         return None
     state = [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights.values()]

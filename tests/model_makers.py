@@ -21,7 +21,7 @@ SIZES = {
 FEATURES = 29
 HEADS = [{"refinement": r, "similarity_head": h} for r, h in product(("gate", "gru"), ("saf", "sgr"))]
 SWITCHES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment", "use_first_stage")
-# The token similarity comes with every second of them, so that it meets every other part on and off.
+# Late interaction comes with every second of them, so that it meets every other part on and off.
 VARIANTS = [
     head | dict(zip(SWITCHES, on, strict=True)) | {"use_late_interaction": sum(on) % 2 == 0}
     for head in HEADS

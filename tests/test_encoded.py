@@ -165,3 +165,14 @@ def test_galleries_of_two_models_are_refused():
             mix()
     foreign.model_fingerprint = None  # as a gallery built by hand: nothing is known, nothing is refused
     assert EncodedTexts.cat([texts, foreign]).model_fingerprint is None
+
+
+def test_a_gallery_stays_the_models_when_it_is_calibrated():
+    model, texts = tiny_model(), words(4)
+    with torch.no_grad():
+        gallery = model.encode_images(**regions(3))
+        before = model.match(gallery, model.encode_texts(**texts))
+        model.calibration_shift.fill_(-3.0)
+        after = model.match(gallery, model.encode_texts(**texts))
+    assert torch.equal(after, before)
+    assert not torch.equal(model.scores(after), before.sigmoid())

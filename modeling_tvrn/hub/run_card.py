@@ -64,6 +64,7 @@ SWITCHES = (  # the parts of the score, of which a card names those that are off
     "use_semantic_alignment",
     "use_first_stage",
     "use_late_interaction",
+    "use_reasoning",
 )
 TOWER_KEYS = ("vision", "text", "word_embeddings")  # of what a run can start from
 OWN_DATA = "Look up what the training data allow before you use or pass on these weights."

@@ -24,7 +24,7 @@ _UNRELATED = (
     "chunk",
     "smoothing",
     "matching_temperature",
-    "evidence_alone",
+    "distillation_temperature",
 )
 
 
