@@ -327,8 +327,8 @@ def test_only_what_is_new_or_changed_is_encoded_again(seeing: Any, tmp_path: Pat
     assert (report.added, report.changed, report.deleted) == (2, 1, 2)
     fresh = build(*seeing, folder)
     found, wanted = (each.search(text="two dogs", limit=20) for each in (index, fresh))
-    assert ids(found) == ids(wanted)
-    assert [hit.logit for hit in found] == pytest.approx([hit.logit for hit in wanted], abs=1e-4)
+    # Noise looks alike to a model that has learned nothing: places within a digit of float32 may change.
+    assert {hit.id: hit.logit for hit in found} == pytest.approx({hit.id: hit.logit for hit in wanted}, abs=3e-6)
 
 
 def test_a_reader_keeps_the_index_it_opened(seeing: Any, tmp_path: Path) -> None:

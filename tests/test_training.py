@@ -415,7 +415,8 @@ def test_cached_text_features_train_as_the_tower_does(configure: Configure, tmp_
             configure(text=str(tower), cache_text_features=cached, output_dir=folder, logging_steps=1, **keys)
         )
         losses.append([event["loss"] for event in result["history"] if "loss" in event])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    # features in half precision; where a gradient is next to nothing, Adam's step may have the other sign
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert losses[0][0] != losses[0][-1]
 
 
