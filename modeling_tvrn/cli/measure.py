@@ -38,8 +38,8 @@ def train(
 
     \b
     Examples:
-      tvrn train
       tvrn train data=pairs.csv output_dir=runs/mine
+      tvrn train
       tvrn train -c flickr8k batch_size=64 model.hidden_size=128
       tvrn train --keys
     """
