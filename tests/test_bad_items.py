@@ -405,7 +405,8 @@ def test_a_run_trains_on_what_is_left(tmp_path: Path) -> None:
     sizes = "hidden_size=12", "projection_size=12", "similarity_size=6", "pooled_hidden_size=12", "word_hidden_size=12"
     keys = [f"data={data}", "train_split=all", "validation_split=all", f"output_dir={tmp_path / 'run'}", "epochs=1"]
     keys += [f"model.{size}" for size in sizes] + [f"model.vision_config={json.dumps(TINY_VIT)}", "image_size=32"]
-    keys += ["batch_size=6", "evaluation_batch_size=4"]
+    keys += ["batch_size=6", "evaluation_batch_size=4", "vision=null", "text=null", "allow_overlap=true"]
+    keys += ["model.freeze_vision=false", "model.freeze_text=false", "model.vision_grid_size=null"]
     tvrn("train", *keys)
     results = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))
     assert results["data"]["train"]["captions"] == results["data"]["validation"]["captions"] == 12
@@ -422,7 +423,7 @@ def test_a_run_with_a_hub_tower_passes_over_special_tokens_alone(streaming: bool
     model = {"vision_config": TINY_VIT, "vision_grid_size": None, "freeze_text": True}
     config = tiny_config(
         wordless_data(tmp_path / "data", 12), tmp_path / "run", train_split="all", validation_split="all",
-        data_options={}, text=str(tmp_path / "text"), image_size=32, model=model, batch_size=6, **keys,
+        data_options={}, text=str(tmp_path / "text"), image_size=32, model=model, batch_size=6, allow_overlap=True, **keys,
     )  # fmt: skip
     run = Training(config)
     run.fit()

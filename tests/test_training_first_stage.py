@@ -171,8 +171,8 @@ def test_shipped_recipes_start_on_a_stand_in(recipe: str, data: Path, tmp_path: 
     folder = save_dual_encoder(tmp_path / recipe, "siglip" if recipe == "siglip2" else "clip")
     done = train(
         "-c", recipe, f"dual_encoder={folder}", f"data={data / 'train.csv'}", f"output_dir={tmp_path / 'run'}",
-        "regions=null", "phases.0={train: late_interaction, steps: 2, batch_size: 6}", "mixed_precision=no",
-        "phases.1={train: reasoning, steps: 2, batch_size: 6}", "model.word_hidden_size=8",
+        "regions=null", "phases.0={train: late_interaction, steps: 2}", "mixed_precision=no",
+        "phases.1={train: reasoning, steps: 2}", "model.word_hidden_size=8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     model, _ = load_model(tmp_path / "run", device="cpu")
