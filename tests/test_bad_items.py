@@ -423,7 +423,8 @@ def test_a_run_with_a_hub_tower_passes_over_special_tokens_alone(streaming: bool
     model = {"vision_config": TINY_VIT, "vision_grid_size": None, "freeze_text": True}
     config = tiny_config(
         wordless_data(tmp_path / "data", 12), tmp_path / "run", train_split="all", validation_split="all",
-        data_options={}, text=str(tmp_path / "text"), image_size=32, model=model, batch_size=6, allow_overlap=True, **keys,
+        data_options={}, text=str(tmp_path / "text"), image_size=32, model=model, batch_size=6,
+        allow_overlap=True, **keys,
     )  # fmt: skip
     run = Training(config)
     run.fit()
