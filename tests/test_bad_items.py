@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from data_makers import SIZE, colour, encoded, noise, shows, write_parquet, write_tar
 from hub_makers import CAPTIONS, pixel_model, save
 from test_cli import TINY_VIT, tvrn
@@ -186,6 +187,7 @@ def test_what_is_no_plain_file_is_refused_at_once(name: str, said: str, photos: 
 @pytest.fixture
 def as_nobody() -> Iterator[None]:
     """Root may read everything, so it steps back for the test."""
+    torch.onnx.is_in_onnx_export()  # imports late; an environment of root's may be closed to others
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)

@@ -11,7 +11,7 @@ import torch
 from hub_makers import VIT, pixel_model, region_model, save
 from model_makers import FEATURES, HEADS, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
 from torch.nn import functional as F
-from transformers import AutoModel, BertConfig, MobileNetV2Config
+from transformers import AutoModel, BertConfig, MobileNetV2Config, ViTConfig
 
 from modeling_tvrn import TVRNConfig, TVRNModel
 from modeling_tvrn.index import ImageTextIndex
@@ -37,13 +37,15 @@ GRADIENTS = {torch.float16: 0.25, torch.bfloat16: 0.65}
 DTYPES = pytest.mark.parametrize("dtype", LOGITS, ids=["float16", "bfloat16"])
 CNN = MobileNetV2Config(depth_multiplier=0.05, image_size=32, finegrained_output=True)
 BERT = BertConfig(vocab_size=31, hidden_size=10, num_attention_heads=2, num_hidden_layers=1, intermediate_size=17)
+# The usual start of 0.02 leaves all patches of a tiny tower alike: the gradient is then made of their last digits.
+SPREAD_VIT = ViTConfig(**VIT.to_dict() | {"initializer_range": 0.5})
 LOSSES = ("matching", "pair_contrastive", "hardest_negative", "contrastive", "late_interaction", "distillation")
 # The hinge of the matching loss has kinks: on the other side of one, the gradient is another.
 SMOOTH = {"matching_loss_weight": 0.0, "pair_contrastive_loss_weight": 1.0}
 OTHERS: dict[str, dict[str, Any]] = {
     "no_refined_features": {"use_refined_features": False},
     "no_pooled_features": {"use_pooled_features": False},
-    "vit": {"vision_config": VIT, "region_feature_size": VIT.hidden_size},
+    "vit": {"vision_config": SPREAD_VIT, "region_feature_size": VIT.hidden_size},
     "cnn": {"vision_config": CNN, "region_feature_size": 1280, "vision_grid_size": 2},
     "bert": {"text_config": BERT},
     "no_reasoning": {"use_reasoning": False},

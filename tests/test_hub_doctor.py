@@ -12,6 +12,7 @@ import pytest
 import torch
 from hub_makers import CAPTIONS, pixel_model, region_model, save
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import create_dynamic_module
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.hub import DoctorReport, doctor
@@ -79,6 +80,8 @@ def reports(saved: Path, marker: Path, tmp_path_factory: pytest.TempPathFactory)
     other = Path(shutil.copytree(saved, work / "other"))
     with (other / "modeling_tvrn.py").open("a", encoding="utf-8") as file:
         file.write(OTHER_SCORES)
+    # This process has run some checkpoint's code before, as that of whoever loads one and pushes another.
+    create_dynamic_module("transformers_modules/loaded_before")
     needy = Path(shutil.copytree(saved, work / "needy"))
     with (needy / "losses.py").open("a", encoding="utf-8") as file:
         file.write("\nraise RuntimeError('this file needs a library that nobody has')\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import HF_MODULES_CACHE
 
 from . import probe
 
@@ -106,7 +107,9 @@ def _start(checkpoint: Path, workplace: Path, name: str, package: str | None) ->
     (job / "cwd").mkdir(parents=True)
     for file in ("inputs.npz", "captions.json"):
         os.link(workplace / file, job / file)
-    search = [path for path in sys.path if path]  # where this process finds its libraries
+    # Where this process finds its libraries. Not where transformers copied checkpoints' code for it: that folder is a
+    # package as well, and would hide the new process's own.
+    search = [path for path in sys.path if path and path != HF_MODULES_CACHE]
     settings = {"checkpoint": str(checkpoint.resolve()), "package": package, "sys_path": search}
     (job / "job.json").write_text(json.dumps(settings), encoding="utf-8")
     # Isolated (-I): no PYTHONPATH, no folder of the script. No token, no network, no caches of the user.
