@@ -22,7 +22,7 @@ from modeling_tvrn.training import TrainingConfig
 
 SMALL = [
     "model.hidden_size=24", "model.similarity_size=12", "model.vision_grid_size=2", "batch_size=6", "cpu=true",
-    "learning_rate=1e-2", "max_text_length=16",
+    "learning_rate=1e-2",
 ]  # fmt: skip
 PAIR = "phases=[{train: late_interaction, epochs: 2}, {train: reasoning, epochs: 2}]"
 FIRST = "phases=[{train: embeddings, epochs: 2}]"
@@ -149,7 +149,7 @@ def test_the_sigmoid_loss_is_siglips() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vision=google/vit"], "vision = 'google/vit' beside dual_encoder = 'x', which brings both towers"),
+        (["vision=google/vit"], "vision = 'google/vit' beside dual_encoder = 'x', which brings its towers"),
         (["model.text_config={model_type: bert}"], "model.text_config is given beside dual_encoder = 'x'"),
         ([FIRST], "phases train embeddings of dual_encoder = 'x', but .* all true"),
         (

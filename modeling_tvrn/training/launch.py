@@ -18,7 +18,7 @@ from ..redaction import redacted, redacted_text
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["check_precision", "check_trackers", "leave_group", "make_accelerator", "refuse_other_sharding"]
+__all__ = ["check_trackers", "leave_group", "make_accelerator"]
 
 PATIENCE = timedelta(hours=6)  # the other processes wait while the main one saves
 
@@ -31,7 +31,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             than this package's, or the device lacks the precision.
     """
     check_trackers(config.trackers)
-    refuse_other_sharding()
+    _refuse_other_sharding()
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
@@ -43,7 +43,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    check_precision(accelerator)
+    _check_precision(accelerator)
     if config.trackers:
         _start_trackers(accelerator, config)
     return accelerator
@@ -78,7 +78,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
             raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
 
 
-def refuse_other_sharding() -> None:
+def _refuse_other_sharding() -> None:
     """Refuse `accelerate launch` with FSDP, DeepSpeed or Megatron: on CPUs accelerate would pass over them in silence.
 
     Raises:
@@ -93,7 +93,7 @@ def refuse_other_sharding() -> None:
             )
 
 
-def check_precision(accelerator: Accelerator) -> None:
+def _check_precision(accelerator: Accelerator) -> None:
     """Refuse a precision that accelerate would pass over in silence.
 
     Raises:
