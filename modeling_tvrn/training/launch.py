@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
@@ -17,6 +19,8 @@ from ..redaction import redacted, redacted_text
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["check_trackers", "leave_group", "make_accelerator"]
 
@@ -104,6 +108,17 @@ def _check_precision(accelerator: Accelerator) -> None:
             f"mixed_precision = {accelerator.mixed_precision!r} is not to be had on {accelerator.device.type}: use "
             "mixed_precision=bf16, or no"
         )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _has_fast_bfloat16():
+        logger.warning(
+            "mixed_precision = 'bf16' on a CPU without instructions for bfloat16 (AVX-512 or AMX), where its products "
+            "take up to 60 times as long as float32's: use mixed_precision=no"
+        )
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU does; also where torch does not say."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is None or bool(asked())
 
 
 def leave_group(accelerator: Accelerator) -> None:
