@@ -114,7 +114,7 @@ class Maps(nn.Module):
 
     def embed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """(I, F) and (T, F) pooled outputs -> embeddings (I, P) and (T, P) of unit norm."""
-        pooled = self.pooler.activation(self.pooler.dense(self.dropout(texts)))
+        pooled = self.pooler.activation(self.pooler.dense(texts))
         embeds = self.visual(self.dropout(images)), self.textual(self.dropout(pooled))
         return tuple(nn.functional.normalize(each, dim=-1) for each in embeds)
 
