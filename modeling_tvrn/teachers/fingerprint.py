@@ -118,6 +118,17 @@ def preprocessor_fingerprint(processor: Any) -> dict[str, Any]:
     return {"class": name.removesuffix("Pil").removesuffix("Fast")} | settings
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides how a tokenizer of transformers cuts a text into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        # How it pads and cuts is set anew at every call.
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def settings_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as plain JSON values, without the fields that change nothing and those that are unset."""
     kept = {str(name): value for name, value in settings.items() if name not in _VOLATILE and value is not None}
@@ -153,7 +164,8 @@ def check_fingerprint(stored: Mapping[str, Any], expected: Mapping[str, Any], di
     if lines:
         raise StaleStoreError(
             f"the store in {os.fspath(directory)!r} was made from something else:\n" + "\n".join(lines) + "\n"
-            "Build it again with overwrite=True, or build another in its own folder"
+            "Build it again with overwrite=True (--overwrite) or by deleting that folder, or build another in a folder "
+            "of its own"
         )
 
 

@@ -163,10 +163,10 @@ def _check_towers(config: TrainingConfig) -> None:
                 f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
                 f"model.freeze_{side}=false (the tower's own weights stay as they are)"
             )
-    if config.cache_text_features and not _is_frozen(config, "text"):
+    if config.text_features is not None and not _is_frozen(config, "text"):
         raise ValueError(
-            "cache_text_features = True needs model.freeze_text = True, got False; "
-            "a tower that learns changes its outputs: freeze it, or drop cache_text_features"
+            f"text_features = {config.text_features!r} needs model.freeze_text = True, got False; "
+            "a tower that learns changes its outputs: freeze it, or drop text_features"
         )
     has_text_tower = config.text is not None or config.model.get("text_config") is not None
     if config.word_embeddings is not None and has_text_tower:
@@ -190,10 +190,10 @@ def _check_towers(config: TrainingConfig) -> None:
             f"regions = {config.regions!r} holds the outputs of a frozen tower, but model.freeze_vision = False; "
             "set model.freeze_vision=true, or drop regions so that the tower learns from the pictures"
         )
-    if config.cache_text_features and config.text is None and config.dual_encoder is None:
+    if config.text_features is not None and config.text is None and config.dual_encoder is None:
         raise ValueError(
-            "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
-            "name one with text=…, or drop cache_text_features"
+            f"text_features = {config.text_features!r} needs a text tower, got text = None (a BiGRU learns from "
+            "scratch); name one with text=…, or drop text_features"
         )
 
 
@@ -225,7 +225,7 @@ def _check_streaming(config: TrainingConfig) -> None:
             "streaming = True needs max_steps, or phases with steps, got None: the length of a stream is not known"
         )
     wholes = {
-        "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,
+        "max_train_images": None, "regions": None, "text_features": None, "batch_captions_per_image": 1,
     }  # fmt: skip
     for name, needed in wholes.items():
         if getattr(config, name) != needed:
@@ -279,8 +279,8 @@ def check_cusa(settings: Any) -> None:
         return
     if missing := [name for name, value in given.items() if value is None]:
         raise ValueError(
-            f"cusa = True needs {' and '.join(missing)}; build them with examples/cache_teachers.py and give "
-            "their folders"
+            f"cusa = True needs {' and '.join(missing)}; build them with `tvrn teachers` and give their "
+            "folders"
         )
     if not settings.cusa_alpha + settings.cusa_beta > 0:
         raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")
