@@ -2,9 +2,9 @@
 
 Teachers' vectors once, then the training; without the last line the same model is trained without CUSA:
 
-    python examples/cache_teachers.py facebook/dinov2-base --modality image --data flickr30k --split train \\
+    tvrn teachers flickr30k facebook/dinov2-base --modality image --split train \\
         --output teachers/dinov2
-    python examples/cache_teachers.py sentence-transformers/all-mpnet-base-v2 --modality text --data flickr30k \\
+    tvrn teachers flickr30k sentence-transformers/all-mpnet-base-v2 --modality text \\
         --split train --output teachers/mpnet
     accelerate launch examples/train_dual_encoder.py checkpoint=openai/clip-vit-base-patch32 data=flickr30k \\
         cusa=true cusa_image_teacher=teachers/dinov2 cusa_text_teacher=teachers/mpnet

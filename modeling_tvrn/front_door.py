@@ -107,9 +107,9 @@ def load_region_model(
         else:
             _check_looks(name, model, grid_size, image_size)
             return _placed(model, device), TVRNProcessor.from_dual_encoder(name)
-    unused = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}  # of parts that nobody uses
     model = TVRNModel.from_backbones(
-        vision=name, trust_remote_code=trust_remote_code, freeze_vision=True, vision_grid_size=grid_size, **unused
+        vision=name, trust_remote_code=trust_remote_code, freeze_vision=True, vision_grid_size=grid_size, **sizes
     )
     processor = TVRNProcessor.from_backbones(name, image_size=image_size, trust_remote_code=trust_remote_code)
     return _placed(model, device), processor
@@ -118,7 +118,8 @@ def load_region_model(
 def box_feature_map(model: TVRNModel) -> Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]:
     """What `RegionCache.build` pools in boxes: pixels -> the tower's map (B, C, h, w), of a dual encoder with its
     embeddings (B, P)."""
-    tower, whole = model.vision_model, model.dual_encoder
+    tower: Any = model.vision_model
+    whole: Any = model.dual_encoder
     if whole is None:
         return lambda pixels: region_map(tower(pixel_values=pixels), pixels, tower.config)
 

@@ -77,9 +77,8 @@ def regions(
     from ..front_door import load_region_model
     from ..teachers import RegionCache
 
-    columns = {} if boxes_column is None else {"extra_columns": [boxes_column]}
     way: dict[str, Any] = {"streaming": True} if streaming else {"verify": verify}
-    records = load_pairs(data, split, **way, **columns)
+    records = load_pairs(data, split, **way | ({} if boxes_column is None else {"extra_columns": [boxes_column]}))
     model, processor = load_region_model(features, grid_size, image_size, device, trust_remote_code)
     boxes = {} if boxes_column is None else _boxes(features, model, processor, boxes_column, max_regions)
     cache = RegionCache.build(
@@ -108,20 +107,20 @@ def _boxes(name: str, model: Any, processor: Any, column: str, max_regions: int)
     resize_only(processor.image_processor)
     if model.dual_encoder is not None and processor.image_processor.to_dict() != before:
         raise ValueError(
-            f"{name!r} crops or pads photographs, so its embeddings and the boxes of --boxes-column would see different "
-            "pixels; take a dual encoder that only resizes (SigLIP), or a vision backbone"
+            f"{name!r} crops or pads photographs, so its embeddings and the boxes of --boxes-column would see "
+            "different pixels; take a dual encoder that only resizes (SigLIP), or a vision backbone"
         )
     return {"boxes_column": column, "max_regions": max_regions, "feature_map": box_feature_map(model)}
 
 
 def teachers(
     data: Data,
+    modality: Annotated[str, typer.Option(metavar="image|text", help="what it judges")],
+    output: Output,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="Hub id or folder of any model that AutoModel loads", show_default=False),
     ] = None,
-    modality: Annotated[str, typer.Option(metavar="image|text", help="what it judges")] = ...,  # type: ignore[assignment]
-    output: Output = ...,  # type: ignore[assignment]
     split: Split = None,
     regions: Annotated[
         Path | None, typer.Option(metavar="CACHE", help="in place of MODEL: the mean of each image's cached regions")
@@ -186,9 +185,10 @@ def teachers(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    way: dict[str, Any] = {"streaming": streaming}
     cache = TeacherCache.build(
         teacher,
-        load_pairs(data, split, streaming=streaming),
+        load_pairs(data, split, **way),
         output,
         batch_size=batch_size,
         dtype=dtype,

@@ -40,8 +40,8 @@ class CaptionCache:
     def __init__(self, store: ArrayStore) -> None:
         if not {FEATURES, WORDS} <= store.layout.keys():
             raise ValueError(
-                f"the store in {str(store.directory)!r} is no caption cache: it holds {sorted(store.layout)}, expected "
-                f"{FEATURES} and {WORDS}; give another folder"
+                f"the store in {str(store.directory)!r} is no caption cache: it holds {sorted(store.layout)}, "
+                f"expected {FEATURES} and {WORDS}; give another folder"
             )
         self.store = store
         self.fingerprint = store.fingerprint
@@ -76,8 +76,8 @@ class CaptionCache:
     ) -> "CaptionCache":
         """Run the model's text tower once over each different caption that the folder's cache lacks.
 
-        A build that was killed continues, a finished one is opened, one of fewer captions is extended. Only one process
-        builds in a folder; others wait until it is done.
+        A build that was killed continues, a finished one is opened, one of fewer captions is extended. Only one
+        process builds in a folder; others wait until it is done.
 
         Args:
             model: A TVRNModel whose text tower is frozen; its device and the ambient autocast are used.
@@ -86,7 +86,7 @@ class CaptionCache:
             directory: The cache's folder, made if need be.
             batch_size: Captions a forward pass, of nearly equal length.
             shard_size: Captions a file, and so the most that a kill loses.
-            progress: Show a progress bar.
+            progress: Show a progress bar on a terminal.
 
         Raises:
             StaleStoreError: If the folder's cache was made from something else; with both values.
@@ -108,7 +108,7 @@ class CaptionCache:
             known = set(writer.ids)
             new = [caption for caption in wanted if caption not in known]
             _check_space(model, processor, new, directory)
-            with tqdm(total=len(new), unit="caption", desc="caption cache", disable=not progress) as bar:
+            with tqdm(total=len(new), unit="caption", desc="caption cache", disable=None if progress else True) as bar:
                 for start in range(0, len(new), batch_size):
                     batch = new[start : start + batch_size]
                     writer.append(batch, _outputs(model, processor, batch))
@@ -222,8 +222,8 @@ def _check_space(model: Any, processor: Any, captions: Sequence[str], directory:
     if not captions:
         return
     some = captions[:: -(-len(captions) // MEASURED)]
-    arrays = _outputs(model, processor, some).values()
-    size = sum(array.nbytes for each in arrays for array in (each if isinstance(each, list) else [each]))
+    # A list of ragged items and an array both iterate over items.
+    size = sum(item.nbytes for array in _outputs(model, processor, some).values() for item in array)
     check_space(directory, size * len(captions) / len(some))
 
 

@@ -164,8 +164,8 @@ def check_fingerprint(stored: Mapping[str, Any], expected: Mapping[str, Any], di
     if lines:
         raise StaleStoreError(
             f"the store in {os.fspath(directory)!r} was made from something else:\n" + "\n".join(lines) + "\n"
-            "Build it again with overwrite=True (--overwrite) or by deleting that folder, or build another in a folder "
-            "of its own"
+            "Build it again with overwrite=True (--overwrite) or by deleting that folder, or build another in a "
+            "folder of its own"
         )
 
 

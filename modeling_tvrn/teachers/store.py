@@ -1,7 +1,7 @@
 """Arrays of many items on disk: written in resumable shards, keyed by a fingerprint, read memory-mapped.
 
-A store is a folder of `shard-00000.safetensors`, ... and a `manifest.json`. A shard is the unit of resuming. Items of an
-array have one shape, or are ragged: each with a number of rows of its own.
+A store is a folder of `shard-00000.safetensors`, ... and a `manifest.json`. A shard is the unit of resuming. Items of
+an array have one shape, or are ragged: each with a number of rows of its own.
 """
 
 import json
@@ -116,9 +116,8 @@ class ArrayStore:
         """
         layout = self.layout if names is None else {name: self.layout[name] for name in names}
         ragged = [name for name in layout if name + LENGTHS in self.layout]
-        found = {
-            name: np.empty((len(rows), *layout[name][1]), layout[name][0]) for name in layout.keys() - set(ragged)
-        }
+        even = [name for name in layout if name not in ragged]
+        found = {name: np.empty((len(rows), *layout[name][1]), layout[name][0]) for name in even}
         for name in ragged:
             dtype, shape = layout[name]
             longest = self.read(rows, [name + LENGTHS])[name + LENGTHS].max(initial=0)
@@ -127,7 +126,7 @@ class ArrayStore:
         for number in np.unique(shard_of_row).tolist():
             places = np.flatnonzero(shard_of_row == number)
             shard, own = self._shard(number), rows[places] - self._starts[number]
-            for name in layout.keys() - set(ragged):
+            for name in even:
                 found[name][places] = shard.arrays[name][own]
             for name in ragged:
                 starts = shard.starts[name]

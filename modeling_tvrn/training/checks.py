@@ -279,8 +279,7 @@ def check_cusa(settings: Any) -> None:
         return
     if missing := [name for name, value in given.items() if value is None]:
         raise ValueError(
-            f"cusa = True needs {' and '.join(missing)}; build them with `tvrn teachers` and give their "
-            "folders"
+            f"cusa = True needs {' and '.join(missing)}; build them with `tvrn teachers` and give their folders"
         )
     if not settings.cusa_alpha + settings.cusa_beta > 0:
         raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")

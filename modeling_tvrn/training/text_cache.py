@@ -44,7 +44,8 @@ class CachedTextProcessor:
             if missing := self.cache.missing(captions):
                 raise ValueError(
                     f"{len(missing)} of {len(captions)} captions are not in the cache of text features, the first is "
-                    f"{missing[0]!r}; build it over all captions of this run, or use the plain processor (`.processor`)"
+                    f"{missing[0]!r}; build it over all captions of this run, or use the plain processor "
+                    "(`.processor`)"
                 )
             batch.update(self.cache[captions])
         return batch
