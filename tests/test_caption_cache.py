@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from dual_encoder_makers import WORDS, save_dual_encoder
-from training_makers import TINY_BERT, Processes, tiny_config
+from training_makers import TINY_BERT, Processes
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.teachers import CaptionCache, StaleStoreError, caption_fingerprint
-from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.text_cache import CachedTextProcessor
 
 BERT = {**TINY_BERT, "vocab_size": 40}
@@ -221,14 +220,3 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None
     (tmp_path / "cache").mkdir()
     found = Processes(tmp_path).run(build_slowly, str(tmp_path / "cache"), count=2)
     assert sorted(map(len, found)) == [0, 3]  # one measured and ran two batches
-
-
-def train_on(data: str, output: str, captions: str, mixed_precision: str = "no") -> list[float]:
-    """The losses of a run of two steps."""
-    config = tiny_config(
-        Path(data), Path(output), model={"text_config": TINY_BERT, "freeze_text": True, "dropout": 0.0}, epochs=1,
-        text=f"{data}/tower", text_features=captions, logging_steps=1, mixed_precision=mixed_precision,
-    )  # fmt: skip
-    run = Training(config)
-    run.fit()
-    return [event["loss"] for event in run.progress.history if "loss" in event]

@@ -34,6 +34,7 @@ from modeling_tvrn.teachers import (
     pool_boxes,
     region_fingerprint,
     resize_only,
+    with_checked_regions,
     with_regions,
 )
 from modeling_tvrn.towers_tvrn import region_map
