@@ -8,9 +8,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+import typer
 from transformers import ConvNextConfig, ConvNextImageProcessorPil
 
 from modeling_tvrn import EncodedImages, TVRNConfig, TVRNModel, TVRNProcessor
+from modeling_tvrn.cli import app
 from modeling_tvrn.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,15 @@ def test_the_commands_of_the_readme_have_flags_and_keys_that_exist() -> None:
         if path == "examples/train.py":
             config = ROOT / given[given.index("--config") + 1] if "--config" in given else None
             TrainingConfig.from_yaml(config, [word for word in given if "=" in word])
+
+
+def test_the_verbs_of_the_readme_have_options_that_exist() -> None:
+    verbs = typer.main.get_command(app).commands
+    given = [words for words in commands() if words[0] == "tvrn"]
+    assert len(given) > 10
+    for _, verb, *rest in given:
+        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        assert [word for word in rest if word.startswith("-") and word not in known] == [], verb
 
 
 def test_what_the_readme_reads_from_runs_is_written_by_one_of_its_commands_or_recipes() -> None:

@@ -571,10 +571,10 @@ def test_streams_get_regions_as_they_come(towers, photographs, records, tmp_path
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_makes_the_cache_that_the_model_expects(towers, photographs, records, tmp_path):
+def test_the_verb_makes_the_cache_that_the_model_expects(towers, photographs, records, tmp_path, caplog):
     arguments = ["regions", photographs, "--features", towers / "patches", "--batch-size", 4, "--device", "cpu"]
     made = tvrn(*arguments, "--grid-size", 2, "--output", tmp_path)
-    assert f"images={COUNT}, regions=4, features=14" in made.stdout and "to write" in made.stderr
+    assert f"images={COUNT}, regions=4, features=14" in made.stdout and "kB to write, " in caplog.text
     model, processor = make(towers, "patches", vision_grid_size=2)
     cache = RegionCache.load(tmp_path, region_fingerprint(model, processor, records))
     assert list(cache.ids) == records.image_ids and cache.info["backbone"] == str(towers / "patches")
@@ -659,7 +659,7 @@ def test_mistakes_are_one_sentence_and_code_2(towers, photographs, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(towers, records, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=900))
-    with pytest.raises(OSError, match="no room for a cache of .* MB free"):
+    with pytest.raises(OSError, match="no room for a cache of .* free: free some"):
         build(towers, records, tmp_path)
     assert not list(tmp_path.glob("shard-*"))
 

@@ -74,7 +74,7 @@ def test_ragged_items_come_back_with_their_lengths_after_a_resume_too(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_with_what_is_needed_and_free(tmp_path):
-    with pytest.raises(OSError, match=r"no room for a cache of 1,000,000,000,000.0 MB in .* has [\d,.]+ MB free"):
+    with pytest.raises(OSError, match=r"no room for a cache of 1,000,000,000.0 GB in .* has [\d,.]+ [GM]B free"):
         check_space(tmp_path, 1e18)
 
 

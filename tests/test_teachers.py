@@ -507,7 +507,8 @@ def test_the_verb_takes_the_means_of_regions(hub: Path, photographs: Path, tmp_p
     assert "items=7, size=12), means of RegionCache" in tvrn(*arguments, "-o", tmp_path / "means").stdout
     (tmp_path / "other").mkdir()
     pictures(1)[0].save(tmp_path / "other" / "9.png")
-    (tmp_path / "other" / "9.txt").write_text("the dog runs")
+    row = {"image": "9.png", "image_id": 9, "captions": ["the dog runs"]}
+    (tmp_path / "other" / "captions.json").write_text(json.dumps([row]))
     arguments[1] = tmp_path / "other"
     assert "--regions is of other data" in tvrn(*arguments, "-o", tmp_path / "other-means", code=2).stderr
 

@@ -459,7 +459,7 @@ def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configu
         "model": {"vision_config": {**TINY_VIT, "image_size": 32}, "freeze_vision": True, "dropout": 0.0},
     }  # fmt: skip
     regions = str(tmp_path / "{split}")
-    with pytest.raises(ValueError, match="no region cache in .*train.*extract_regions"):
+    with pytest.raises(ValueError, match="no region cache in .*train.*tvrn regions scenes --features MODEL"):
         Training(configure(**keys, regions=regions))
     plain = Training(configure(**keys, output_dir=str(tmp_path / "plain")))
     for split, records in (("train", plain.train_records), ("validation", plain.validation_records)):

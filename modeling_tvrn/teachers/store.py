@@ -353,14 +353,17 @@ def check_space(directory: str | os.PathLike, needed: float) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(
-            f"no room for a cache of {_megabytes(needed)} in {os.fspath(directory)!r}, whose disk has "
-            f"{_megabytes(free)} free: free some, or put the cache on another disk"
+            f"no room for a cache of {_shown(needed)} in {os.fspath(directory)!r}, whose disk has "
+            f"{_shown(free)} free: free some, or put the cache on another disk"
         )
-    logger.info("%s: about %s to write, %s free", os.fspath(directory), _megabytes(needed), _megabytes(free))
+    logger.info("%s: about %s to write, %s free", os.fspath(directory), _shown(needed), _shown(free))
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _shown(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any] | None:
