@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from dual_encoder_makers import save_dual_encoder
+from hub_makers import pixel_model, region_model, save
 from test_cli import tvrn
 from torch import nn
 from transformers import (
@@ -608,6 +609,18 @@ def test_of_a_dual_encoder_the_verb_keeps_embeddings_too(photographs, records, t
         embeds = model.extract_image_features(own)["image_embeds"]
     found = torch.stack([torch.from_numpy(record["image_embeds"]) for record in wrapped])
     torch.testing.assert_close(found, embeds, atol=1e-5, rtol=0)
+
+
+def test_of_a_tvrn_the_verb_keeps_what_its_own_tower_sees(photographs, records, tmp_path):
+    folder = save(tmp_path / "tvrn", *pixel_model(vision_grid_size=2))
+    arguments = ["regions", photographs, "--features", folder, "-o", tmp_path / "cache", "--device", "cpu"]
+    tvrn(*arguments)
+    wrapped = with_checked_regions(records, tmp_path / "cache", *pixel_model(vision_grid_size=2))
+    assert wrapped[0]["region_features"].shape == (4, 14)
+    assert "was trained with 2; leave it out" in tvrn(*arguments, "--grid-size", 3, code=2).stderr
+    assert "has its own; leave it out" in tvrn(*arguments, "--image-size", 64, code=2).stderr
+    arguments[3] = save(tmp_path / "blind", *region_model())
+    assert "has no vision tower: it was trained on region features" in tvrn(*arguments, code=2).stderr
 
 
 def test_boxes_of_a_dual_encoder_that_only_resizes_come_with_embeddings(photographs, tmp_path):

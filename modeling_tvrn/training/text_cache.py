@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import BatchFeature
 
 from ..teachers import CaptionCache, StaleStoreError
@@ -41,14 +42,18 @@ class CachedTextProcessor:
         batch = self.processor(**inputs) if rest else BatchFeature()
         if text is not None:
             captions = [text] if isinstance(text, str) else list(text)
-            if missing := self.cache.missing(captions):
-                raise ValueError(
-                    f"{len(missing)} of {len(captions)} captions are not in the cache of text features, the first is "
-                    f"{missing[0]!r}; build it over all captions of this run, or use the plain processor "
-                    "(`.processor`)"
-                )
-            batch.update(self.cache[captions])
+            batch.update(self._stored(captions))
         return batch
+
+    def _stored(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        try:
+            return self.cache[captions]
+        except KeyError as error:
+            missing = self.cache.missing(captions)
+            raise ValueError(
+                f"{len(missing)} of {len(captions)} captions are not in the cache of text features, the first is "
+                f"{missing[0]!r}; build it over all captions of this run, or use the plain processor (`.processor`)"
+            ) from error
 
     def __getattr__(self, name: str) -> Any:
         if name == "processor":  # not set yet: while being unpickled in a worker
