@@ -298,20 +298,21 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _freeze(self) -> None:
         if self.dual_encoder is not None and self.config.freeze_first_stage:
-            towers = {id(weight) for tower, _ in self._towers() for weight in tower.parameters()}
+            towers = {id(weight) for tower, _ in self.towers() for weight in tower.parameters()}
             for weight in (*self.dual_encoder.parameters(), self.logit_scale, self.logit_bias):
                 if weight is not None and id(weight) not in towers:
                     weight.requires_grad_(False)
         if self.word_encoder is not None and self.config.freeze_word_embeddings:
             self.word_encoder.embeddings.requires_grad_(False)
-        for tower, frozen in self._towers():
+        for tower, frozen in self.towers():
             if frozen:
                 tower.requires_grad_(False)
             elif self.dual_encoder is None:  # whose poolers make its embeddings
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
-    def _towers(self) -> Iterator[tuple[nn.Module, bool]]:
+    def towers(self) -> Iterator[tuple[nn.Module, bool]]:
+        """The towers that this model has, vision before text, each with whether it is frozen."""
         owner = self if self.dual_encoder is None else self.dual_encoder
         if owner.vision_model is not None:
             yield owner.vision_model, bool(self.config.freeze_vision)
@@ -324,7 +325,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         Batch statistics would make an image's regions depend on the other images of its batch.
         """
         super().train(mode)
-        for tower, frozen in self._towers():
+        for tower, frozen in self.towers():
             if frozen:
                 tower.eval()
             for module in tower.modules():

@@ -29,7 +29,6 @@ from modeling_tvrn.redaction import (
     without_secrets,
 )
 from modeling_tvrn.training import TrainingConfig
-from modeling_tvrn.training.dual_encoder import DualEncoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPED = "hf_PlantedByShape0123456789abcdefghij"
@@ -85,7 +84,7 @@ def test_a_value_under_a_secret_s_name_goes_whatever_it_is() -> None:
 
 
 def test_no_setting_of_ours_is_taken_for_a_secret() -> None:
-    for cls in (TrainingConfig, DualEncoderConfig, TVRNConfig):
+    for cls in (TrainingConfig, TVRNConfig):
         assert not [field.name for field in fields(cls) if is_secret(field.name)]
     given = results()
     assert redacted(given) == given
@@ -125,11 +124,10 @@ def test_logs_and_their_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_configuration_shows_no_secret_and_refuses_its_placeholder(tmp_path: Path) -> None:
-    for cls in (TrainingConfig, DualEncoderConfig):
-        config = cls.from_mapping({"data_options": {"token": NAMED, "revision": "main"}})
-        assert "planted" not in repr(config) and "main" in repr(config) and config.data_options["token"] == NAMED
-        with pytest.raises(ValueError, match=r"data_options.token = 'REDACTED' stands where .* hides a secret"):
-            cls.from_mapping({"data_options": {"token": REDACTED}})
+    config = TrainingConfig.from_mapping({"data_options": {"token": NAMED, "revision": "main"}})
+    assert "planted" not in repr(config) and "main" in repr(config) and config.data_options["token"] == NAMED
+    with pytest.raises(ValueError, match=r"data_options.token = 'REDACTED' stands where .* hides a secret"):
+        TrainingConfig.from_mapping({"data_options": {"token": REDACTED}})
     broken = tmp_path / "broken.yaml"
     broken.write_text(f"data_options: {{token: {SHAPED}\nseed: 1\n")
     mistakes: list[tuple[Any, list[str]]] = [
@@ -224,17 +222,6 @@ def test_a_token_is_in_nothing_that_a_run_writes_says_or_pushes(
     assert not [name for name, content in pushed.items() if is_planted(content)]
     for place in ((out / "results.json").read_text(), (out / "README.md").read_text("utf-8")):
         assert REDACTED in place and "org/pairs" in place
-
-
-def test_a_dual_encoder_s_results_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeling_tvrn.training.dual_encoder import DualEncoderTraining
-
-    run = object.__new__(DualEncoderTraining)
-    config = {"data_options": {"token": NAMED}, "output_dir": str(tmp_path)}
-    run.config = DualEncoderConfig.from_mapping(config)
-    run.history, run.training_seconds, run.teachers = [{"rsum": 1.0}], 1.0, ()
-    assert "planted" not in json.dumps(run._write_results())
-    assert spilled(tmp_path) == []
 
 
 def test_another_token_is_no_other_setting_and_an_old_checkpoint_is_compared_likewise(tmp_path: Path) -> None:

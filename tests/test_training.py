@@ -24,6 +24,7 @@ from modeling_tvrn.hub import write_run_card
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.training import TrainingConfig, TrainingStopped, train
 from modeling_tvrn.training.batches import Phase
+from modeling_tvrn.training.launch import make_accelerator
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.objective import drop_valid
 
@@ -231,6 +232,16 @@ def test_bfloat16_computes_what_float32_does_but_for_its_digits(
 def test_a_precision_that_the_device_lacks_is_refused(configure: Configure) -> None:
     with pytest.raises(ValueError, match="mixed_precision = 'fp16' is not to be had on cpu: use mixed_precision=bf16"):
         Training(configure(mixed_precision="fp16"))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_precision_that_is_slower_is_said(
+    configure: Configure, forget_precision: Callable[[], None], fast: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("modeling_tvrn.training.launch._has_fast_bfloat16", lambda: fast)
+    make_accelerator(configure(mixed_precision="bf16"))
+    assert ("use mixed_precision=no" in caplog.text) is not fast
 
 
 def test_evaluating_on_a_subset_ends_with_all_images(configure: Configure) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from data_makers import captions, write_row_groups
+from dual_encoder_makers import save_dual_encoder
 from hub_server import HubServer, online
 from teacher_makers import write_caches
 from training_makers import SIZES, TINY_BERT, TINY_VIT, Processes, write_scan
@@ -50,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(BertConfig(**_fields(TINY_BERT), vocab_size=len(tokenizer))).save_pretrained(folder / "bert")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
     ViTModel(ViTConfig(**_fields(TINY_VIT))).save_pretrained(folder / "vit")
+    save_dual_encoder(folder / "clip")
     _warm(folder)
     return folder
 
@@ -92,6 +94,11 @@ def phases(unit: str) -> list[dict[str, Any]]:
     return [{"train": each, unit: 1} for each in names]
 
 
+DUAL = {
+    "data": "{place}/pictures", "dual_encoder": "{place}/clip", "batch_size": 8,
+    "model": {"hidden_size": 10, "similarity_size": 6, "freeze_vision": False, "freeze_text": False,
+              "freeze_first_stage": False},
+}  # fmt: skip
 TEXT_TOWER = {**REGIONS, "model": {**SIZES, "text_config": TINY_BERT}}
 MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
     "regions": (REGIONS, 1),
@@ -114,6 +121,8 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
     "a few items at a time, mean of weights": ({**TEXT_TOWER, "tower_batch_size": 3, "ema_decay": 0.9}, 1),
     "two processes, cusa": ({**PICTURES, **CUSA}, 2),
     "sharded": ({**TEXT_TOWER, "shard": True}, 2),
+    "dual encoder, stream of two processes": ({**DUAL, "streaming": True, "max_steps": 4, "epochs": 10}, 2),
+    "dual encoder, sharded": ({**DUAL, "shard": True}, 2),
 }  # fmt: skip
 
 

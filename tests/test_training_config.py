@@ -71,7 +71,10 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["model=8"], "model = 8 is a int; expected dict"),
         (["scheduler=step"], "scheduler = 'step' needs decay_epochs"),
         (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),
-        (["text_features=captions", "text=some/encoder"], "needs model.freeze_text = True, got False"),
+        (
+            ["text_features=captions", "text=some/encoder"],
+            "needs a frozen text tower, but model.freeze_text = False",
+        ),
         (["text_features=captions", "model.freeze_text=true"], "needs a text tower, got text = None"),
         (["word_embeddings=some/encoder", "text=some/encoder"], "but there is a text tower .* set text=null"),
         (["model.freeze_word_embeddings=true"], "word_embeddings = None: the words would stay as they were drawn"),

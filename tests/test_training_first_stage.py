@@ -18,11 +18,11 @@ from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.losses import sigmoid_contrastive_loss
 from modeling_tvrn.teachers import RegionCache, Teacher, TeacherCache
-from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training import TrainingConfig, UnimodalHeads
 
 SMALL = [
     "model.hidden_size=24", "model.similarity_size=12", "model.vision_grid_size=2", "batch_size=6", "cpu=true",
-    "learning_rate=1e-2", "max_text_length=16",
+    "learning_rate=1e-2",
 ]  # fmt: skip
 PAIR = "phases=[{train: late_interaction, epochs: 2}, {train: reasoning, epochs: 2}]"
 FIRST = "phases=[{train: embeddings, epochs: 2}]"
@@ -119,6 +119,8 @@ def test_a_dual_encoder_with_cusa_comes_out_as_it_went_in(checkpoint: Path, data
     }
     moved = [name for name, weight in found.named_parameters() if not torch.equal(weight, weights[name])]
     assert any("vision" in name for name in moved) and any("text" in name for name in moved)
+    heads, model = UnimodalHeads.load(tmp_path / "run" / "dual_encoder"), TVRNModel.from_pretrained(tmp_path / "run")
+    assert torch.equal(heads.text.linear.weight, model.unimodal_text_head.linear.weight)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["teachers"]) == {"image", "text"}
 
@@ -149,7 +151,7 @@ def test_the_sigmoid_loss_is_siglips() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vision=google/vit"], "vision = 'google/vit' beside dual_encoder = 'x', which brings both towers"),
+        (["vision=google/vit"], "vision = 'google/vit' beside dual_encoder = 'x', which brings its towers"),
         (["model.text_config={model_type: bert}"], "model.text_config is given beside dual_encoder = 'x'"),
         ([FIRST], "phases train embeddings of dual_encoder = 'x', but .* all true"),
         (
@@ -162,6 +164,23 @@ def test_the_sigmoid_loss_is_siglips() -> None:
 def test_keys_that_contradict_a_dual_encoder(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingConfig.from_yaml(None, ["dual_encoder=x", *words])
+
+
+@pytest.mark.slow
+def test_the_recipe_that_fine_tunes_a_dual_encoder(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    done = train(
+        "-c",
+        "dual-encoder",
+        f"dual_encoder={checkpoint}",
+        f"data={data / 'train.csv'}",
+        "epochs=1",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    found, before = AutoModel.from_pretrained(tmp_path / "run" / "dual_encoder"), AutoModel.from_pretrained(checkpoint)
+    assert type(found) is type(before)
+    assert any(not torch.equal(value, before.state_dict()[name]) for name, value in found.state_dict().items())
+    assert (tmp_path / "run" / "trained" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

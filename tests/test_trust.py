@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli import app
+from modeling_tvrn.dual_encoder_tvrn import load_dual_encoder
 from modeling_tvrn.evaluation import evaluate
 from modeling_tvrn.hub import doctor, push_to_hub
 from modeling_tvrn.teachers import Teacher
 from modeling_tvrn.training import train
-from modeling_tvrn.training.dual_encoder.model import load_dual_encoder
 from modeling_tvrn.words_tvrn import build_word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,7 +295,7 @@ class TestBackbones:
         settings = {"model_type": "vision-text-dual-encoder", "text_config": part, "vision_config": vision}
         bring(folder, marker, "config.json", **settings)
         for load_it in (lambda: Teacher.from_pretrained(folder, "text"), lambda: load_dual_encoder(str(folder))):
-            with pytest.raises(ValueError, match="no (teacher|dual encoder) at"):
+            with pytest.raises(ValueError, match="[Nn]o (teacher|dual encoder) at"):
                 load_it()
         assert not marker.exists()
 
@@ -326,10 +326,11 @@ class TestBackbones:
         bring(folder, marker, "config.json", auto_map=MODEL)
         bring(folder, marker, "tokenizer_config.json", auto_map=TOKENIZER)
         bring(folder, marker, "processor_config.json", auto_map={"AutoProcessor": "brought.Tokenizer"})
-        load_dual_encoder(str(folder))
+        load_dual_encoder(folder)
+        TVRNProcessor.from_dual_encoder(folder)
         bring(folder, marker, "config.json", model_type="brought")
         with pytest.raises(ValueError, match=ASKED):
-            load_dual_encoder(str(folder))
+            load_dual_encoder(folder)
         assert not marker.exists()
 
 

@@ -5,8 +5,8 @@ A TVRN recipe (any keys of examples/train.py), in each of its phases:
     python examples/benchmarks/cusa_cost.py tvrn --config examples/configs/flickr8k.yaml --steps 20 data=DATA \
         'regions=REGIONS/{split}' vision=VISION text=TEXT cusa_image_teacher=IMAGE cusa_text_teacher=TEXT
 
-A dual encoder with live towers (any keys of examples/train_dual_encoder.py); `--size base` builds CLIP ViT-B/32 with
-random weights, where no checkpoint is at hand, `--live IMAGE TEXT` runs the teachers in every step beside it:
+A dual encoder with live towers (any keys of the recipe `dual-encoder`); `--size base` builds CLIP ViT-B/32 with random
+weights, where no checkpoint is at hand, `--live IMAGE TEXT` runs the teachers in every step beside it:
 
     python examples/benchmarks/cusa_cost.py dual --size small --steps 10 data=DATA cusa_image_teacher=… \
         cusa_text_teacher=… --live VISION TEXT
@@ -31,6 +31,7 @@ import torch
 
 from modeling_tvrn.teachers import StoreWriter, Teacher, TeacherCache
 from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training.loop import Training
 
 SIZES = {"small": (384, 6, 6), "base": (768, 12, 12)}  # hidden size, layers and heads of both towers
 
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tvrn", "dual", "memory"])
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--size", choices=SIZES, help="dual: random weights of this size, whatever the checkpoint key")
+    parser.add_argument("--size", choices=SIZES, help="dual: random weights of this size, whatever dual_encoder is")
     parser.add_argument("--live", nargs=2, metavar=("IMAGE", "TEXT"), help="dual: teachers to run in every step")
     parser.add_argument("--steps", type=int, default=10, help="of each kind, after two that do not count")
     parser.add_argument("--threads", type=int, default=1)
@@ -71,9 +72,18 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def tvrn(arguments: argparse.Namespace) -> None:
-    from modeling_tvrn.training.loop import Training
+def steps_of(runs: dict[str, Training], number: int) -> dict[str, Callable[[], Any]]:
+    """A step of a phase, by the name of the run that takes it."""
+    steps = {}
+    for name, run in runs.items():
+        run._enter(run.phases[number])
+        run.objective.train()
+        batches = endless(run.loaders[number])
+        steps[name] = lambda run=run, batches=batches: run._run_batch(next(batches))
+    return steps
 
+
+def tvrn(arguments: argparse.Namespace) -> None:
     teachers = [each for each in arguments.overrides if each.startswith("cusa")]
     others = [each for each in arguments.overrides if each not in teachers]
     runs = {}
@@ -81,41 +91,24 @@ def tvrn(arguments: argparse.Namespace) -> None:
         output = tempfile.mkdtemp()
         runs[name] = Training(TrainingConfig.from_yaml(arguments.config, [*keys, f"output_dir={output}"]))
     for number, phase in enumerate(runs["without CUSA"].phases):
-        steps = {}
-        for name, run in runs.items():
-            run.objective.train()
-            batches = endless(run.loaders[number])
-            stage = run.phases[number].stage
-            steps[name] = lambda run=run, batches=batches, stage=stage: run._run_batch(next(batches), stage)
-        size = phase.batches.batch_size
-        compare(steps, arguments, f"TVRN, phase {phase.stage}, {size} captions")
+        named, size = ", ".join(phase.config.train), phase.config.batch_size
+        compare(steps_of(runs, number), arguments, f"TVRN, phase of {named}, {size} captions")
 
 
 def dual(arguments: argparse.Namespace) -> None:
-    from modeling_tvrn.training.cusa import TeacherCollator
-    from modeling_tvrn.training.dual_encoder import DualEncoderConfig, DualEncoderTraining
-
     with tempfile.TemporaryDirectory() as folder:
         keys = [*arguments.overrides, f"output_dir={folder}/run"]
         if arguments.size is not None:
-            keys.append(f"checkpoint={random_clip(Path(folder), arguments.size, arguments.live)}")
+            keys.append(f"dual_encoder={random_clip(Path(folder), arguments.size, arguments.live)}")
         plain = [each for each in keys if not each.startswith("cusa")]
         runs = {
-            "without CUSA": DualEncoderTraining(DualEncoderConfig.from_yaml(None, plain)),
-            "cached teachers": DualEncoderTraining(DualEncoderConfig.from_yaml(None, [*keys, "cusa=true"])),
+            "without CUSA": Training(TrainingConfig.from_yaml("dual-encoder", plain)),
+            "cached teachers": Training(TrainingConfig.from_yaml("dual-encoder", [*keys, "cusa=true"])),
         }
         if arguments.live:
-            runs["live teachers"] = DualEncoderTraining(DualEncoderConfig.from_yaml(None, [*keys, "cusa=true"]))
-            live = LiveCollator(runs["live teachers"].collator, *arguments.live)
-            runs["live teachers"].loader.collate_fn = live
-        steps = {}
-        for name, run in runs.items():
-            assert name != "cached teachers" or isinstance(run.loader.collate_fn, TeacherCollator)
-            run.objective.train()
-            run.total = 10**6
-            batches = endless(run.loader)
-            steps[name] = lambda run=run, batches=batches: run._step(torch.device("cpu"), next(batches))
-        compare(steps, arguments, f"dual encoder, {runs['without CUSA'].config.batch_size} pairs")
+            runs["live teachers"] = Training(TrainingConfig.from_yaml("dual-encoder", [*keys, "cusa=true"]))
+            runs["live teachers"].loaders[0].collate_fn = LiveCollator(runs["without CUSA"].collator, *arguments.live)
+        compare(steps_of(runs, 0), arguments, f"dual encoder, {runs['without CUSA'].config.batch_size} pairs")
 
 
 class LiveCollator:

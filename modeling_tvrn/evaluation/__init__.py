@@ -7,12 +7,14 @@ from .provenance import commit, versions
 from .report import EvaluationReport
 from .run import evaluate
 from .unimodal import SentencePairs, UnimodalReport, evaluate_unimodal, read_image_labels
+from .zero_shot import LabelledImages, zero_shot_accuracy
 
 __all__ = [
     "PROTOCOLS",
     "EvaluationReport",
     "GradedPairs",
     "GradedReport",
+    "LabelledImages",
     "Protocol",
     "SentencePairs",
     "UnimodalReport",
@@ -23,4 +25,5 @@ __all__ = [
     "evaluate_unimodal",
     "read_image_labels",
     "versions",
+    "zero_shot_accuracy",
 ]

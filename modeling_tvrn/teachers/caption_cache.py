@@ -155,7 +155,8 @@ def caption_fingerprint(model: Any, processor: Any) -> dict[str, Any]:
     """
     tokenizer = processor.tokenizer
     return {
-        "tower": module_fingerprint(_tower(model)),
+        # A dual encoder's vision side may learn, or have adapters, beside a text side that is frozen.
+        "tower": module_fingerprint(_tower(model), without=("vision_model.", "visual_projection.")),
         "tokens": {
             "tokenizer_sha256": tokenizer_digest(tokenizer),
             "special_tokens": {role: str(token) for role, token in tokenizer.special_tokens_map.items()},

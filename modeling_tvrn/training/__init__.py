@@ -7,9 +7,10 @@ from .settings import describe
 
 if TYPE_CHECKING:
     from .loop import train
+    from .unimodal_heads import UnimodalHeads
     from .watch import TrainingStopped
 
-__all__ = ["TrainingConfig", "TrainingStopped", "describe", "train"]
+__all__ = ["TrainingConfig", "TrainingStopped", "UnimodalHeads", "describe", "train"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> object:
         from .watch import TrainingStopped
 
         return TrainingStopped
+    if name == "UnimodalHeads":
+        from .unimodal_heads import UnimodalHeads
+
+        return UnimodalHeads
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,8 @@ from ..processing_tvrn import TVRNProcessor
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
 from ..trust_tvrn import without_code
+from .checks import check_with_model
+from .continuing import check_finished, continued
 from .lora import add_adapters
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     except FileNotFoundError as error:
         raise ValueError(
             f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
-            f"--features {config.dual_encoder or config.vision or 'MODEL'}{_grid_option(config)} --split {split} "
+            f"--features {config.dual_encoder or config.start_from or config.vision or 'MODEL'}{_grid_option(config)} --split {split} "
             f"--output {folder}`, or drop regions to read the pictures"
         ) from error
 
@@ -51,6 +53,9 @@ def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor
     """The towers' own processor; words from the training captions where no text model brings them."""
     if config.dual_encoder is not None:
         return TVRNProcessor.from_dual_encoder(config.dual_encoder)
+    if config.start_from is not None:
+        check_finished(config.start_from)
+        return TVRNProcessor.from_pretrained(config.start_from, trust_remote_code=config.trust_remote_code)
     tokens_of = config.text or config.word_embeddings
     processor = TVRNProcessor.from_backbones(
         config.vision,
@@ -79,25 +84,38 @@ def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
 
 
 def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
-    """A new model on the configured towers, with the sizes that follow from processor and data filled in."""
+    """The model that a run starts with, with the sizes that follow from processor and data filled in.
+
+    Raises:
+        ValueError: there is no such model, or the run's keys contradict it.
+    """
     fields = copy.deepcopy(config.model)
-    if config.dual_encoder is not None:
-        if config.cusa and config.cusa_beta:
-            fields.setdefault("use_unimodal_heads", True)
-        return TVRNModel.from_dual_encoder(config.dual_encoder, **fields)
-    if config.text is None and config.word_embeddings is None:
-        _size_words(fields, processor)
-    if config.vision is None:
-        fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
-    towers = {"vision": config.vision, "text": config.text, "word_embeddings": config.word_embeddings}
-    model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
-    _check_classes(model)
+    if config.dual_encoder is not None:
+        model = TVRNModel.from_dual_encoder(config.dual_encoder, **fields)
+    elif config.start_from is not None:
+        model = continued(config.start_from, fields, config.trust_remote_code)
+        check_with_model(config, model.config)
+    else:
+        model = _on_backbones(config, fields, processor, train_records)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return model
+
+
+def _on_backbones(
+    config: TrainingConfig, fields: dict[str, Any], processor: TVRNProcessor, train_records: Any
+) -> TVRNModel:
+    if config.text is None and config.word_embeddings is None:
+        _size_words(fields, processor)
+    if config.vision is None:
+        fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
+    towers = {"vision": config.vision, "text": config.text, "word_embeddings": config.word_embeddings}
+    model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
+    _check_classes(model)
     return model
 
 

@@ -16,7 +16,9 @@ from .snapshots import WRITING_FAILED
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BestModel", "save_model"]
+__all__ = ["TRAINED", "BestModel", "save_model"]
+
+TRAINED = "trained"  # folder of the model before the mean with its start was taken
 
 
 def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> None:
@@ -68,6 +70,7 @@ class BestModel:
             return False
         try:
             if self.writes:
+                shutil.rmtree(self.folder / TRAINED, ignore_errors=True)  # of the model that is replaced
                 save_model(self.folder, model, processor)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
@@ -79,5 +82,6 @@ class BestModel:
         return True
 
     def load(self) -> TVRNModel:
-        """The model that is kept, read back from the folder: what is measured is what was written."""
-        return TVRNModel.from_pretrained(self.folder).eval()
+        """The model that is kept, as it was trained, read back: what is measured is what was written."""
+        trained = self.folder / TRAINED
+        return TVRNModel.from_pretrained(trained if (trained / "config.json").is_file() else self.folder).eval()

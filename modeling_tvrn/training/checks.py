@@ -12,7 +12,13 @@ from .settings import model_fields
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["check_cusa", "check_together"]
+__all__ = ["check_together", "check_with_model"]
+
+BRINGS_TOWERS = ("dual_encoder", "start_from")
+TOWER_KEYS = (
+    *("dual_encoder", "start_from", "vision", "text", "word_embeddings"),
+    *("image_size", "max_text_length", "min_word_frequency"),
+)
 
 
 def check_together(config: TrainingConfig) -> None:
@@ -25,11 +31,14 @@ def check_together(config: TrainingConfig) -> None:
     if config.streaming:
         _check_streaming(config)
     _check_towers(config)
-    if config.dual_encoder is not None:
-        _check_dual_encoder(config)
+    for key in BRINGS_TOWERS:
+        if getattr(config, key) is not None:
+            _check_alone(config, key)
+    if config.start_from is None:  # whose fields nobody knows before it is read
+        check_with_model(config, _resolved_model(config))
     if config.shard:
         _check_sharding(config)
-    check_cusa(config)
+    _check_cusa(config)
 
 
 def _check_schedule(config: TrainingConfig) -> None:
@@ -44,19 +53,41 @@ def _check_schedule(config: TrainingConfig) -> None:
     if config.scheduler == "step" and not config.decay_epochs:
         raise ValueError("scheduler = 'step' needs decay_epochs, got []; give for example decay_epochs=[15]")
     _check_lengths(config)
+
+
+def check_with_model(config: TrainingConfig, model: Any) -> None:
+    """Refuse keys that contradict the model that is trained.
+
+    Args:
+        config: the run.
+        model: the model's configuration, as far as the run's keys tell.
+
+    Raises:
+        ValueError: names the keys, their values, and what to set instead.
+    """
+    _check_frozen(config, model)
+    if model.dual_encoder_config is not None:
+        _check_first_stage(config, model)
     if config.phases is not None:
-        _check_phases(phases, _resolved_model(config))
+        _check_phases(config.schedule(), model, finished=config.start_from is not None)
 
 
 def _resolved_model(config: TrainingConfig) -> Any:
     """The model's configuration as it will be, where a field depends on whether there is a dual encoder."""
     from ..configuration_tvrn import BY_FIRST_STAGE
 
-    whole = config.dual_encoder is not None
+    whole = config.dual_encoder is not None or config.model.get("dual_encoder_config") is not None
     defaults = {name: both[whole] for name, both in BY_FIRST_STAGE.items()}
     given = {name: value for name, value in config.model.items() if value is not None or name not in defaults}
     fields = {**model_fields(), **defaults, **given}
-    return SimpleNamespace(**fields | ({"use_refined_features": False} if whole else {}))
+    if whole:
+        fields["use_refined_features"] = False
+        fields["dual_encoder_config"] = config.dual_encoder or fields["dual_encoder_config"]
+    towers = {
+        f"{side}_tower_config": getattr(config, side) or fields[f"{side}_config"] or fields["dual_encoder_config"]
+        for side in ("vision", "text")
+    }
+    return SimpleNamespace(**fields, **towers)
 
 
 def _names(config: TrainingConfig) -> list[str]:
@@ -89,17 +120,18 @@ def _check_lengths(config: TrainingConfig) -> None:
             )
 
 
-def _check_phases(phases: Sequence[PhaseConfig], model: Any) -> None:
+def _check_phases(phases: Sequence[PhaseConfig], model: Any, finished: bool) -> None:
     """Refuse phases in which something that they name has nothing to learn, or may not move.
 
     Args:
         phases: of the whole run.
         model: the model's configuration.
+        finished: whether the model has been trained before.
 
     Raises:
         ValueError: names the phase, what it names, and the model's fields that stand against it.
     """
-    trained = frozenset[str]()
+    trained = frozenset({"late_interaction"} if finished else ())
     for number, (phase, kept) in enumerate(zip(phases, kept_in(phases), strict=True)):
         for name in phase.train:
             if name != ALL:
@@ -155,26 +187,15 @@ def _check_kept(phase: str, components: frozenset[str], kept: frozenset[str], mo
 
 
 def _check_towers(config: TrainingConfig) -> None:
-    """Towers, what is frozen of them, and what is cached of their outputs."""
-    for side in ("vision", "text"):
-        rank = getattr(config, f"{side}_lora_rank")
-        if rank is not None and config.model.get(f"freeze_{side}", False):
-            raise ValueError(
-                f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
-                f"model.freeze_{side}=false (the tower's own weights stay as they are)"
-            )
-    if config.text_features is not None and not _is_frozen(config, "text"):
-        raise ValueError(
-            f"text_features = {config.text_features!r} needs model.freeze_text = True, got False; "
-            "a tower that learns changes its outputs: freeze it, or drop text_features"
-        )
+    """Towers that are named twice, and words."""
     has_text_tower = config.text is not None or config.model.get("text_config") is not None
     if config.word_embeddings is not None and has_text_tower:
         raise ValueError(
             f"word_embeddings = {config.word_embeddings!r} are where a BiGRU starts from, but there is a text tower "
             f"(text = {config.text!r}); set text=null, or drop word_embeddings"
         )
-    if config.word_embeddings is None and config.model.get("freeze_word_embeddings", False):
+    starts = config.word_embeddings is not None or config.start_from is not None
+    if not starts and config.model.get("freeze_word_embeddings", False):
         raise ValueError(
             "model.freeze_word_embeddings = True but word_embeddings = None: the words would stay as they were drawn; "
             "name a text model with word_embeddings=…"
@@ -184,24 +205,49 @@ def _check_towers(config: TrainingConfig) -> None:
             f"vision = {config.vision!r} and model.vision_config both name a vision tower; give one of them "
             "(a pretrained one, or a configuration to start from scratch)"
         )
-    has_tower = any((config.vision, config.dual_encoder, config.model.get("vision_config")))
-    if config.regions is not None and has_tower and not _is_frozen(config, "vision"):
+
+
+def _check_frozen(config: TrainingConfig, model: Any) -> None:
+    """What is frozen of the towers, where their outputs are cached or adapters learn in them."""
+    for side in ("vision", "text"):
+        rank = getattr(config, f"{side}_lora_rank")
+        if rank is not None and getattr(model, f"freeze_{side}"):
+            raise ValueError(
+                f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
+                f"model.freeze_{side}=false (the tower's own weights stay as they are)"
+            )
+    if config.regions is not None and model.vision_tower_config is not None and not _is_frozen(model, "vision"):
         raise ValueError(
-            f"regions = {config.regions!r} holds the outputs of a frozen tower, but model.freeze_vision = False; "
-            "set model.freeze_vision=true, or drop regions so that the tower learns from the pictures"
+            f"regions = {config.regions!r} holds the outputs of a frozen tower, but {_free(model, 'vision')}; "
+            f"set model.freeze_vision=true{_whole(model)}, or drop regions so that the tower learns from the pictures"
         )
-    if config.text_features is not None and config.text is None and config.dual_encoder is None:
+    if config.text_features is None:
+        return
+    if model.text_tower_config is None:
         raise ValueError(
             f"text_features = {config.text_features!r} needs a text tower, got text = None (a BiGRU learns from "
             "scratch); name one with text=…, or drop text_features"
         )
+    if not _is_frozen(model, "text"):
+        raise ValueError(
+            f"text_features = {config.text_features!r} needs a frozen text tower, but {_free(model, 'text')}: its "
+            f"outputs change while it learns; set model.freeze_text=true{_whole(model)}, or drop text_features"
+        )
 
 
-def _is_frozen(config: TrainingConfig, side: str) -> bool:
+def _is_frozen(model: Any, side: str) -> bool:
     """Whether a side's outputs stay what they are; those of a dual encoder do unless something of it is to learn."""
-    whole = config.dual_encoder is not None
-    frozen = config.model.get(f"freeze_{side}", whole)
-    return bool(frozen and (not whole or config.model.get("freeze_first_stage", True)))
+    return bool(getattr(model, f"freeze_{side}") and (model.dual_encoder_config is None or model.freeze_first_stage))
+
+
+def _free(model: Any, side: str) -> str:
+    """Which field lets a side's outputs change."""
+    name = "freeze_first_stage" if getattr(model, f"freeze_{side}") else f"freeze_{side}"
+    return f"model.{name} = False"
+
+
+def _whole(model: Any) -> str:
+    return "" if model.dual_encoder_config is None else " and model.freeze_first_stage=true"
 
 
 def _check_sharding(config: TrainingConfig) -> None:
@@ -233,7 +279,9 @@ def _check_streaming(config: TrainingConfig) -> None:
                 f"streaming = True and {name} = {getattr(config, name)!r}, which needs the whole training split; "
                 f"set {name}={_shown(needed)}, or streaming=false"
             )
-    words = config.text, config.word_embeddings, config.dual_encoder, config.model.get("text_config")
+    words = (
+        config.text, config.word_embeddings, config.dual_encoder, config.start_from, config.model.get("text_config"),
+    )  # fmt: skip
     if not any(words):
         raise ValueError(
             "streaming = True needs a text tower, got text = None: a vocabulary from scratch needs all captions; "
@@ -243,37 +291,50 @@ def _check_streaming(config: TrainingConfig) -> None:
         raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
 
 
-def _check_dual_encoder(config: TrainingConfig) -> None:
-    """A dual encoder is both towers, with its own pixels and tokens."""
-    others = ("vision", "text", "word_embeddings", "image_size", "vision_lora_rank", "text_lora_rank")
-    for name in others:
-        if (value := getattr(config, name)) is not None:
+def _check_alone(config: TrainingConfig, key: str) -> None:
+    """A model that brings both towers, with its own pixels and tokens, leaves nothing to say of them.
+
+    Args:
+        config: the run.
+        key: where the model is named, of `BRINGS_TOWERS`.
+    """
+    said = f"{key} = {getattr(config, key)!r}"
+    defaults = {name: type(config).__dataclass_fields__[name].default for name in TOWER_KEYS}
+    for name, default in defaults.items():
+        if (value := getattr(config, name)) != default and name != key:
             raise ValueError(
-                f"{name} = {value!r} beside dual_encoder = {config.dual_encoder!r}, which brings both towers with "
-                f"their pixels and tokens; set {name}=null"
+                f"{name} = {value!r} beside {said}, which brings its towers with their pixels and tokens; "
+                f"set {name}={_shown(default)}, or drop {key}"
             )
-    if all(_is_frozen(config, side) for side in ("vision", "text")):
-        frozen = "model.freeze_vision, freeze_text and freeze_first_stage are all true"
-        named = {name for phase in config.schedule() for name in phase.train}
-        if found := sorted(named & {"embeddings", "distilled_embeddings"}):
-            raise ValueError(
-                f"phases train {' and '.join(found)} of dual_encoder = {config.dual_encoder!r}, but {frozen}: nothing "
-                "of them can learn; set model.freeze_first_stage=false for its projections, or leave that phase out"
-            )
-        if config.cusa:
-            raise ValueError(
-                f"cusa = True with dual_encoder = {config.dual_encoder!r}, but {frozen}: there is nothing to teach; "
-                "set model.freeze_first_stage=false and name embeddings in a phase, or drop cusa"
-            )
-    for name in ("vision_config", "text_config", "dual_encoder_config"):
+    named = ("vision_config", "text_config", "dual_encoder_config") if key == "dual_encoder" else ()
+    for name in named:
         if config.model.get(name) is not None:
-            raise ValueError(f"model.{name} is given beside dual_encoder = {config.dual_encoder!r}; leave it out")
+            raise ValueError(f"model.{name} is given beside {said}; leave it out")
 
 
-def check_cusa(settings: Any) -> None:
-    """Refuse keys of CUSA that contradict one another; of any settings that have them."""
-    given = {name: getattr(settings, name) for name in ("cusa_image_teacher", "cusa_text_teacher")}
-    if not settings.cusa:
+def _check_first_stage(config: TrainingConfig, model: Any) -> None:
+    """Nothing of a dual encoder learns where all of it is frozen."""
+    if not all(_is_frozen(model, side) for side in ("vision", "text")):
+        return
+    frozen = "model.freeze_vision, freeze_text and freeze_first_stage are all true"
+    key = "start_from" if config.dual_encoder is None else "dual_encoder"
+    named = {name for phase in config.schedule() for name in phase.train}
+    if found := sorted(named & {"embeddings", "distilled_embeddings"}):
+        raise ValueError(
+            f"phases train {' and '.join(found)} of {key} = {getattr(config, key)!r}, but {frozen}: nothing of them "
+            "can learn; set model.freeze_first_stage=false for its projections, or leave that phase out"
+        )
+    if config.cusa:
+        raise ValueError(
+            f"cusa = True with {key} = {getattr(config, key)!r}, but {frozen}: there is nothing to teach; set "
+            "model.freeze_first_stage=false and name embeddings in a phase, or drop cusa"
+        )
+
+
+def _check_cusa(config: TrainingConfig) -> None:
+    """Refuse keys of CUSA that contradict one another;"""
+    given = {name: getattr(config, name) for name in ("cusa_image_teacher", "cusa_text_teacher")}
+    if not config.cusa:
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{' and '.join(named)} given, but cusa = False; set cusa=true, or drop the caches")
         return
@@ -281,12 +342,12 @@ def check_cusa(settings: Any) -> None:
         raise ValueError(
             f"cusa = True needs {' and '.join(missing)}; build them with `tvrn teachers` and give their folders"
         )
-    if not settings.cusa_alpha + settings.cusa_beta > 0:
+    if not config.cusa_alpha + config.cusa_beta > 0:
         raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")
-    if not settings.cusa_lowest_temperature <= settings.cusa_student_temperature <= 0.99:
+    if not config.cusa_lowest_temperature <= config.cusa_student_temperature <= 0.99:
         raise ValueError(
-            f"cusa_student_temperature = {settings.cusa_student_temperature} is outside its bounds, "
-            f"{settings.cusa_lowest_temperature} (cusa_lowest_temperature) to 0.99"
+            f"cusa_student_temperature = {config.cusa_student_temperature} is outside its bounds, "
+            f"{config.cusa_lowest_temperature} (cusa_lowest_temperature) to 0.99"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,11 @@ from .phases import ALL, EXAMPLE, PhaseConfig, read_phases, written
 from .recipes import recipe_values
 from .settings import build, read_overrides, setting, shown, validate
 
-__all__ = ["TrainingConfig", "like"]
+__all__ = ["TrainingConfig"]
 
 EPOCHS = 10
+PROMPT = "a photo of a {}."
 FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
-
-
-def like(name: str) -> Any:
-    """A field with the default, help and limits of TrainingConfig's field of that name, for other settings."""
-    of = TrainingConfig.__dataclass_fields__[name]
-    return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)
 
 
 @dataclass
@@ -73,6 +68,11 @@ class TrainingConfig:
         "towers",
         "Hub id or path of a dual encoder (CLIP, SigLIP, ...) that is both towers and the first stage of the score; "
         "in place of vision and text",
+    )
+    start_from: str | None = setting(
+        None,
+        "towers",
+        "Hub id or path of a finished TVRN to train on, with its processor; in place of towers and sizes",
     )
     vision: str | None = setting(None, "towers", "Hub id or path of the vision backbone (null: region features)")
     text: str | None = setting(
@@ -158,9 +158,12 @@ class TrainingConfig:
         1, "schedule", "batches whose gradients make one optimizer step; negatives stay within a batch", minimum=1
     )
 
-    learning_rate: float = setting(5e-4, "optimizer", "highest rate of everything that is not a tower", above=0.0)
+    learning_rate: float = setting(5e-4, "optimizer", "highest rate of everything that is not pretrained", above=0.0)
     tower_learning_rate: float = setting(
-        5e-5, "optimizer", "highest rate of the towers that are not frozen", above=0.0
+        5e-5,
+        "optimizer",
+        "highest rate of towers, and of a dual encoder's projections, that are not frozen",
+        above=0.0,
     )
     warmup_ratio: float = setting(
         0.05, "optimizer", "share of a phase's steps over which the rate rises linearly", minimum=0.0, maximum=1.0
@@ -191,6 +194,14 @@ class TrainingConfig:
         below=1.0,
     )
 
+    weight_interpolation: float | None = setting(
+        None,
+        "regularisation",
+        "the model that is kept is a mean of the pretrained weights and what became of them, with this share of the "
+        "latter (WiSE-FT), which forgets less; its folder `trained` holds the latter (null: off)",
+        above=0.0,
+        below=1.0,
+    )
     word_dropout: float = setting(
         0.0,
         "regularisation",
@@ -256,6 +267,13 @@ class TrainingConfig:
     evaluate_embeddings: bool = setting(
         True, "evaluation", "also give the recalls of image_embeds and text_embeds alone"
     )
+
+    zero_shot: str | None = setting(
+        None,
+        "evaluation",
+        "folder with a folder of images a label, named by it: zero-shot accuracy before and after the training",
+    )
+    zero_shot_prompt: str = setting(PROMPT, "evaluation", "what is said of a label, {} where it goes")
 
     output_dir: str = setting("runs/tvrn", "run", "folder of the model: weights, processor, card, results, curve")
     resume: str | None = setting(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
@@ -18,7 +20,9 @@ from ..redaction import redacted, redacted_text
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["check_precision", "check_trackers", "leave_group", "make_accelerator", "refuse_other_sharding"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["check_trackers", "leave_group", "make_accelerator"]
 
 PATIENCE = timedelta(hours=6)  # the other processes wait while the main one saves
 
@@ -31,7 +35,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             than this package's, or the device lacks the precision.
     """
     check_trackers(config.trackers)
-    refuse_other_sharding()
+    _refuse_other_sharding()
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
@@ -43,7 +47,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    check_precision(accelerator)
+    _check_precision(accelerator)
     if config.trackers:
         _start_trackers(accelerator, config)
     return accelerator
@@ -78,7 +82,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
             raise ValueError(f"trackers names {tracker!r}, which is not installed; pip install {tracker}")
 
 
-def refuse_other_sharding() -> None:
+def _refuse_other_sharding() -> None:
     """Refuse `accelerate launch` with FSDP, DeepSpeed or Megatron: on CPUs accelerate would pass over them in silence.
 
     Raises:
@@ -93,7 +97,7 @@ def refuse_other_sharding() -> None:
             )
 
 
-def check_precision(accelerator: Accelerator) -> None:
+def _check_precision(accelerator: Accelerator) -> None:
     """Refuse a precision that accelerate would pass over in silence.
 
     Raises:
@@ -104,6 +108,17 @@ def check_precision(accelerator: Accelerator) -> None:
             f"mixed_precision = {accelerator.mixed_precision!r} is not to be had on {accelerator.device.type}: use "
             "mixed_precision=bf16, or no"
         )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _has_fast_bfloat16():
+        logger.warning(
+            "mixed_precision = 'bf16' on a CPU without instructions for bfloat16 (AVX-512 or AMX), where its products "
+            "take up to 60 times as long as float32's: use mixed_precision=no"
+        )
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU does; also where torch does not say."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is None or bool(asked())
 
 
 def leave_group(accelerator: Accelerator) -> None:

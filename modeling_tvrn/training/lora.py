@@ -27,9 +27,10 @@ def add_adapters(model: Any, config: TrainingConfig) -> int:
         ValueError: peft is not installed, there is no such tower, or none of its layers has a name of `lora_targets`.
     """
     count = 0
+    owner = model if model.dual_encoder is None else model.dual_encoder
     for name, rank in (("vision_model", config.vision_lora_rank), ("text_model", config.text_lora_rank)):
         if rank is not None:
-            count += _adapt(getattr(model, name), name, rank, config)
+            count += _adapt(getattr(owner, name), name, rank, config)
     return count
 
 

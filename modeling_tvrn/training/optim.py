@@ -15,9 +15,9 @@ from .sharding import own_part, part_like
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-__all__ = ["WeightAverage", "make_optimizer", "parameter_groups", "rate_factor"]
+__all__ = ["PRETRAINED", "WeightAverage", "make_optimizer", "parameter_groups", "rate_factor"]
 
-TOWERS = ("vision_model.", "text_model.")
+PRETRAINED = ("vision_model.", "text_model.", "dual_encoder.")
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(TOWERS), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((name.startswith(PRETRAINED), parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "name": ("tower" if tower else "new") + ("" if decayed else "_no_decay"),

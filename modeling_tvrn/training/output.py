@@ -19,7 +19,9 @@ from ..plots import plot_search_results, plot_training_curve
 from ..redaction import redacted, redacted_text
 from ..words_tvrn import tokenize
 from .calibration import calibrate
-from .checkpoint import save_model
+from .checkpoint import TRAINED, save_model
+from .interpolation import interpolate, starting_weights
+from .unimodal_heads import UnimodalHeads
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -44,7 +46,9 @@ def write_results(run: Run) -> dict[str, Any]:
     config, folder = run.config, Path(run.config.output_dir)
     run.accelerator.wait_for_everyone()
     model = run.best.load().to(run.accelerator.device)
-    report = final_report(run, model)
+    trained = report = final_report(run, model)
+    if config.weight_interpolation is not None:
+        report = take_mean(run, model)
     if not run.accelerator.is_main_process:
         return {}
     calibrate(model, run.input_processor, run.validation_records)
@@ -52,7 +56,14 @@ def write_results(run: Run) -> dict[str, Any]:
     if any(name.startswith("dual_encoder.") for name in run.free):
         # What went in as a CLIP comes out as one, with what this run taught it.
         model.save_dual_encoder(folder / "dual_encoder", run.processor)
+        if model.config.use_unimodal_heads:
+            UnimodalHeads.of(model).save(folder / "dual_encoder")
     results = collect_results(run, model, report)
+    if config.weight_interpolation is not None:
+        kept = {"share": config.weight_interpolation, "trained_metrics": trained.as_dict()["metrics"]}
+        results["weight_interpolation"] = kept
+    if run.zero_shot is not None:
+        results["zero_shot"] = run.zero_shot.after(model, run.processor)
     table = recall_table(report.systems(), f"{split_label(results)}, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_training_curve(run.progress.history, folder / "curve.png", chance=report.chance.rsum, title=folder.name)
@@ -68,6 +79,20 @@ def final_report(run: Run, model: Any) -> EvaluationReport:
     """The kept model's evaluation on the whole validation split: made while training, or made now."""
     if run.best.report is not None and run.validation.is_whole:
         return run.best.report
+    with run.accelerator.autocast():
+        return run.validation.final(model)
+
+
+def take_mean(run: Run, model: Any) -> EvaluationReport:
+    """Put the mean of the model's weights and those of its start in their place; the evaluation of that.
+
+    The main process keeps the model as it was in a folder of its own: a run that is taken up here begins there again.
+    """
+    config = run.config
+    run.accelerator.wait_for_everyone()  # all have read the folder
+    if run.accelerator.is_main_process:
+        save_model(Path(config.output_dir) / TRAINED, model, run.processor)
+    interpolate(model, starting_weights(config), config.weight_interpolation or 0.0)
     with run.accelerator.autocast():
         return run.validation.final(model)
 

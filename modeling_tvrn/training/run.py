@@ -18,6 +18,7 @@ from .checkpoint import BestModel
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
 from .feeding import make_loader, open_captions, pixel_format
+from .interpolation import check_interpolated
 from .interrupt import Interrupt
 from .launch import leave_group, make_accelerator
 from .objective import Objective
@@ -31,6 +32,7 @@ from .state import data_hash, resume
 from .text_cache import with_cached_captions
 from .validation import Validation
 from .watch import Watch
+from .zero_shot import ZeroShot
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,14 @@ class Run:
         self.free = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
+        self.zero_shot = ZeroShot.of(config, self.model, self.processor, self.accelerator.is_main_process)
         self._read_caches()
         self.captions = open_captions(config, self.train_records, self.accelerator)
         self.phases, self.image_names = self.captions.phases, self.captions.image_names
         self.total_steps = sum(phase.steps for phase in self.phases)
         self.fullest = max((phase.learning.computes for phase in self.phases), key=LEVELS.index)
         trained = set().union(*(self.learning_in(phase) for phase in self.phases))
+        check_interpolated(config, trained)
         self.trained_parameters = sum(self.free[name] for name in trained)
         self.step, self.epoch, self.epoch_step = 0, 0, 0
         self.phase_number, self.phase_step = 0, 0

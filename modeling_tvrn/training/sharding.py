@@ -39,11 +39,10 @@ def shard(objective: nn.Module, device: torch.device) -> None:
 
 def _tower_layers(objective: nn.Module) -> list[nn.Module]:
     """The repeated layers of both towers that are large enough, inner ones first."""
-    towers = [getattr(objective.model, name, None) for name in ("vision_model", "text_model")]
+    model: Any = objective.model
     found = [
         layer
-        for tower in towers
-        if tower is not None
+        for tower, _ in model.towers()
         for stack in tower.modules()
         if isinstance(stack, nn.ModuleList)
         for layer in stack

@@ -1,0 +1,97 @@
+"""Going on from a finished TVRN: what a run may change of it, and what it may not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from ..configuration_tvrn import TVRNConfig
+from ..front_door import check_exists
+from ..modeling_tvrn import TVRNModel
+
+__all__ = ["check_finished", "continued"]
+
+# Fields that change neither the weights nor what they were trained to mean.
+FREE_ENDINGS = ("_dropout", "_loss_weight")
+FREE_FIELDS = frozenset(
+    [
+        *("freeze_vision", "freeze_text", "freeze_first_stage", "freeze_word_embeddings", "dropout"),
+        *("label_smoothing", "margin", "matching_temperature", "distillation_temperature"),
+        *("pair_chunk_size", "checkpoint_pair_chunks"),
+    ]
+)
+HEADS = "use_unimodal_heads"  # stand beside the model: CUSA may add them
+
+
+def check_finished(path: str) -> None:
+    """Refuse what is no finished TVRN.
+
+    Raises:
+        ValueError: nothing is there (with near matches among local folders), or it is a model of another kind.
+    """
+    check_exists(path)
+    try:
+        config, _ = TVRNConfig.get_config_dict(path)
+    except OSError as error:
+        raise ValueError(f"start_from = {path!r}: {str(error).strip().splitlines()[0]}") from error
+    if config.get("model_type") != "tvrn":
+        kind = (config.get("architectures") or [config.get("model_type")])[0]
+        hint = (
+            f"; for a dual encoder write dual_encoder={path}"
+            if {"vision_config", "text_config"} <= set(config)
+            else ""
+        )
+        raise ValueError(f"start_from = {path!r} holds a {kind}; expected a finished TVRN{hint}")
+
+
+def continued(path: str, fields: dict[str, Any], trust_remote_code: bool = False) -> TVRNModel:
+    """A finished TVRN in float32, to be trained on.
+
+    Args:
+        path: Hub id or folder.
+        fields: of its configuration, as the run gives them.
+        trust_remote_code: as of `from_pretrained`.
+
+    Raises:
+        ValueError: a field is none that a run may change; says what the model has.
+    """
+    model = TVRNModel.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    changed = {name: value for name, value in fields.items() if not _same(value, getattr(model.config, name))}
+    for name, value in changed.items():
+        _check_field(path, name, value, model.config)
+    return _with_fields(model, changed) if changed else model
+
+
+def _same(given: Any, own: Any) -> bool:
+    """Whether a field is given as the model has it; a tower's configuration by what is given of it."""
+    if isinstance(given, dict) and hasattr(own, "to_dict"):
+        mine = own.to_dict()
+        return all(mine.get(name) == value for name, value in given.items())
+    return bool(given == own)
+
+
+def _check_field(path: str, name: str, value: Any, config: TVRNConfig) -> None:
+    if name in FREE_FIELDS or name.endswith(FREE_ENDINGS) or (name == HEADS and value):
+        return
+    own = getattr(config, name)
+    shown = f"a {own.model_type}" if hasattr(own, "model_type") else repr(own)
+    raise ValueError(
+        f"model.{name} = {value!r}, but start_from = {path!r} was trained with {shown}: its parts, sizes and words "
+        f"are settled. Leave model.{name} out; a run may change what is frozen, dropouts, losses, rates and phases"
+    )
+
+
+def _with_fields(model: TVRNModel, changed: dict[str, Any]) -> TVRNModel:
+    """The same weights under a configuration with these fields; uni-modal heads that it lacked are drawn anew."""
+    config = copy.deepcopy(model.config)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    config.check()
+    new = TVRNModel(config)
+    missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("unimodal_") for name in missing), (missing, unexpected)
+    return new.eval()
