@@ -37,10 +37,11 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     try:
         return with_checked_regions(records, folder, model, processor)
     except FileNotFoundError as error:
+        tower = config.dual_encoder or config.start_from or config.vision or "MODEL"
         raise ValueError(
             f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
-            f"--features {config.dual_encoder or config.start_from or config.vision or 'MODEL'}{_grid_option(config)} --split {split} "
-            f"--output {folder}`, or drop regions to read the pictures"
+            f"--features {tower}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read the "
+            "pictures"
         ) from error
 
 
