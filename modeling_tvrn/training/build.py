@@ -40,8 +40,8 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
         tower = config.dual_encoder or config.start_from or config.vision or "MODEL"
         raise ValueError(
             f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
-            f"--features {tower}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read the "
-            "pictures"
+            f"--features {tower}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read "
+            "the pictures"
         ) from error
 
 
