@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its files exist, and .ci/run takes its command from it."""
+"""What README and guides show works: their Python, flags, keys and files; and .ci/run takes its command from README."""
 
 import re
 import shlex
@@ -14,14 +14,17 @@ from transformers import ConvNextConfig, ConvNextImageProcessorPil
 from modeling_tvrn import EncodedImages, TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli import app
 from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training.command import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+GUIDES = {path: path.read_text("utf-8") for path in sorted((ROOT / "examples" / "guides").glob("*.md"))}
+PAGES = {ROOT / "README.md": README, **GUIDES}
 CAPTIONS = ["a red circle above a blue square", "three small green triangles"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_python_of_the_readme_runs_as_printed(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict = {}
-    for block in blocks("python")[:2]:  # the third downloads towers
+    for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert "tensor" in capsys.readouterr().out
     assert names["output"].logits_per_image.shape == (2, 2)
@@ -57,16 +60,23 @@ def test_the_python_of_the_readme_runs_as_printed(quickstart: Path, capsys: pyte
     torch.testing.assert_close(names["scores"].detach(), first_caption[order], atol=1e-5, rtol=0)
 
 
-def test_the_readme_names_only_files_that_exist() -> None:
-    for path in set(re.findall(r"examples/[\w./-]+\.(?:py|yaml)", README)):
-        assert (ROOT / path).is_file(), f"README.md names {path}"
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), f"README.md links to {path}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_pages_name_only_files_that_exist(page: Path) -> None:
+    for path in set(re.findall(r"examples/[\w./-]+\.(?:py|yaml)", PAGES[page])):
+        assert (ROOT / path).is_file(), f"{page.name} names {path}"
+    for path in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+        assert (page.parent / path).exists(), f"{page.name} links to {path}"
 
 
-def commands() -> list[list[str]]:
-    """The words of every line of the README's shell blocks, continued lines joined, comments left out."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def test_every_guide_is_linked_from_the_readme_and_no_longer_than_two_screens() -> None:
+    for path in GUIDES:
+        assert f"(examples/guides/{path.name})" in README
+    assert len(README.splitlines()) < 150
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every line of a page's shell blocks, continued lines joined, comments left out."""
+    lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -74,8 +84,14 @@ def _is_script(word: str) -> bool:
     return word.startswith("examples/") and word.endswith(".py")
 
 
-def test_the_commands_of_the_readme_have_flags_and_keys_that_exist() -> None:
-    scripts = [(words, place) for words in commands() for place, word in enumerate(words) if _is_script(word)]
+def test_the_scripts_that_pages_run_have_these_flags_and_keys() -> None:
+    scripts = [
+        (words, place)
+        for page in PAGES.values()
+        for words in commands(page)
+        for place, word in enumerate(words)
+        if _is_script(word)
+    ]
     assert len(scripts) > 10
     for words, place in scripts:
         path, given = words[place], words[place + 1 :]
@@ -86,19 +102,28 @@ def test_the_commands_of_the_readme_have_flags_and_keys_that_exist() -> None:
             TrainingConfig.from_yaml(config, [word for word in given if "=" in word])
 
 
-def test_the_verbs_of_the_readme_have_options_that_exist() -> None:
+def test_the_verbs_that_pages_run_have_these_options_and_keys() -> None:
     verbs = typer.main.get_command(app).commands
-    given = [words for words in commands() if words[0] == "tvrn"]
-    assert len(given) > 10
-    for _, verb, *rest in given:
-        known = {option for parameter in verbs[verb].params for option in parameter.opts}
-        assert [word for word in rest if word.startswith("-") and word not in known] == [], verb
+    seen = set()
+    for page in PAGES.values():
+        for words in commands(page):
+            if words[0] != "tvrn":
+                continue
+            options = {name for each in verbs[words[1]].params for name in each.opts}
+            given = [word.partition("=")[0] for word in words[2:] if word.startswith("-") and word != "-"]
+            assert [option for option in given if option not in options] == [], words
+            seen.add(words[1])
+            if words[1] == "train" and "--keys" not in words:
+                recipe = words[words.index("-c") + 1] if "-c" in words else None
+                settings_of(recipe, [word for word in words[2:] if "=" in word])
+    assert {"train", "search", "evaluate", "regions", "teachers", "duplicates", "push"} <= seen
 
 
-def test_what_the_readme_reads_from_runs_is_written_by_one_of_its_commands_or_recipes() -> None:
+def test_what_pages_read_from_runs_is_written_by_one_of_their_commands_or_recipes() -> None:
     recipes = "".join(path.read_text("utf-8") for path in (ROOT / "examples" / "configs").glob("*.yaml"))
-    written = set(re.findall(r"output_dir[:=] ?(runs/[\w-]+)", README + recipes))
-    assert set(re.findall(r"runs/[\w-]+", README)) - written == set()
+    everything = "".join(PAGES.values())
+    written = set(re.findall(r"output_dir[:=] ?(runs/[\w-]+)", everything + recipes))
+    assert set(re.findall(r"runs/[\w-]+", everything)) - written == set()
 
 
 def test_continuous_integration_runs_the_readmes_test_command() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -15,9 +15,17 @@ from .phases import Learning, PhaseConfig, kept_in
 if TYPE_CHECKING:
     from ..data import CaptionDataset, PairCollator
     from .config import TrainingConfig
-    from .streams import StreamBatches
 
-__all__ = ["CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "make_phases", "phases"]
+__all__ = ["Batches", "CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "make_phases", "phases"]
+
+
+class Batches(Protocol):
+    """Batches of a phase, in an order that a run can go on with anywhere."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[list[Any]]: ...
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch of the next pass, and how many of its batches to pass over."""
 
 
 class CaptionBatches(Sampler[list[int]]):
@@ -153,7 +161,7 @@ class Phase:
     """
 
     config: PhaseConfig
-    batches: CaptionBatches | StreamBatches
+    batches: Batches
     rate: float = 1.0
     accumulation: int = 1
     kept: frozenset[str] = frozenset()
@@ -174,9 +182,7 @@ class Phase:
         return self.config.learning
 
 
-def make_phases(
-    config: TrainingConfig, batches_of: Callable[[PhaseConfig], CaptionBatches | StreamBatches]
-) -> list[Phase]:
+def make_phases(config: TrainingConfig, batches_of: Callable[[PhaseConfig], Batches]) -> list[Phase]:
     """The phases of a run, whose batches a function makes."""
     planned, group = config.schedule(), config.gradient_accumulation_steps
     return [

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import CaptionDataset, StreamItems, keep_picture_memory
-from .batches import CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
+from .batches import Batches, CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
 from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
 from .watch import TrainingStopped
 
@@ -53,7 +53,7 @@ def open_captions(config: TrainingConfig, records: Any, accelerator: Accelerator
 
 def make_loader(
     captions: Captions,
-    batches: CaptionBatches | StreamBatches,
+    batches: Batches,
     collator: Any,
     config: TrainingConfig,
     accelerator: Accelerator,
@@ -65,6 +65,7 @@ def make_loader(
     if isinstance(batches, StreamBatches):
         parts: tuple[Any, Any, Any] = captions.items, batches, StreamCollator(collator)
     else:
+        assert isinstance(batches, CaptionBatches), batches  # there are no others
         own = Shares(batches, accelerator.process_index, accelerator.num_processes)
         parts = ShareItems(captions.items), own, ShareCollator(collator)
     return DataLoader(

@@ -21,7 +21,7 @@ from .output import write_results
 from .phases import COMPONENT_WEIGHTS
 from .run import Run
 from .sharding import change_trained, own_part, whole
-from .state import capture
+from .state import capture, resume
 from .streams import StreamBatches
 from .validation import flat_recalls, summary
 from .watch import TrainingStopped
@@ -57,7 +57,22 @@ def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
 
 
 class Training(Run):
-    """A run's loop: batches, steps, evaluations and checkpoints."""
+    """A run's loop: batches, steps, evaluations and checkpoints; taken up again where the run is to be."""
+
+    def __init__(self, config: TrainingConfig, data: Any = None) -> None:
+        super().__init__(config, data)
+        if not resume(self):
+            self._warn_of_former_run()
+
+    def _warn_of_former_run(self) -> None:
+        self.best.warn()
+        if steps := self.snapshots.steps():
+            logger.warning(
+                "%s holds checkpoints of a former run, up to step %d; they go at this run's first checkpoint "
+                "(resume=auto goes on with them instead)",
+                self.snapshots.folder,
+                steps[-1],
+            )
 
     def fit(self) -> None:
         """Run all steps and evaluations; the best model lies in the output folder afterwards.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TrainingPairs", "load_training_pairs", "named_data"]
+__all__ = ["TrainingPairs", "data_hash", "load_training_pairs", "named_data"]
 
 SHARE = 0.1  # of the images, set aside where the data have no validation split
 LEAST = 2  # images on either side: one alone has no negatives
@@ -80,6 +82,17 @@ def load_training_pairs(config: TrainingConfig, data: Any = None) -> TrainingPai
 def caption_count(records: Any) -> int:
     """Captions of all records, without decoding an image."""
     return sum(len(captions) for captions in records.captions)
+
+
+def data_hash(records: Any) -> str:
+    """Of the ids and captions of records, which decide what a row number means; of a stream its shards' names."""
+    seen = hashlib.sha256()
+    if isinstance(records, PairStream):
+        seen.update(json.dumps([shard.name for shard in records.shards()]).encode())
+        return seen.hexdigest()
+    for image_id, captions in zip(records.image_ids, records.captions, strict=True):
+        seen.update(json.dumps([image_id, list(captions)]).encode())
+    return seen.hexdigest()
 
 
 def _streamed(config: TrainingConfig, data: Any) -> TrainingPairs:

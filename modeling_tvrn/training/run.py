@@ -1,4 +1,4 @@
-"""Everything that a run consists of, set up or taken up again from a checkpoint."""
+"""Everything that a run consists of, set up."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from .interrupt import Interrupt
 from .launch import leave_group, make_accelerator
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer
-from .pairs import load_training_pairs, named_data
+from .pairs import data_hash, load_training_pairs, named_data
 from .phases import LEVELS, learns
 from .progress import Progress
 from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
-from .state import data_hash, resume
 from .text_cache import with_cached_captions
 from .validation import Validation
 from .watch import Watch
@@ -89,22 +88,10 @@ class Run:
         self.interrupt = Interrupt(self.accelerator.device)
         self.data_hash = data_hash(self.train_records)
         self.snapshots = Snapshots(Path(config.output_dir) / "checkpoints", config.keep_checkpoints)
-        if not resume(self):
-            self._warn_of_former_run()
 
     def learning_in(self, phase: Phase) -> set[str]:
         """The names of the weights that learn in a phase, of those that are free to."""
         return learns(self.free, self.model.config, phase.learning.components, phase.kept)
-
-    def _warn_of_former_run(self) -> None:
-        self.best.warn()
-        if steps := self.snapshots.steps():
-            logger.warning(
-                "%s holds checkpoints of a former run, up to step %d; they go at this run's first checkpoint "
-                "(resume=auto goes on with them instead)",
-                self.snapshots.folder,
-                steps[-1],
-            )
 
     def _read_caches(self) -> None:
         """Regions and the text tower's outputs from their caches, where the configuration names these."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..data import PairStream
 from ..evaluation.provenance import versions
 from ..redaction import without_secrets
 from .exchange import broadcast_json, gather_bytes
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["capture", "data_hash", "differences", "resume"]
+__all__ = ["capture", "differences", "resume"]
 
 # What may change between a run and its continuation: none of it reaches the weights.
 FREE_KEYS = {
@@ -215,16 +214,6 @@ def _by_place(value: Any) -> Any:
     """A list of mappings, such as `phases`, as a mapping by place."""
     mappings = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     return {str(place): each for place, each in enumerate(value)} if mappings else value
-
-
-def data_hash(records: Any) -> str:
-    """Of the ids and captions of map-style records, which decide what a row number means."""
-    seen = hashlib.sha256()
-    if isinstance(records, PairStream):
-        return digest([shard.name for shard in records.shards()])
-    for image_id, captions in zip(records.image_ids, records.captions, strict=True):
-        seen.update(json.dumps([image_id, list(captions)]).encode())
-    return seen.hexdigest()
 
 
 # -- weights and moments --------------------------------------------------------------------------------------
