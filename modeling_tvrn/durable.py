@@ -1,11 +1,12 @@
-"""Files that last through a power cut: flushed to the disk before their names are."""
+"""Files that last through a power cut, flushed to the disk before their names are; and one writer at a time."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
-__all__ = ["flush", "publish"]
+__all__ = ["flush", "lock", "publish"]
 
 
 def flush(path: str | os.PathLike[str]) -> None:
@@ -21,6 +22,27 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(file: IO[str], wait: bool = False) -> None:
+    """Take the lock of an open file; the system lets go of it when the file is closed or the process ends.
+
+    Args:
+        wait: until another process lets go of it.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(0)
+        mode = getattr(msvcrt, "LK_LOCK" if wait else "LK_NBLCK")
+        getattr(msvcrt, "locking")(file.fileno(), mode, 1)  # noqa: B009 (absent elsewhere)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def publish(temporary: Path, path: Path) -> None:

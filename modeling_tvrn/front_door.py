@@ -1,19 +1,25 @@
-"""`load_model`: a TVRN checkpoint or any dual encoder, by one call."""
+"""`load_model`: a TVRN checkpoint or any dual encoder, by one call; `load_region_model`: also a vision backbone."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from .modeling_tvrn import TVRNModel
 from .processing_tvrn import TVRNProcessor
+from .towers_tvrn import region_map
 
-__all__ = ["load_model"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["box_feature_map", "load_model", "load_region_model"]
 
 EXPECTED = "expected a TVRN checkpoint or a dual encoder (CLIP, SigLIP, …)"
 FOLDERS_LOOKED_AT = 2000
@@ -47,11 +53,11 @@ def load_model(
     hub: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
     if revision is not None:
         hub["revision"] = revision
-    config = _read_config(name, hub)
+    config = _read_config(name, hub, EXPECTED)
     if config.model_type == "tvrn":
         model = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
         processor = TVRNProcessor.from_pretrained(name, **hub)
-    elif getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None:
+    elif _has_two_towers(config):
         model = TVRNModel.from_dual_encoder(
             name, dtype=dtype or "auto", use_late_interaction=False, use_reasoning=False, hub=hub
         )
@@ -59,14 +65,97 @@ def load_model(
     else:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name!r} holds a {kind}; {EXPECTED}")
+    return _placed(model, device), processor
+
+
+def load_region_model(
+    id_or_path: str | os.PathLike[str],
+    grid_size: int | None = None,
+    image_size: int | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[TVRNModel, TVRNProcessor]:
+    """Model and processor for `RegionCache.build`: a vision backbone, or a dual encoder or TVRN with its embeddings.
+
+    What the model is, is found out: a model with two towers that passes the probe is a dual encoder, of another one
+    with two towers its vision tower alone is taken, with a warning.
+
+    Args:
+        id_or_path: Hub id, or a local folder.
+        grid_size: The map is pooled to that many regions a side; None: the map as it is.
+        image_size: Pixels a side that images are brought to; None: the processor's own. Only of a vision backbone.
+        device: Where the model goes; None: a GPU where there is one.
+        trust_remote_code: Run code of a backbone's repository; a dual encoder's is never run.
+
+    Raises:
+        ValueError: If nothing is there, it gives no regions, or a size contradicts it.
+    """
+    name, expected = os.fspath(id_or_path), "expected a vision backbone or a dual encoder (CLIP, SigLIP, …)"
+    check_exists(name, expected=expected)
+    config = _read_config(name, {"trust_remote_code": trust_remote_code}, expected)
+    if config.model_type == "tvrn":
+        model, processor = load_model(name, device=device, trust_remote_code=trust_remote_code)
+        _check_looks(name, model, grid_size, image_size)
+        return model, processor
+    if _has_two_towers(config):
+        try:
+            model = TVRNModel.from_dual_encoder(
+                name, use_late_interaction=False, use_reasoning=False, vision_grid_size=grid_size
+            )
+        except ValueError as error:
+            logger.warning("%s Only the regions of its vision tower are kept, no embeddings.", error)
+        else:
+            _check_looks(name, model, grid_size, image_size)
+            return _placed(model, device), TVRNProcessor.from_dual_encoder(name)
+    sizes: dict[str, Any] = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}  # of parts that nobody uses
+    model = TVRNModel.from_backbones(
+        vision=name, trust_remote_code=trust_remote_code, freeze_vision=True, vision_grid_size=grid_size, **sizes
+    )
+    processor = TVRNProcessor.from_backbones(name, image_size=image_size, trust_remote_code=trust_remote_code)
+    return _placed(model, device), processor
+
+
+def box_feature_map(model: TVRNModel) -> Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]:
+    """What `RegionCache.build` pools in boxes: pixels -> the tower's map (B, C, h, w), of a dual encoder with its
+    embeddings (B, P)."""
+    tower: Any = model.vision_model
+    whole: Any = model.dual_encoder
+    if whole is None:
+        return lambda pixels: region_map(tower(pixel_values=pixels), pixels, tower.config)
+
+    def features(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        output = whole.get_image_features(pixel_values=pixels)
+        embeds = torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
+        return region_map(output, pixels, whole.config.vision_config), embeds
+
+    return features
+
+
+def _check_looks(name: str, model: TVRNModel, grid_size: int | None, image_size: int | None) -> None:
+    """Refuse a model that sees no pixels, and sizes that it has of its own."""
+    if model.config.vision_tower_config is None:
+        raise ValueError(f"{name!r} has no vision tower: it was trained on region features; name what these came from")
+    if grid_size not in (None, model.config.vision_grid_size):
+        own = model.config.vision_grid_size
+        raise ValueError(f"grid_size is {grid_size}, but {name!r} was trained with {own}; leave it out")
+    if image_size is not None:
+        raise ValueError(f"image_size is {image_size}, but {name!r} has its own; leave it out")
+
+
+def _has_two_towers(config: Any) -> bool:
+    return all(getattr(config, f"{side}_config", None) is not None for side in ("vision", "text"))
+
+
+def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
+    """The model in evaluation mode on a device; a GPU where there is one and none is named."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.eval().to(where), processor
+        return model.eval().to(where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error
 
 
-def check_exists(name: str, subfolder: str = "") -> None:
+def check_exists(name: str, subfolder: str = "", expected: str = EXPECTED) -> None:
     """Refuse a local folder that isn't there before anything asks the Hub.
 
     Raises:
@@ -75,11 +164,11 @@ def check_exists(name: str, subfolder: str = "") -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / subfolder / "config.json").is_file():
-            raise ValueError(f"{str(path / subfolder)!r} is a folder without config.json; {EXPECTED}{_near(path)}")
+            raise ValueError(f"{str(path / subfolder)!r} is a folder without config.json; {expected}{_near(path)}")
     elif path.exists():
-        raise ValueError(f"{name!r} is a file; {EXPECTED}, a folder with config.json and model.safetensors")
+        raise ValueError(f"{name!r} is a file; {expected}, a folder with config.json and model.safetensors")
     elif _is_local(name):
-        raise ValueError(f"there is no folder {str(path)!r}; {EXPECTED}{_near(path)}")
+        raise ValueError(f"there is no folder {str(path)!r}; {expected}{_near(path)}")
 
 
 def _is_local(name: str) -> bool:
@@ -108,12 +197,12 @@ def _near(path: Path) -> str:
     return f". Near by: {', '.join(found[name] for name in near)}" if near else ""
 
 
-def _read_config(name: str, hub: dict[str, Any]) -> Any:
+def _read_config(name: str, hub: dict[str, Any], expected: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         near = _near(Path(name))
         raise ValueError(
-            f"no model {name!r}: {reason} Looked for a local folder and on the Hub; {EXPECTED}{near}"
+            f"no model {name!r}: {reason} Looked for a local folder and on the Hub; {expected}{near}"
         ) from error

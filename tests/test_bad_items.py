@@ -421,7 +421,8 @@ def test_a_run_with_a_hub_tower_passes_over_special_tokens_alone(streaming: bool
     loaded, processor = pixel_model()
     loaded.text_model.save_pretrained(tmp_path / "text")
     processor.tokenizer.save_pretrained(tmp_path / "text")
-    keys: dict[str, Any] = {"streaming": True, "max_steps": 5} if streaming else {"cache_text_features": True}
+    cached = {"text_features": str(tmp_path / "captions")}
+    keys: dict[str, Any] = {"streaming": True, "max_steps": 5} if streaming else cached
     model = {"vision_config": TINY_VIT, "vision_grid_size": None, "freeze_text": True}
     config = tiny_config(
         wordless_data(tmp_path / "data", 12), tmp_path / "run", train_split="all", validation_split="all",

@@ -80,6 +80,7 @@ print(sorted(set(sys.modules) & {heavy}))
 
     def test_the_issue_s_verbs_are_there(self) -> None:
         issue = {"train", "evaluate", "score", "search", "index", "explain", "doctor", "push", "demo"}
+        issue |= {"regions", "teachers", "duplicates"}
         assert issue <= set(VERBS)
 
     def test_installing_puts_it_on_the_path(self) -> None:

@@ -1,7 +1,6 @@
 """Near-duplicates among negatives: all found, none of one image, and a page that shows them."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
@@ -12,11 +11,10 @@ import PIL.Image
 import pyarrow.parquet
 import pytest
 from teacher_makers import write_cache
+from test_cli import tvrn
 
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.teachers import StaleStoreError, false_negatives, near_duplicates
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +79,11 @@ def test_both_teachers_pairs_with_the_captions_most_alike(folder: Path) -> None:
     assert [row["text_cosine"] for row in alone] == [None]
 
 
-def test_the_script_writes_a_table_and_a_page_with_the_photographs(folder: Path, tmp_path: Path) -> None:
-    script = load_script()
-    command = ["--data", str(folder), "--image-teacher", str(folder / "image-teacher")]
-    command += ["--text-teacher", str(folder / "text-teacher"), "--output", str(tmp_path), "--thumbnail", "8"]
-    script.main([*command, "--image-threshold", "0.95", "--text-threshold", "0.95"])
+def test_the_verb_writes_a_table_and_a_page_with_the_photographs(folder: Path, tmp_path: Path) -> None:
+    command = ["duplicates", folder, "--image-teacher", folder / "image-teacher", "--output", tmp_path]
+    command += ["--text-teacher", folder / "text-teacher", "--thumbnail", 8]
+    said = tvrn(*command, "--image-threshold", 0.95, "--text-threshold", 0.95)
+    assert f"2 pairs of photographs: {tmp_path / 'false_negatives.html'}" in said.stdout
     rows = pyarrow.parquet.read_table(tmp_path / "false_negatives.parquet").to_pylist()
     assert {(row["first_image_id"], row["second_image_id"]) for row in rows} == {(42, 45), (41, 46)}
     page = (tmp_path / "false_negatives.html").read_text()
@@ -93,8 +91,29 @@ def test_the_script_writes_a_table_and_a_page_with_the_photographs(folder: Path,
     pictures = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)]
     assert len(pictures) == 4
     assert all(max(PIL.Image.open(io.BytesIO(picture)).size) == 8 for picture in pictures)
-    script.main([*command, "--image-threshold", "1", "--text-threshold", "1"])  # nothing is found
+    found = json.loads(tvrn(*command, "--image-threshold", 1, "--text-threshold", 1, "--json").stdout)
+    assert found["pairs"] == 0 and found["teachers"]["image"]["compared"] == 28
     assert not pyarrow.parquet.read_table(tmp_path / "false_negatives.parquet").num_rows
+
+
+def test_the_verb_s_mistakes_are_one_sentence_and_code_2(folder: Path, tmp_path: Path) -> None:
+    images, output = ["--image-teacher", folder / "image-teacher"], ["--output", tmp_path / "report"]
+    other = tmp_path / "other"
+    other.mkdir()
+    PIL.Image.new("RGB", (9, 9)).save(other / "1.png")
+    (other / "captions.json").write_text(json.dumps([{"image": "1.png", "image_id": 1, "captions": ["one", "two"]}]))
+    wrong = {
+        "'nowhere'": ["nowhere", *images, *output],
+        "no teacher: give --image-teacher": [folder, *output],
+        "no manifest.json in": [folder, "--text-teacher", tmp_path / "nothing", *output],
+        "is of modality 'image', expected 'text'": [folder, "--text-teacher", folder / "image-teacher", *output],
+        "threshold is 1.5": [folder, *images, "--image-threshold", 1.5, *output],
+        "cache is of other data": [other, *images, *output],
+    }
+    for message, arguments in wrong.items():
+        said = tvrn("duplicates", *arguments, code=2)
+        assert message in said.stderr and said.stdout == "" and "Traceback" not in said.stderr, said.stderr
+    assert not (tmp_path / "report").exists()
 
 
 def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -110,10 +129,3 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
     records.captions[0][1] = "something else"
     with pytest.raises(StaleStoreError, match="something else"):
         false_negatives(records, text_teacher=texts)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("false_negatives", ROOT / "examples/false_negatives.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script

@@ -1,4 +1,4 @@
-"""What README and guides show works: its Python runs, flags, keys and files exist, and .ci/run takes its command from it."""
+"""What README and guides show works: Python, flags, keys and files; and .ci/run takes its command from README."""
 
 import re
 import shlex

@@ -1,16 +1,22 @@
 """Regions from a cache are the regions of the pixels; a cache of anything else is refused."""
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from dual_encoder_makers import save_dual_encoder
+from hub_makers import pixel_model, region_model, save
+from test_cli import tvrn
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPImageProcessorPil,
     ConvNextConfig,
     ConvNextModel,
     Dinov2WithRegistersConfig,
@@ -22,17 +28,18 @@ from transformers import (
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import CaptionDataset, PairCollator, load_pairs
+from modeling_tvrn.front_door import load_region_model
 from modeling_tvrn.teachers import (
     RegionCache,
     StaleStoreError,
     pool_boxes,
     region_fingerprint,
     resize_only,
+    with_checked_regions,
     with_regions,
 )
 from modeling_tvrn.towers_tvrn import region_map
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNT = 7
 BOXES = [[[2, 3, 40, 30], [0, 0, 61, 45]], [[10, 5.5, 20, 44]], [[1, 2, 3, 4], [30, 20, 60, 45], [0, 0, 9, 9]]]
 
@@ -562,36 +569,112 @@ def test_streams_get_regions_as_they_come(towers, photographs, records, tmp_path
     assert stream.skipped.total == 0
 
 
-# -- the script -------------------------------------------------------------------------------------------------------
+# -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("extract_regions", ROOT / "examples/extract_regions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_makes_the_cache_that_the_model_expects(script, towers, photographs, records, tmp_path, capsys):
-    arguments = [str(towers / "patches"), "--data", str(photographs), "--grid-size", "2", "--batch-size", "4"]
-    made = script.main([*arguments, "--output", str(tmp_path), "--device", "cpu"])
-    assert f"images={COUNT}, regions=4, features=14" in capsys.readouterr().out
+def test_the_verb_makes_the_cache_that_the_model_expects(towers, photographs, records, tmp_path, caplog):
+    arguments = ["regions", photographs, "--features", towers / "patches", "--batch-size", 4, "--device", "cpu"]
+    made = tvrn(*arguments, "--grid-size", 2, "--output", tmp_path)
+    assert f"images={COUNT}, regions=4, features=14" in made.stdout and "kB to write, " in caplog.text
     model, processor = make(towers, "patches", vision_grid_size=2)
     cache = RegionCache.load(tmp_path, region_fingerprint(model, processor, records))
-    assert cache.ids == made.ids and cache.info["backbone"] == str(towers / "patches")
-    with pytest.raises(StaleStoreError, match=r"regions.grid_size: stored 2, expected 3"):
-        script.main([*arguments, "--output", str(tmp_path), "--grid-size", "3", "--device", "cpu"])
+    assert list(cache.ids) == records.image_ids and cache.info["backbone"] == str(towers / "patches")
+    again = json.loads(tvrn(*arguments, "--grid-size", 2, "--output", tmp_path, "--json").stdout)
+    assert again == {
+        "cache": str(tmp_path), "items": COUNT, "bytes": cache.store.bytes, "seconds": cache.info["seconds"]
+    }  # fmt: skip
+    stale = tvrn(*arguments, "--grid-size", 3, "--output", tmp_path, code=2).stderr
+    assert "regions.grid_size: stored 2, expected 3" in stale and "--overwrite" in stale and "Traceback" not in stale
+    tvrn(*arguments, "--grid-size", 3, "--output", tmp_path, "--overwrite")
+    assert RegionCache.load(tmp_path).store.layout["region_features"][1] == (9, 14)
 
 
-def test_the_script_pools_in_boxes(script, towers, photographs, tmp_path):
-    arguments = [str(towers / "cnn"), "--data", str(photographs), "--boxes-column", "boxes", "--device", "cpu"]
-    cache = script.main([*arguments, "--max-regions", "3", "--output", str(tmp_path / "script")])
+def test_the_verb_pools_in_boxes(towers, photographs, tmp_path):
+    arguments = ["regions", photographs, "--features", towers / "cnn", "--boxes-column", "boxes", "--device", "cpu"]
+    tvrn(*arguments, "--max-regions", 3, "--output", tmp_path / "verb")
     expected = with_boxes(towers, photographs, tmp_path / "here", max_regions=3)
+    cache = RegionCache.load(tmp_path / "verb")
     for name, array in expected[expected.ids].items():
         assert torch.equal(cache[expected.ids][name], array)
-    with pytest.raises(SystemExit, match="two ways to choose regions"):
-        script.main([*arguments, "--grid-size", "2", "--output", str(tmp_path / "both")])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_of_a_dual_encoder_the_verb_keeps_embeddings_too(photographs, records, tmp_path, kind):
+    save_dual_encoder(tmp_path / kind, kind)
+    tvrn("regions", photographs, "--features", tmp_path / kind, "--grid-size", 2, "-o", tmp_path / "cache")
+    model, processor = load_region_model(tmp_path / kind, grid_size=2, device="cpu")
+    wrapped = with_checked_regions(records, tmp_path / "cache", model, processor)
+    own = processor(images=[record["image"] for record in records])["pixel_values"]
+    with torch.no_grad():
+        embeds = model.extract_image_features(own)["image_embeds"]
+    found = torch.stack([torch.from_numpy(record["image_embeds"]) for record in wrapped])
+    torch.testing.assert_close(found, embeds, atol=1e-5, rtol=0)
+
+
+def test_of_a_tvrn_the_verb_keeps_what_its_own_tower_sees(photographs, records, tmp_path):
+    folder = save(tmp_path / "tvrn", *pixel_model(vision_grid_size=2))
+    arguments = ["regions", photographs, "--features", folder, "-o", tmp_path / "cache", "--device", "cpu"]
+    tvrn(*arguments)
+    wrapped = with_checked_regions(records, tmp_path / "cache", *pixel_model(vision_grid_size=2))
+    assert wrapped[0]["region_features"].shape == (4, 14)
+    assert "was trained with 2; leave it out" in tvrn(*arguments, "--grid-size", 3, code=2).stderr
+    assert "has its own; leave it out" in tvrn(*arguments, "--image-size", 64, code=2).stderr
+    arguments[3] = save(tmp_path / "blind", *region_model())
+    assert "has no vision tower: it was trained on region features" in tvrn(*arguments, code=2).stderr
+
+
+def test_boxes_of_a_dual_encoder_that_only_resizes_come_with_embeddings(photographs, tmp_path):
+    folder = save_dual_encoder(tmp_path / "siglip", "siglip")
+    arguments = ["regions", photographs, "--features", folder, "--boxes-column", "boxes", "-o", tmp_path / "cache"]
+    refused = tvrn(*arguments, code=2).stderr
+    assert "crops or pads photographs" in refused and "take a dual encoder that only resizes" in refused
+    CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
+    (folder / "processor_config.json").unlink()
+    tvrn(*arguments)
+    layout = RegionCache.load(tmp_path / "cache").store.layout
+    assert layout["image_embeds"][1] == (36,) and layout["region_features"][1] == (36, 36)
+
+
+def test_of_two_towers_that_are_no_dual_encoder_the_verb_takes_the_regions_and_says_so(
+    photographs, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise ValueError("CLIPModel can't be the first stage: its logit is another one.")
+
+    monkeypatch.setattr(TVRNModel, "from_dual_encoder", refuse)
+    save_dual_encoder(tmp_path / "clip", "clip")
+    said = tvrn("regions", photographs, "--features", tmp_path / "clip", "-o", tmp_path / "cache")
+    assert "image_embeds" not in RegionCache.load(tmp_path / "cache").store.layout, said.stderr
+
+
+def test_mistakes_are_one_sentence_and_code_2(towers, photographs, tmp_path):
+    cnn = ["--features", towers / "cnn", "-o", tmp_path / "cache", "--device", "cpu"]
+    text = tmp_path / "text"
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=9)
+    ).save_pretrained(text)
+    wrong = {
+        "'nowhere'": ["nowhere", *cnn],
+        "no folder": [photographs, "--features", tmp_path / "nothing", "-o", tmp_path / "cache"],
+        "expected a vision model": [photographs, "--features", text, "-o", tmp_path / "cache"],
+        "'box'": [photographs, *cnn, "--boxes-column", "box"],
+        "two ways to choose regions": [photographs, *cnn, "--boxes-column", "boxes", "--grid-size", 2],
+        "--dtype is 'int8'; expected one of float16, float32": [photographs, *cnn, "--dtype", "int8"],
+        "--verify is 'half'": [photographs, *cnn, "--verify", "half"],
+        "Missing option '--output'": [photographs, "--features", towers / "cnn"],
+        "device 'tpu'": [photographs, "--features", towers / "cnn", "-o", tmp_path / "cache", "--device", "tpu"],
+    }
+    for message, arguments in wrong.items():
+        said = tvrn("regions", *arguments, code=2)
+        assert message in said.stderr and said.stdout == "" and "Traceback" not in said.stderr, said.stderr
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(towers, records, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=900))
+    with pytest.raises(OSError, match="no room for a cache of .* free: free some"):
+        build(towers, records, tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
 
 
 @pytest.mark.slow

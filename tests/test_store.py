@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from modeling_tvrn.teachers import ArrayStore, BrokenShardError, StaleStoreError, StoreWriter
 from modeling_tvrn.teachers.id_index import IdIndex
+from modeling_tvrn.teachers.store import check_space
 
 FINGERPRINT = {"backbone": {"weights_sha256": "ab12", "config": {"patch_size": 7}}, "numbers": {"dtype": "float16"}}
 IDS = [*range(100, 107), "108", "a name.jpg", 9, 8]
@@ -49,6 +50,32 @@ def test_items_come_back_exactly_by_id_in_any_order_and_repeated(tmp_path):
     assert 9 in store and "9" not in store
     assert store[[]]["boxes"].shape == (0, 3, 4)
     assert store.info == {"seconds": 1.5}
+
+
+def test_ragged_items_come_back_with_their_lengths_after_a_resume_too(tmp_path):
+    random = np.random.default_rng(2)
+    items = [random.normal(size=(length, 3)).astype(np.float16) for length in (4, 0, 1, 7, 2, 2, 5, 3, 6)]
+    for end in (5, 9):  # the first writer is killed: two whole shards of two are there, its fifth item is lost
+        writer = StoreWriter(tmp_path, FINGERPRINT, shard_size=2)
+        assert writer.ids == list(range(0 if end == 5 else 4))
+        for start in range(len(writer.ids), end, 3):
+            rows = range(start, min(start + 3, end))
+            writer.append(rows, {"tokens": [items[row] for row in rows], "row": np.array(rows)})
+    store = writer.finish()
+    rows = [8, 1, 3, 3, 0]
+    found = store[rows]
+    assert found["row"].tolist() == rows and found["tokens"].shape == (5, 7, 3)
+    assert found["tokens.lengths"].tolist() == [len(items[row]) for row in rows]
+    for padded, row in zip(found["tokens"], rows, strict=True):
+        np.testing.assert_array_equal(padded[: len(items[row])], items[row])
+        assert not padded[len(items[row]) :].any()
+    assert store.read(np.array([1]), ["tokens"])["tokens"].shape == (1, 0, 3)
+    assert store[[]]["tokens"].shape == (0, 0, 3)
+
+
+def test_a_disk_without_room_is_refused_with_what_is_needed_and_free(tmp_path):
+    with pytest.raises(OSError, match=r"no room for a cache of 1,000,000,000.0 GB in .* has [\d,.]+ [GM]B free"):
+        check_space(tmp_path, 1e18)
 
 
 def test_shards_are_plain_safetensors(tmp_path):

@@ -1,6 +1,5 @@
 """Teachers give the vectors their models were trained to give; a cache gives back theirs, and never another's."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import tvrn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -491,33 +491,61 @@ def test_captions_that_are_cut_are_counted(hub: Path, photographs: Path, tmp_pat
     assert cache.info["captions_cut"] == 13 and "13 captions are longer" in caplog.text
 
 
-def test_the_script_builds_and_says_what(hub: Path, photographs: Path, tmp_path: Path, capsys) -> None:
-    script = load_script()
-    command = [str(hub / "dinov2"), "--modality", "image", "--data", str(photographs), "--output", str(tmp_path / "d")]
-    cache = script.main([*command, "--device", "cpu", "--batch-size", "2"])
+def test_the_verb_builds_and_says_what(hub: Path, photographs: Path, tmp_path: Path) -> None:
+    arguments = ["teachers", photographs, hub / "dinov2", "--modality", "image", "--device", "cpu", "--batch-size", 2]
+    said = tvrn(*arguments, "--output", tmp_path / "d")
+    assert "items=7, size=12), pooling 'cls'" in said.stdout
+    cache = TeacherCache.load(tmp_path / "d", dataset=load_pairs(photographs), modality="image")
     assert len(cache) == 7 and cache.info["teacher"] == str(hub / "dinov2")
-    assert "items=7, size=12), pooling 'cls'" in capsys.readouterr().out
+    again = json.loads(tvrn(*arguments, "--output", tmp_path / "d", "--json").stdout)
+    assert again == {"cache": str(tmp_path / "d"), "items": 7, "bytes": cache.store.bytes, "pooling": "cls"}
+
+
+def test_the_verb_takes_the_means_of_regions(hub: Path, photographs: Path, tmp_path: Path) -> None:
+    tvrn("regions", photographs, "--features", hub / "dinov2", "-o", tmp_path / "regions", "--device", "cpu")
+    arguments = ["teachers", photographs, "--regions", tmp_path / "regions", "--modality", "image"]
+    assert "items=7, size=12), means of RegionCache" in tvrn(*arguments, "-o", tmp_path / "means").stdout
+    (tmp_path / "other").mkdir()
+    pictures(1)[0].save(tmp_path / "other" / "9.png")
+    row = {"image": "9.png", "image_id": 9, "captions": ["the dog runs"]}
+    (tmp_path / "other" / "captions.json").write_text(json.dumps([row]))
+    arguments[1] = tmp_path / "other"
+    assert "--regions is of other data" in tvrn(*arguments, "-o", tmp_path / "other-means", code=2).stderr
+
+
+def test_the_verb_s_mistakes_are_one_sentence_and_code_2(hub: Path, photographs: Path, tmp_path: Path) -> None:
+    tvrn("teachers", photographs, hub / "bert", "--modality", "text", "-o", tmp_path / "bert", "--device", "cpu")
+    text = ["--modality", "text", "-o", tmp_path / "cache", "--device", "cpu"]
+    wrong = {
+        "'nowhere'": ["nowhere", hub / "bert", *text],
+        "no teacher at": [photographs, tmp_path / "nothing", *text],
+        "no teacher": [photographs, hub / "cnn", *text],
+        "--modality is 'sound'": [photographs, hub / "bert", "--modality", "sound", "-o", tmp_path / "cache"],
+        "either a MODEL": [photographs, *text],
+        "exactly one": [photographs, hub / "bert", *text, "--regions", tmp_path / "regions"],
+        "--modality image": [photographs, *text, "--regions", tmp_path / "regions"],
+        "pooling is 'sum'": [photographs, hub / "bert", *text, "--pooling", "sum"],
+        "stored 'mean', expected 'cls'": [
+            photographs, hub / "bert", "--modality", "text", "-o", tmp_path / "bert", "--pooling", "cls"
+        ],
+    }  # fmt: skip
+    for message, arguments in wrong.items():
+        said = tvrn("teachers", *arguments, code=2)
+        assert message in said.stderr and said.stdout == "" and "Traceback" not in said.stderr, said.stderr
 
 
 @pytest.mark.slow
-def test_two_processes_of_the_script_make_one_cache(hub: Path, photographs: Path, tmp_path: Path) -> None:
+def test_two_processes_of_the_verb_make_one_cache(hub: Path, photographs: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "examples/cache_teachers.py"), str(hub / "clip"), "--modality", "text", "--data", str(photographs),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+        "modeling_tvrn.cli", "teachers", str(photographs), str(hub / "clip"), "--modality", "text",
         "--output", str(tmp_path / "two"), "--device", "cpu",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0 and ran.stdout.count("TeacherCache(") == 1, ran.stderr
     cache = TeacherCache.load(tmp_path / "two", dataset=load_pairs(photographs))
     assert len(cache.info["parts"]) == 2  # the world had two processes
     teacher = Teacher.from_pretrained(hub / "clip", "text", device="cpu")
     whole = TeacherCache.build(teacher, load_pairs(photographs), tmp_path / "one", progress=False)
     torch.testing.assert_close(cache[whole.ids], whole[whole.ids], atol=2e-3, rtol=0)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("cache_teachers", ROOT / "examples/cache_teachers.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script

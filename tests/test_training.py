@@ -419,15 +419,14 @@ def test_cached_text_features_train_as_the_tower_does(configure: Configure, tmp_
     tower = tmp_path / "tower"
     keys = {"epochs": 1, "max_steps": 4, "model": {"freeze_text": True, "dropout": 0.0}}
     save_text_tower(tower)
-    losses = []
-    for cached in (False, True):
-        folder = str(tmp_path / f"cached-{cached}")
-        result = train(
-            configure(text=str(tower), cache_text_features=cached, output_dir=folder, logging_steps=1, **keys)
-        )
+    losses, captions = [], str(tmp_path / "captions")
+    for cached in (None, captions, captions):  # made, then shared
+        folder = str(tmp_path / f"run-{len(losses)}")
+        result = train(configure(text=str(tower), text_features=cached, output_dir=folder, logging_steps=1, **keys))
         losses.append([event["loss"] for event in result["history"] if "loss" in event])
     # features in half precision; where a gradient is next to nothing, Adam's step may have the other sign
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[1] == losses[2]
     assert losses[0][0] != losses[0][-1]
 
 
@@ -471,7 +470,7 @@ def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configu
         "model": {"vision_config": {**TINY_VIT, "image_size": 32}, "freeze_vision": True, "dropout": 0.0},
     }  # fmt: skip
     regions = str(tmp_path / "{split}")
-    with pytest.raises(ValueError, match="no region cache in .*train.*extract_regions"):
+    with pytest.raises(ValueError, match="no region cache in .*train.*tvrn regions scenes --features MODEL"):
         Training(configure(**keys, regions=regions))
     plain = Training(configure(**keys, output_dir=str(tmp_path / "plain")))
     for split, records in (("train", plain.train_records), ("validation", plain.validation_records)):

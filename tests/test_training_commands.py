@@ -30,6 +30,7 @@ from modeling_tvrn.data import load_pairs
 from modeling_tvrn.hub import Check, push_to_hub
 from modeling_tvrn.hub.apart import Outcome
 from modeling_tvrn.plots import plot_training_curve
+from modeling_tvrn.teachers import CaptionCache
 from modeling_tvrn.training.snapshots import Snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,11 @@ CUSA = {
 }  # fmt: skip
 
 
+CAPTIONS = {
+    **PICTURES, "text_features": "{output}/../captions", "model": {**PICTURES["model"], "freeze_text": True},
+}  # fmt: skip
+
+
 def phases(unit: str) -> list[dict[str, Any]]:
     """One of every kind."""
     names = ("embeddings", "late_interaction", "distilled_embeddings", "reasoning")
@@ -109,6 +115,8 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
         "model": {**PICTURES["model"], "distillation_loss_weight": 0.5, "use_refined_features": False}}, 1),
     "stream of two processes": (STREAM, 2),
     "cusa": ({**PICTURES, **CUSA}, 1),
+    "captions from a cache": (CAPTIONS, 1),
+    "two processes, captions from a cache": ({**CAPTIONS, "mixed_precision": "bf16"}, 2),
     "adapters": ({**PICTURES, "text_lora_rank": 2, "vision_lora_rank": 2}, 1),
     "a few items at a time, mean of weights": ({**TEXT_TOWER, "tower_batch_size": 3, "ema_decay": 0.9}, 1),
     "two processes, cusa": ({**PICTURES, **CUSA}, 2),
@@ -139,7 +147,7 @@ def command(name: str, arguments: list[str], log: str) -> None:
 def written(folder: Path, place: Path, output: Path, **keys: Any) -> Path:
     """A recipe, with the place's folders filled in."""
     base = {"output_dir": str(output), "cpu": True, "epochs": 1, "logging_steps": 1, "learning_rate": 3e-3}
-    text = json.dumps({**base, **keys}).replace("{place}", str(place))
+    text = json.dumps({**base, **keys}).replace("{place}", str(place)).replace("{output}", str(output))
     (folder / "recipe.yaml").write_text(text)  # JSON is YAML
     return folder / "recipe.yaml"
 
@@ -184,6 +192,10 @@ def test_a_run_leaves_everything_and_ends_with_0(place: Path, tmp_path: Path, mo
     assert "| pair score" in said and results["data"]["validation"]["images"] == validation
     assert streamed or results["data"]["train"]["images"] == train
     assert set(results["teachers"]) == ({"image", "text"} if "cusa" in keys else set())
+    if "text_features" in keys:
+        cache = CaptionCache.load(tmp_path / "captions")
+        # A CPU without bfloat16 instructions would take many times as long, whatever the run computes in.
+        assert len(cache) > 30 and cache.info["computed_in"] == "float32 on cpu"
 
 
 @pytest.mark.slow
@@ -254,6 +266,22 @@ def test_torchrun_starts_two_processes(place: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.count("| pair score") == 1, "one process speaks"
     check_folder(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stale_caption_cache_ends_a_run_with_2_and_says_what_differs(
+    place: Path, tmp_path: Path, count: int
+) -> None:
+    run(tmp_path, written(tmp_path, place, tmp_path / "out", **CAPTIONS))
+    recipe = written(tmp_path, place, tmp_path / "out", **CAPTIONS, max_text_length=7)
+    runner = Processes(tmp_path)
+    started = runner.start(command, "tvrn", ["train", "-c", str(recipe)], str(tmp_path / "stale"), count=count)
+    # Once one has ended the others may be killed, who would have said the same.
+    assert 2 in runner.finish(started)
+    said = "".join(_read(path) for path in sorted(tmp_path.glob("stale-*")))
+    assert f"text_features = '{tmp_path}/out/../captions'" in said and "Traceback" not in said
+    assert "tokens.max_length: stored 64, expected 7" in said and "by deleting that folder" in said
 
 
 def test_a_mistake_is_one_line_and_code_2(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,10 +72,10 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["scheduler=step"], "scheduler = 'step' needs decay_epochs"),
         (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),
         (
-            ["cache_text_features=true", "text=some/encoder"],
+            ["text_features=captions", "text=some/encoder"],
             "needs a frozen text tower, but model.freeze_text = False",
         ),
-        (["cache_text_features=true", "model.freeze_text=true"], "needs a text tower, got text = None"),
+        (["text_features=captions", "model.freeze_text=true"], "needs a text tower, got text = None"),
         (["word_embeddings=some/encoder", "text=some/encoder"], "but there is a text tower .* set text=null"),
         (["model.freeze_word_embeddings=true"], "word_embeddings = None: the words would stay as they were drawn"),
         (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision tower"),

@@ -85,7 +85,7 @@ def test_caches_train_as_live_towers_do(checkpoint: Path, data: Path, tmp_path: 
     RegionCache.build(model, processor, load_pairs(str(data / "train.csv")), tmp_path / "regions", dtype="float32")
     cached, _ = trained(
         tmp_path / "cached", checkpoint, data, "phases=[{train: late_interaction, steps: 2}]",
-        f"regions={tmp_path / 'regions'}", "cache_text_features=true",
+        f"regions={tmp_path / 'regions'}", f"text_features={tmp_path / 'captions'}",
     )  # fmt: skip
     images = [Image.open(path) for path in sorted((data / "validation").iterdir())]
     given = processor(images=images, text=[" ".join(WORDS[k : k + 4]) for k in range(12)])

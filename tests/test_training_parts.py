@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from training_makers import TINY_BERT
 
-from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
+from modeling_tvrn import TVRNConfig, TVRNModel
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.batches import CaptionBatches, phases
 from modeling_tvrn.training.objective import Objective, Sides, drop_valid
 from modeling_tvrn.training.optim import WeightAverage, make_optimizer, parameter_groups, rate_factor
 from modeling_tvrn.training.phases import PhaseConfig
-from modeling_tvrn.training.text_cache import CachedTextProcessor
 from modeling_tvrn.training.watch import PATIENCE, TrainingStopped, Watch
 
 BERT = {**TINY_BERT, "vocab_size": 40}
@@ -285,43 +284,3 @@ def test_logits_far_from_zero_are_no_collapse() -> None:
     for step in range(2 * PATIENCE):
         see(watch, step, logits=25.0 + 2.0 * torch.randn(3, 4))
     watch.check()
-
-
-# -- cached text features --------------------------------------------------------------------------------
-
-
-def frozen_text_model() -> tuple[TVRNModel, TVRNProcessor]:
-    processor = TVRNProcessor.from_captions(CAPTIONS)
-    model = tiny_model(text_config=BERT, freeze_text=True, dropout=0.0)
-    return model.eval(), processor
-
-
-def test_cached_text_features_give_the_scores_of_the_tower() -> None:
-    model, processor = frozen_text_model()
-    cached = CachedTextProcessor.build(model, processor, [*CAPTIONS, *CAPTIONS], batch_size=3, progress=False)
-    assert len(cached.spans) == len(CAPTIONS)
-    chosen = [CAPTIONS[2], CAPTIONS[0], CAPTIONS[2]]
-    inputs = cached(text=chosen, return_tensors="pt")
-    assert "input_ids" not in inputs and inputs["text_features"].dtype == torch.float16
-    plain = model.encode_texts(**processor(text=chosen))
-    stored = model.encode_texts(**inputs)
-    torch.testing.assert_close(stored.embeds, plain.embeds, atol=2e-3, rtol=0)
-    assert torch.equal(stored.word_mask, plain.word_mask)
-
-
-def test_the_cached_processor_hands_images_to_the_processor_and_refuses_unknown_captions() -> None:
-    model, processor = frozen_text_model()
-    cached = CachedTextProcessor.build(model, processor, CAPTIONS, progress=False)
-    regions = [np.ones((3, 5), dtype=np.float32)]
-    assert cached(region_features=regions)["region_features"].shape == (1, 3, 5)
-    assert cached.tokenizer is processor.tokenizer
-    with pytest.raises(ValueError, match="1 of 2 captions are not in the cache.*'a new one'"):
-        cached(text=[CAPTIONS[0], "a new one"])
-
-
-def test_a_text_tower_that_learns_is_not_cached() -> None:
-    processor = TVRNProcessor.from_captions(CAPTIONS)
-    with pytest.raises(ValueError, match="need a frozen text tower; this model has one that learns"):
-        CachedTextProcessor.build(tiny_model(text_config=BERT), processor, CAPTIONS)
-    with pytest.raises(ValueError, match="need a frozen text tower; this model has none"):
-        CachedTextProcessor.build(tiny_model(), processor, CAPTIONS)

@@ -30,7 +30,6 @@ from modeling_tvrn.metrics import RetrievalMetrics, paired_bootstrap, retrieval_
 from modeling_tvrn.scoring import search_then_rerank
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.loop import Training
-from modeling_tvrn.training.text_cache import CachedTextProcessor
 
 MODULES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment")
 FULL: dict[str, object] = dict.fromkeys(MODULES, True)
@@ -56,18 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shortlist-size", type=int, help="rerank so many candidates a query instead of every pair")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_intermixed_args()
-
-
-def read_captions_once() -> None:
-    """The frozen text tower is every variant's: what it says of the captions is computed for the first one alone."""
-    build, built = CachedTextProcessor.build, []
-
-    def build_once(*given) -> CachedTextProcessor:
-        if not built:
-            built.append(build(*given))
-        return built[0]
-
-    CachedTextProcessor.build = build_once  # type: ignore[method-assign,assignment]
 
 
 def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Training, float]:
@@ -115,7 +102,6 @@ def main() -> None:
     arguments = parse_arguments()
     logging.getLogger("modeling_tvrn").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    read_captions_once()
     reference: tuple[str, RetrievalMetrics] | None = None
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:

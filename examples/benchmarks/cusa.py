@@ -1,9 +1,9 @@
 r"""CUSA on the plain dual encoder: baseline, + CSA, + USA, + CUSA, over seeds.
 
-    python examples/extract_regions.py VISION --data DATA --split train --grid-size 6 --output regions/train
-    python examples/extract_regions.py VISION --data DATA --split validation --grid-size 6 --output regions/validation
-    python examples/cache_teachers.py VISION --modality image --data DATA --split train --output teachers/image
-    python examples/cache_teachers.py TEXT --modality text --data DATA --split train --output teachers/text
+    tvrn regions DATA --features VISION --grid-size 6 --split train --output regions/train
+    tvrn regions DATA --features VISION --grid-size 6 --split validation --output regions/validation
+    tvrn teachers DATA VISION --modality image --split train --output teachers/image
+    tvrn teachers DATA TEXT --modality text --split train --output teachers/text
     python examples/benchmarks/cusa.py --data DATA --regions 'regions/{split}' --text TEXT --seeds 0 1 2 \
         --image-teacher teachers/image --text-teacher teachers/text --sentence-pairs stsb/validation.parquet
 

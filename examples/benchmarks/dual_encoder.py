@@ -1,7 +1,7 @@
 """The peer: the best plain dual encoder we know how to train on the same frozen towers as TVRN.
 
-    python examples/extract_regions.py VISION --data DATA --split train --grid-size 6 --output regions/train
-    python examples/extract_regions.py VISION --data DATA --split validation --grid-size 6 --output regions/validation
+    tvrn regions DATA --features VISION --grid-size 6 --split train --output regions/train
+    tvrn regions DATA --features VISION --grid-size 6 --split validation --output regions/validation
     python examples/benchmarks/dual_encoder.py --data DATA --regions 'regions/{split}' --text TEXT --seeds 0 1 2
     python examples/benchmarks/dual_encoder.py --data DATA --regions 'regions/{split}' --seeds 0 1 2    # BiGRU words
 

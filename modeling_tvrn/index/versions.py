@@ -8,9 +8,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..durable import publish
+from ..durable import lock, publish
 
 POINTER, LOCK, VERSIONS = "current.json", "build.lock", "versions"
 FORMAT, FORMAT_VERSION = "tvrn-index", 1
@@ -30,7 +30,7 @@ def building(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK, "a+", encoding="utf-8") as file:
         try:
-            _lock(file)
+            lock(file)
         except OSError as error:
             file.seek(0)
             raise IndexBusyError(
@@ -41,18 +41,6 @@ def building(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _lock(file: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        file.seek(0)
-        getattr(msvcrt, "locking")(file.fileno(), getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009 (absent elsewhere)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def current(directory: Path) -> Path | None:

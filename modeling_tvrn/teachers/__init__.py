@@ -1,5 +1,7 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
+from .caption_cache import CaptionCache, caption_fingerprint
+from .duplicates_page import write_duplicates
 from .extraction import RegionExtraction, resize_only
 from .false_negatives import false_negatives, near_duplicates
 from .fingerprint import StaleStoreError
@@ -14,12 +16,14 @@ from .teacher_cache import TeacherCache
 __all__ = [
     "ArrayStore",
     "BrokenShardError",
+    "CaptionCache",
     "RegionCache",
     "RegionExtraction",
     "StaleStoreError",
     "StoreWriter",
     "Teacher",
     "TeacherCache",
+    "caption_fingerprint",
     "false_negatives",
     "near_duplicates",
     "pool_boxes",
@@ -27,4 +31,5 @@ __all__ = [
     "resize_only",
     "with_checked_regions",
     "with_regions",
+    "write_duplicates",
 ]

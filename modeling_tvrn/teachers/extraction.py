@@ -86,7 +86,8 @@ class RegionExtraction:
         boxes_column: Column of the records with each image's boxes (R, 4), pixels or fractions. `None`: the regions
             are `model`'s own grid.
         max_regions: Boxes kept of an image, the first ones; only with `boxes_column`.
-        feature_map: Only with `boxes_column`: pixel_values -> the backbone's map (B, C, h, w) to pool in the boxes.
+        feature_map: Only with `boxes_column`: pixel_values -> the backbone's map (B, C, h, w) to pool in the boxes, or
+            that and a dual encoder's embeddings (B, P).
 
     Raises:
         ValueError: On an unknown dtype, or boxes without a map, or boxes with a processor that crops or pads.
@@ -98,7 +99,7 @@ class RegionExtraction:
     compute_dtype: str = "float32"
     boxes_column: str | None = None
     max_regions: int = 36
-    feature_map: Callable[[Tensor], Tensor] | None = None
+    feature_map: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
@@ -185,7 +186,9 @@ class RegionExtraction:
             return *regions, None
         assert self.feature_map is not None  # checked when made
         boxes, mask = batch["region_boxes"].to(self.device), batch["region_mask"].to(self.device)
-        return pool_boxes(self.feature_map(pixels).float(), boxes), boxes, mask, None
+        found = self.feature_map(pixels)
+        features, embeds = found if isinstance(found, tuple) else (found, None)
+        return pool_boxes(features.float(), boxes), boxes, mask, embeds
 
     @property
     def device(self) -> torch.device:

@@ -69,16 +69,21 @@ def items_fingerprint(ids: Iterable[ItemId]) -> dict[str, Any]:
     return {"items": len(ids), "ids_sha256": ids_digest(ids)}
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
     """SHA-256 of a module's names, shapes and values.
 
     Floating values are read as float32, so that the same checkpoint loaded in half or in full precision is the same.
+
+    Args:
+        without: What the names of weights that do not count begin with.
 
     Raises:
         ValueError: If a weight is on the meta device and so has no value.
     """
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
+        if name.startswith(without):
+            continue
         if value.is_meta:
             raise ValueError(f"the weight {name!r} has no value (it is on the meta device): load the weights first")
         value = value.detach().to("cpu")
@@ -89,9 +94,9 @@ def weights_digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-def module_fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Class, weights and (for a transformers model) configuration of a frozen network."""
-    found: dict[str, Any] = {"class": type(module).__name__, "weights_sha256": weights_digest(module)}
+def module_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Class, weights (but those `without`) and, of a transformers model, configuration of a frozen network."""
+    found: dict[str, Any] = {"class": type(module).__name__, "weights_sha256": weights_digest(module, without)}
     config = getattr(module, "config", None)
     if config is not None:
         # Only what differs from the defaults: a newer transformers that adds a field leaves old stores valid.
@@ -116,6 +121,17 @@ def preprocessor_fingerprint(processor: Any) -> dict[str, Any]:
     # The same processor under its three backends' names: Pil, Fast, and the plain one.
     name = str(settings.pop("image_processor_type", type(part).__name__))
     return {"class": name.removesuffix("Pil").removesuffix("Fast")} | settings
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides how a tokenizer of transformers cuts a text into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        # How it pads and cuts is set anew at every call.
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +169,8 @@ def check_fingerprint(stored: Mapping[str, Any], expected: Mapping[str, Any], di
     if lines:
         raise StaleStoreError(
             f"the store in {os.fspath(directory)!r} was made from something else:\n" + "\n".join(lines) + "\n"
-            "Build it again with overwrite=True, or build another in its own folder"
+            "Build it again with overwrite=True (--overwrite) or by deleting that folder, or build another in a "
+            "folder of its own"
         )
 
 

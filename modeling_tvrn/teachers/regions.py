@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from .extraction import ImagePreparation, RegionExtraction
 from .fingerprint import ItemId, items_fingerprint, plain_id
-from .shards import BrokenShardError
-from .store import ArrayStore, StoreWriter, read_manifest
+from .store import ArrayStore, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class RegionCache:
         compute_dtype: str = "float32",
         boxes_column: str | None = None,
         max_regions: int = 36,
-        feature_map: Callable[[Tensor], Tensor] | None = None,
+        feature_map: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
         shard_size: int = 512,
         num_workers: int = 0,
@@ -92,6 +91,7 @@ class RegionCache:
         Raises:
             StaleStoreError: If the folder's cache was made from something else.
             ValueError: On bad settings or records, and on NaN features (naming the image).
+            OSError: If the disk has no room for the cache.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -100,8 +100,9 @@ class RegionCache:
         ids = image_ids_of(records)
         if ids is not None:
             made_from["data"] = items_fingerprint(ids)
-        if not overwrite and (finished := cls._finished(directory, made_from)) is not None:
-            return finished
+        # Of a stream, whose images nobody knows before, a cache can't be known to be whole.
+        if not overwrite and ids is not None and (finished := finished_store(directory, made_from)) is not None:
+            return cls(finished)
         writer = StoreWriter(directory, made_from, shard_size, overwrite)
         facts = _origin(extraction) | {"resumed_after": len(writer.ids)}
         started = time.monotonic()
@@ -110,18 +111,6 @@ class RegionCache:
             logger.warning("%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions)
         facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
         return cls(writer.finish(facts | dict(info or {})))
-
-    @classmethod
-    def _finished(cls, directory: str | os.PathLike, made_from: Mapping[str, Any]) -> "RegionCache | None":
-        """The cache in a folder if it is whole; of a stream (no section "data") it can't be known to be."""
-        manifest = read_manifest(directory)
-        if manifest is None or not manifest["complete"] or "data" not in made_from:
-            return None
-        try:
-            return cls.load(directory, made_from)
-        except BrokenShardError as error:
-            logger.warning("%s: building what is missing", error)
-            return None
 
     @property
     def ids(self) -> tuple[ItemId, ...]:
@@ -192,11 +181,16 @@ def _fill(
         prepared = _PreparedBatches(extraction.preparation(), records, len(done), batch_size)
         batches = DataLoader(prepared, batch_size=None, num_workers=num_workers)
     total = None if ids is None else len(ids)
-    cut = 0
+    cut, is_first = 0, True
     bar = tqdm(total=total, initial=len(done), unit="image", desc="extracting regions", disable=not progress)
     with bar, extraction.evaluating():
         for batch in batches:
-            writer.append(batch["image_ids"], extraction.extract(batch))
+            arrays = extraction.extract(batch)
+            if is_first and total is not None:
+                item = sum(array[0].nbytes for array in arrays.values())
+                check_space(writer.directory, item * (total - len(done)))
+            is_first = False
+            writer.append(batch["image_ids"], arrays)
             cut += batch.get("cut", 0)
             bar.update(len(batch["image_ids"]))
     return cut

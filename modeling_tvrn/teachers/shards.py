@@ -23,7 +23,8 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of one item
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of one item, or of one row of a ragged item
+LENGTHS = ".lengths"  # beside a ragged array, whose items lie one after another: how many rows each item has
 
 
 class BrokenShardError(ValueError):
@@ -41,6 +42,7 @@ class Shard:
 
     Attributes:
         ids: of the items; empty in a shard `without_ids`, whose `count` stays.
+        rows: first dimension of each array: the number of items, or of all their rows where they are ragged.
         build: digest of what the arrays were made from.
     """
 
@@ -50,6 +52,7 @@ class Shard:
     build: str
     layout: Layout
     offsets: dict[str, int]
+    rows: dict[str, int]
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -65,8 +68,9 @@ class Shard:
             end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             layout = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"][1:])) for name, entry in header.items()}
             offsets = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
+            rows = {name: int(entry["shape"][0]) for name, entry in header.items()}
             ids = tuple(json.loads(metadata["ids"]))
-            shard = cls(path, ids, len(ids), metadata["build"], layout, offsets)
+            shard = cls(path, ids, len(ids), metadata["build"], layout, offsets, rows)
         except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BrokenShardError(f"{path} is not a shard of a store ({type(error).__name__}: {error})") from error
         if size != end:
@@ -90,17 +94,23 @@ class MappedShard:
     """A shard's arrays as views of its file.
 
     Attributes:
-        arrays: name -> (n, ...), read-only.
+        arrays: name -> (n, ...), read-only; of a ragged one the rows of all items, item `i` from `starts[name][i]` on.
+        starts: name of a ragged array -> (n + 1,) int64.
     """
 
     def __init__(self, shard: Shard) -> None:
         with shard.path.open("rb") as file:
             self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.arrays = {
-            name: np.frombuffer(self._file, dtype, math.prod((shard.count, *shape)), shard.offsets[name]).reshape(
-                shard.count, *shape
+            name: np.frombuffer(self._file, dtype, math.prod((shard.rows[name], *shape)), shard.offsets[name]).reshape(
+                shard.rows[name], *shape
             )
             for name, (dtype, shape) in shard.layout.items()
+        }
+        self.starts = {
+            name.removesuffix(LENGTHS): np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            for name, lengths in self.arrays.items()
+            if name.endswith(LENGTHS)
         }
 
     def release(self) -> None:

@@ -1,11 +1,13 @@
 """Arrays of many items on disk: written in resumable shards, keyed by a fingerprint, read memory-mapped.
 
-A store is a folder of `shard-00000.safetensors`, ... and a `manifest.json`. A shard is the unit of resuming.
+A store is a folder of `shard-00000.safetensors`, ... and a `manifest.json`. A shard is the unit of resuming. Items of
+an array have one shape, or are ragged: each with a number of rows of its own.
 """
 
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from ..durable import publish
 from ..redaction import redacted
 from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
 from .id_index import IdIndex
-from .shards import BrokenShardError, MappedShard, Shard, shard_name, write_shard
+from .shards import LENGTHS, BrokenShardError, MappedShard, Shard, shard_name, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,10 @@ class ArrayStore:
     def __contains__(self, item_id: object) -> bool:
         return isinstance(item_id, (int, str)) and bool(self._index.find([item_id])[0] >= 0)
 
+    def has(self, ids: Sequence[ItemId]) -> np.ndarray:
+        """Which of these ids are in the store, bool (n,)."""
+        return self._index.find([plain_id(item_id) for item_id in ids]) >= 0
+
     def rows(self, ids: Iterable[ItemId]) -> np.ndarray:
         """Rows of the items with these ids, int64 (n,).
 
@@ -103,15 +109,29 @@ class ArrayStore:
         return rows
 
     def read(self, rows: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """Arrays of the given rows, copied out of the files: name -> (n, ...); all of them, or those named."""
+        """Arrays of the given rows, copied out of the files: name -> (n, ...); all of them, or those named.
+
+        Of a ragged array (n, L, ...): items are filled up with zeros to the longest of the n. How long each is says
+        `name.lengths`.
+        """
         layout = self.layout if names is None else {name: self.layout[name] for name in names}
-        found = {name: np.empty((len(rows), *shape), dtype) for name, (dtype, shape) in layout.items()}
+        ragged = [name for name in layout if name + LENGTHS in self.layout]
+        even = [name for name in layout if name not in ragged]
+        found = {name: np.empty((len(rows), *layout[name][1]), layout[name][0]) for name in even}
+        for name in ragged:
+            dtype, shape = layout[name]
+            longest = self.read(rows, [name + LENGTHS])[name + LENGTHS].max(initial=0)
+            found[name] = np.zeros((len(rows), longest, *shape), dtype)
         shard_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of_row).tolist():
             places = np.flatnonzero(shard_of_row == number)
-            shard = self._shard(number)
-            for name, target in found.items():
-                target[places] = shard.arrays[name][rows[places] - self._starts[number]]
+            shard, own = self._shard(number), rows[places] - self._starts[number]
+            for name in even:
+                found[name][places] = shard.arrays[name][own]
+            for name in ragged:
+                starts = shard.starts[name]
+                for place, start, end in zip(places, starts[own], starts[own + 1], strict=True):
+                    found[name][place, : end - start] = shard.arrays[name][start:end]
             shard.release()
         return found
 
@@ -208,20 +228,21 @@ class StoreWriter:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
-    def append(self, ids: Iterable[ItemId], arrays: Mapping[str, np.ndarray]) -> None:
+    def append(self, ids: Iterable[ItemId], arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) -> None:
         """Add items; full shards are written at once.
 
         Args:
             ids: Their ids, (n,).
-            arrays: name -> (n, ...); the same names, dtypes and shapes at every call.
+            arrays: name -> (n, ...), or of ragged items a list of n arrays (L, ...); the same names, dtypes and shapes
+                (but for L) at every call.
 
         Raises:
             ValueError: If an id was there before, or an array has another name, dtype or shape than before.
         """
-        new_ids = [plain_id(item_id) for item_id in ids]
-        self._check(new_ids, arrays)
+        new_ids, flat = [plain_id(item_id) for item_id in ids], _one_after_another(arrays)
+        self._check(new_ids, flat)
         self.ids += new_ids
-        for name, array in arrays.items():
+        for name, array in flat.items():
             self._waiting.setdefault(name, []).append(array)
         while self._waiting_items() >= self.shard_size:
             self._write(self.shard_size)
@@ -231,7 +252,7 @@ class StoreWriter:
             if item_id in self._known:
                 raise ValueError(f"the id {item_id!r} comes twice: a store holds one item of an id; make ids unique")
             self._known.add(item_id)
-        lengths = {name: len(array) for name, array in arrays.items()}
+        lengths = {name: len(array) for name, array in arrays.items() if name + LENGTHS not in arrays}
         if set(lengths.values()) != {len(ids)}:
             raise ValueError(f"{len(ids)} ids come with arrays of lengths {lengths}, expected the same number")
         layout = {name: (str(array.dtype), tuple(array.shape[1:])) for name, array in arrays.items()}
@@ -248,9 +269,10 @@ class StoreWriter:
         joined = {name: np.concatenate(parts) for name, parts in self._waiting.items()}
         path = self.directory / shard_name(len(self._shards))
         ids = self.ids[start : start + count]
-        full = {name: array[:count] for name, array in joined.items()}
+        ends = {name: joined[name + LENGTHS][:count].sum() if name + LENGTHS in joined else count for name in joined}
+        full = {name: array[: ends[name]] for name, array in joined.items()}
         self._shards.append(write_shard(path, ids, self.build, full))
-        self._waiting = {name: [array[count:]] for name, array in joined.items()}
+        self._waiting = {name: [array[ends[name] :]] for name, array in joined.items()}
 
     def finish(self, info: Mapping[str, Any] | None = None) -> ArrayStore:
         """Write what is waiting and declare the store complete.
@@ -288,6 +310,60 @@ class StoreWriter:
         temporary = self.directory / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         publish(temporary, self.directory / MANIFEST_NAME)
+
+
+def _one_after_another(arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Ragged items as one array of all their rows, and the lengths beside it."""
+    flat: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray):
+            flat[name] = array
+        else:
+            flat[name] = np.concatenate(array)
+            flat[name + LENGTHS] = np.array([len(item) for item in array], dtype=np.int32)
+    return flat
+
+
+def finished_store(directory: str | os.PathLike, fingerprint: Mapping[str, Any]) -> ArrayStore | None:
+    """The store in a folder if it is whole; of one with a broken shard, which a build mends, `None`.
+
+    Raises:
+        StaleStoreError: If it was made from something else.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None or not manifest["complete"]:
+        return None
+    try:
+        return ArrayStore.load(directory, fingerprint)
+    except BrokenShardError as error:
+        logger.warning("%s: building what is missing", error)
+        return None
+
+
+def check_space(directory: str | os.PathLike, needed: float) -> None:
+    """Say how large a store will be, and refuse one for which its disk has no room.
+
+    Args:
+        directory: The store's folder, which is there.
+        needed: Bytes still to be written.
+
+    Raises:
+        OSError: If fewer are free; says how many.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"no room for a cache of {_shown(needed)} in {os.fspath(directory)!r}, whose disk has "
+            f"{_shown(free)} free: free some, or put the cache on another disk"
+        )
+    logger.info("%s: about %s to write, %s free", os.fspath(directory), _shown(needed), _shown(free))
+
+
+def _shown(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any] | None:

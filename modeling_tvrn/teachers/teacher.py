@@ -1,7 +1,6 @@
 """Frozen teachers: any Hub model of images or of texts that gives one vector an item."""
 
 import contextlib
-import hashlib
 import inspect
 import json
 import logging
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import cached_file
 
 from ..trust_tvrn import MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, without_code
-from .fingerprint import module_fingerprint, preprocessor_fingerprint
+from .fingerprint import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
 from .vector_pooling import POOLINGS, choose_pooling, pool, prefix_tokens
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class TextPreparation:
     def fingerprint(self) -> dict[str, Any]:
         """Tokenizer and lengths."""
         return {
-            "tokenizer_sha256": _tokenizer_digest(self.tokenizer),
+            "tokenizer_sha256": tokenizer_digest(self.tokenizer),
             "max_length": self.max_length,
             "padding": "max_length" if self.full_length else "longest",
             "lower_case": self.lower_case,
@@ -303,13 +302,3 @@ def _preparation(
         full_length=config.model_type in PADDED_TO_THE_FULL,
         lower_case=bool(settings.get("do_lower_case", False)),
     )
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        # How it pads and cuts is set anew at every call.
-        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

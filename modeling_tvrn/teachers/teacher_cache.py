@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .fingerprint import ItemId, StaleStoreError, items_fingerprint
 from .regions import RegionCache
-from .shards import BrokenShardError, shard_name
-from .store import ArrayStore, StoreWriter, read_manifest
+from .shards import shard_name
+from .store import ArrayStore, StoreWriter, finished_store, read_manifest
 from .teacher import Teacher
 from .teacher_items import check_contents, compare_contents, fill, fill_from_regions, item_ids, items_of
 
@@ -38,7 +38,7 @@ class TeacherCache:
         if "teacher_embeds" not in store.layout:
             raise ValueError(
                 f"the store in {str(store.directory)!r} is no teacher cache: it holds {sorted(store.layout)}, "
-                "expected teacher_embeds; make one with TeacherCache.build or examples/cache_teachers.py"
+                "expected teacher_embeds; make one with TeacherCache.build or `tvrn teachers`"
             )
         self.store = store
         self.fingerprint = store.fingerprint
@@ -128,7 +128,8 @@ class TeacherCache:
         made_from["numbers"] = {"dtype": dtype, "compute_dtype": made_from.pop("compute_dtype")}
         ids = item_ids(dataset, teacher.modality)
         whole = dict(made_from) if ids is None else made_from | {"data": items_fingerprint(ids)}
-        if not overwrite and (finished := _finished(directory, whole)) is not None:
+        # Of a stream, whose items nobody knows before, a cache can't be known to be whole.
+        if not overwrite and ids is not None and (finished := finished_store(directory, whole)) is not None:
             return cls(finished)
         if processes > 1:
             if ids is None:
@@ -137,7 +138,7 @@ class TeacherCache:
             dataset = dataset.select(rows.tolist())  # type: ignore[attr-defined]
             directory = Path(directory) / _PART.format(process=process, processes=processes)
             whole = made_from | {"data": items_fingerprint(item_ids(dataset, teacher.modality) or ())}
-            if not overwrite and (finished := _finished(directory, whole)) is not None:
+            if not overwrite and (finished := finished_store(directory, whole)) is not None:
                 return cls(finished)
         writer = StoreWriter(directory, whole, shard_size, overwrite)
         facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
@@ -177,7 +178,7 @@ class TeacherCache:
             "numbers": {"dtype": dtype, "regions": regions.fingerprint["numbers"]},
             "data": items_fingerprint(ids),
         }
-        if not overwrite and (finished := _finished(directory, made_from)) is not None:
+        if not overwrite and (finished := finished_store(directory, made_from)) is not None:
             return cls(finished)
         writer = StoreWriter(directory, made_from, shard_size, overwrite)
         fill_from_regions(writer, regions, dataset, ids, dtype, progress)
@@ -273,18 +274,6 @@ class TeacherCache:
             f"TeacherCache({str(self.store.directory)!r}, modality={self.modality!r}, items={len(self)}, "
             f"size={self.size})"
         )
-
-
-def _finished(directory: str | os.PathLike, made_from: Mapping[str, Any]) -> ArrayStore | None:
-    """The store in a folder if it is whole; of a stream (no section "data") it can't be known to be."""
-    manifest = read_manifest(directory)
-    if manifest is None or not manifest["complete"] or "data" not in made_from:
-        return None
-    try:
-        return ArrayStore.load(directory, made_from)
-    except BrokenShardError as error:
-        logger.warning("%s: building what is missing", error)
-        return None
 
 
 def _parts(directory: Path) -> list[ArrayStore]:

@@ -37,10 +37,17 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     try:
         return with_checked_regions(records, folder, model, processor)
     except FileNotFoundError as error:
+        tower = config.dual_encoder or config.start_from or config.vision or "MODEL"
         raise ValueError(
-            f"regions = {config.regions!r}: no region cache in {folder!r}; build it with examples/extract_regions.py "
-            f"--split {split} --output {folder}, or drop regions to read the pictures"
+            f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
+            f"--features {tower}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read "
+            "the pictures"
         ) from error
+
+
+def _grid_option(config: TrainingConfig) -> str:
+    size = config.model.get("vision_grid_size")
+    return "" if size is None else f" --grid-size {size}"
 
 
 def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
@@ -119,8 +126,8 @@ def _check_classes(model: TVRNModel) -> None:
         if tower is not None and not type(tower).__module__.startswith("transformers."):
             raise ValueError(
                 f"{key} is a {type(tower).__name__} of its repository's own code, and a saved TVRN is built by "
-                "transformers' classes alone; train on its cached features (regions=…, examples/extract_regions.py "
-                "--trust-remote-code), or take another tower"
+                "transformers' classes alone; train on its cached features (regions=…, `tvrn regions "
+                "--trust-remote-code`), or take another tower"
             )
 
 

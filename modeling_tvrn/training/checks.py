@@ -221,17 +221,17 @@ def _check_frozen(config: TrainingConfig, model: Any) -> None:
             f"regions = {config.regions!r} holds the outputs of a frozen tower, but {_free(model, 'vision')}; "
             f"set model.freeze_vision=true{_whole(model)}, or drop regions so that the tower learns from the pictures"
         )
-    if not config.cache_text_features:
+    if config.text_features is None:
         return
     if model.text_tower_config is None:
         raise ValueError(
-            "cache_text_features = True needs a text tower, got text = None (a BiGRU learns from scratch); "
-            "name one with text=…, or drop cache_text_features"
+            f"text_features = {config.text_features!r} needs a text tower, got text = None (a BiGRU learns from "
+            "scratch); name one with text=…, or drop text_features"
         )
     if not _is_frozen(model, "text"):
         raise ValueError(
-            f"cache_text_features = True needs a frozen text tower, but {_free(model, 'text')}: its outputs change "
-            f"while it learns; set model.freeze_text=true{_whole(model)}, or drop cache_text_features"
+            f"text_features = {config.text_features!r} needs a frozen text tower, but {_free(model, 'text')}: its "
+            f"outputs change while it learns; set model.freeze_text=true{_whole(model)}, or drop text_features"
         )
 
 
@@ -271,7 +271,7 @@ def _check_streaming(config: TrainingConfig) -> None:
             "streaming = True needs max_steps, or phases with steps, got None: the length of a stream is not known"
         )
     wholes = {
-        "max_train_images": None, "regions": None, "cache_text_features": False, "batch_captions_per_image": 1,
+        "max_train_images": None, "regions": None, "text_features": None, "batch_captions_per_image": 1,
     }  # fmt: skip
     for name, needed in wholes.items():
         if getattr(config, name) != needed:
@@ -340,8 +340,7 @@ def _check_cusa(config: TrainingConfig) -> None:
         return
     if missing := [name for name, value in given.items() if value is None]:
         raise ValueError(
-            f"cusa = True needs {' and '.join(missing)}; build them with examples/cache_teachers.py and give "
-            "their folders"
+            f"cusa = True needs {' and '.join(missing)}; build them with `tvrn teachers` and give their folders"
         )
     if not config.cusa_alpha + config.cusa_beta > 0:
         raise ValueError("cusa_alpha = 0.0 and cusa_beta = 0.0 leave CUSA nothing to do; set one above 0")

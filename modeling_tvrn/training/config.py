@@ -100,8 +100,11 @@ class TrainingConfig:
         "BiGRU text from scratch: words seen less often in the training captions become <unk>",
         minimum=1,
     )
-    cache_text_features: bool = setting(
-        False, "towers", "run a frozen text tower once a caption and keep its token outputs in memory, half precision"
+    text_features: str | None = setting(
+        None,
+        "towers",
+        "folder of the caption cache: what a frozen text tower gives for each caption, made there at first use and "
+        "shared by runs (null: the tower runs live)",
     )
     gradient_checkpointing: bool = setting(
         False, "towers", "recompute the towers' activations backwards to save memory"
@@ -216,7 +219,7 @@ class TrainingConfig:
 
     cusa: bool = setting(False, "cusa", "add soft labels of frozen teachers (CUSA) to the losses; needs both caches")
     cusa_image_teacher: str | None = setting(
-        None, "cusa", "folder of the image teacher's cache (examples/cache_teachers.py); {split} becomes train_split"
+        None, "cusa", "folder of the image teacher's cache (tvrn teachers); {split} becomes train_split"
     )
     cusa_text_teacher: str | None = setting(None, "cusa", "folder of the text teacher's cache, by caption")
     cusa_alpha: float = setting(1.0, "cusa", "weight of the cross-modal soft labels (0: off)", minimum=0.0)

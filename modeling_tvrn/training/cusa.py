@@ -56,8 +56,8 @@ def open_teachers(config: Settings, records: Any) -> tuple[TeacherCache, Teacher
             found.append(TeacherCache.load(folder, dataset=known, modality=modality))
         except FileNotFoundError as error:
             raise ValueError(
-                f"{key} = {folder!r}: no teacher cache there; build it with examples/cache_teachers.py TEACHER "
-                f"--modality {modality} --data {config.data} --split {config.train_split} --output {folder}"
+                f"{key} = {folder!r}: no teacher cache there; build it with `tvrn teachers {config.data} TEACHER "
+                f"--modality {modality} --split {config.train_split} --output {folder}`"
             ) from error
         except KeyError as error:
             raise ValueError(f"{key} = {folder!r} is of other data: {error.args[0]}") from error

@@ -28,7 +28,7 @@ from .phases import LEVELS, learns
 from .progress import Progress
 from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
-from .text_cache import CachedTextProcessor
+from .text_cache import with_cached_captions
 from .validation import Validation
 from .watch import Watch
 from .zero_shot import ZeroShot
@@ -94,7 +94,7 @@ class Run:
         return learns(self.free, self.model.config, phase.learning.components, phase.kept)
 
     def _read_caches(self) -> None:
-        """Regions from their cache and, if asked for, the text tower's outputs in memory."""
+        """Regions and the text tower's outputs from their caches, where the configuration names these."""
         config = self.config
         self.pictures = self.validation_records
         made_by = self.model, self.processor
@@ -102,13 +102,9 @@ class Run:
         self.validation_records = with_cached_regions(
             config, config.validation_split, self.validation_records, *made_by
         )
-        self.input_processor: Any = self.processor
-        if config.cache_text_features:
-            everything = [*self.train_records.captions, *self.validation_records.captions]
-            with self.accelerator.autocast():
-                self.input_processor = CachedTextProcessor.build(
-                    self.model.eval(), self.processor, (caption for captions in everything for caption in captions)
-                )
+        records = () if config.text_features is None else (self.train_records, self.validation_records)
+        captions = [caption for each in records for captions in each.captions for caption in captions]
+        self.input_processor = with_cached_captions(config, captions, *made_by, self.accelerator)
 
     def _prepare(self) -> None:
         config = self.config
