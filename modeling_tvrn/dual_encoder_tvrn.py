@@ -91,6 +91,31 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
     return model.eval()
 
 
+def image_features(model: Any, pixels: Tensor) -> Any:
+    """`get_image_features` of a dual encoder.
+
+    Raises:
+        ValueError: If its tower refuses pixels of that size, with the size it was made for.
+    """
+    try:
+        return model.get_image_features(pixel_values=pixels)
+    except (ValueError, RuntimeError) as error:
+        made_for, got = _image_size(model.config.vision_config), tuple(pixels.shape[-2:])
+        if got == made_for or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"The vision tower {model.config.vision_config.model_type!r} refuses pixel_values of {got[0]}×{got[1]} "
+            f"({str(error).splitlines()[0]}); expected {made_for[0]}×{made_for[1]}. Make them with the image processor "
+            "of this checkpoint."
+        ) from error
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
+
+
 @torch.no_grad()
 def probe(model: Any) -> ProbedSizes:
     """Run one image and one caption through a dual encoder, both ways, and compare.
@@ -132,12 +157,11 @@ def probe(model: Any) -> ProbedSizes:
 
 def _probe_inputs(config: Any, kind: str) -> tuple[Tensor, Tensor]:
     vision, text = config.vision_config, config.text_config
-    size = getattr(vision, "image_size", None) or 224
     if not hasattr(vision, "image_size") and hasattr(vision, "num_patches"):
         raise _refused(
             kind, "it wants patches of any resolution (pixel_attention_mask, spatial_shapes), not images of one size"
         )
-    height, width = size if isinstance(size, list | tuple) else (size, size)
+    height, width = _image_size(vision)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, getattr(vision, "num_channels", 3) or 3, height, width, generator=generator) * 2 - 1
     # Below every special token that ends a caption: which positions a text side pools is then the same both ways.
