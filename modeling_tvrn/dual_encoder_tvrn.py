@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -82,13 +83,34 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
             f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
             "dual encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
-    try:
-        model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **hub)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"No dual encoder at {name!r}: {error}") from error
+    model = _load_whole(name, config, dtype=dtype or "auto", **hub)
     if os.path.isdir(path):  # a Hub id says where a model is from, a path only whose disk it was on
         model.config.name_or_path = os.path.basename(os.path.abspath(path))
     return model.eval()
+
+
+def _load_whole(name: str, config: PreTrainedConfig, **options: Any) -> Any:
+    """The model with every weight of the checkpoint; transformers would start one that lacks at random."""
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = AutoModel.from_pretrained(name, config=config, **options)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"No dual encoder at {name!r}: its weights don't load ({reason}); expected whole safetensors files that "
+            f"belong to its config.json, a {config.model_type!r}. Fetch the checkpoint again."
+        ) from error
+    missing = [f"{weight!r} is missing" for weight in sorted(info["missing_keys"])]
+    shapes = [
+        f"{weight!r} has shape {tuple(found)}, not {tuple(wanted)}"
+        for weight, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    if faults := [*missing, *shapes]:
+        raise ValueError(
+            f"The checkpoint {name!r} does not hold a whole {type(model).__name__}: {faults[0]} ({len(faults)} such "
+            "weights); expected all that its config.json says. Fetch it again, or look whether config.json was changed."
+        )
+    return model
 
 
 def image_features(model: Any, pixels: Tensor) -> Any:

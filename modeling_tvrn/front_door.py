@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .modeling_tvrn import TVRNModel
@@ -49,13 +51,14 @@ def load_model(
         hub["revision"] = revision
     config = _read_config(name, hub)
     if config.model_type == "tvrn":
-        model = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
         processor = TVRNProcessor.from_pretrained(name, **hub)
-    elif getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None:
+        model = _load_tvrn(name, dtype, hub)
+    elif is_dual_encoder(config):
+        processor = TVRNProcessor.from_dual_encoder(name, **hub)  # first: it may lack, and costs nothing to look for
         model = TVRNModel.from_dual_encoder(
             name, dtype=dtype or "auto", use_late_interaction=False, use_reasoning=False, hub=hub
         )
-        processor = TVRNProcessor.from_dual_encoder(name, **hub)
+        _check_processor(name, model, processor)
     else:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name!r} holds a {kind}; {EXPECTED}")
@@ -64,6 +67,37 @@ def load_model(
         return model.eval().to(where), processor
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a config is of a vision and a text tower; whether these make a dual encoder tells a probe alone."""
+    return getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None
+
+
+def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) -> TVRNModel:
+    try:
+        model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
+        return model
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole safetensors "
+            "files. Save the model again, or fetch it again"
+        ) from error
+
+
+@torch.no_grad()
+def _check_processor(name: str, model: TVRNModel, processor: TVRNProcessor) -> None:
+    """One grey picture and one caption through both: a processor of another model is refused before hours of work."""
+    picture = PIL.Image.new("RGB", (64, 48), (128, 128, 128))
+    try:
+        model.eval().encode_images(**processor(images=[picture]))
+        model.encode_texts(**processor(text=["a photograph"]))
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the processor in {name!r} does not fit its model: {reason}. Expected the image processor and the "
+            "tokenizer that the dual encoder was trained with"
+        ) from error
 
 
 def check_exists(name: str, subfolder: str = "") -> None:

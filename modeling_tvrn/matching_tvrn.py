@@ -78,9 +78,11 @@ class PairMatching:
 
     @property
     def score_kind(self) -> str:
-        """What `readable_scores` are: "matching score", or "cosine" for a dual encoder alone that isn't calibrated."""
-        plain = self.config.components == ["first_stage"]
-        return "cosine" if plain and not self.is_calibrated else "matching score"
+        """What `readable_scores` are: "matching score" of a calibrated model, else "cosine" for a first stage alone, and
+        "matching score (uncalibrated)", which ranks and decides nothing, for one with further components."""
+        if self.is_calibrated:
+            return "matching score"
+        return "cosine" if self.config.components == ["first_stage"] else "matching score (uncalibrated)"
 
     def readable_scores(self, logits: Tensor) -> Tensor:
         """Pair logits as numbers to show, in the same order: see `score_kind`.

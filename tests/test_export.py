@@ -272,10 +272,10 @@ np.save("logits.npy", logits)
         embeds = runner.encode_images(**arrays(images))["images.embeds"]
         with torch.no_grad():
             cosines = (embeds * model.encode_images(**images).embeds.numpy()).sum(axis=1)
-        assert (cosines > 0.99).all() and (cosines < 1 - 1e-7).any()
+        assert (cosines > 0.999).all() and (cosines < 1 - 1e-7).any(), "0.91 where products overflow"
         scores = runner.match(runner.encode_images(**arrays(images)), runner.encode_texts(**arrays(texts)))
         wanted = logits_of(model, images, texts)
-        assert np.corrcoef(scores.ravel(), wanted.ravel())[0, 1] > 0.98
+        assert np.corrcoef(scores.ravel(), wanted.ravel())[0, 1] > 0.998
 
     @pytest.mark.parametrize(
         ("change", "message"),
