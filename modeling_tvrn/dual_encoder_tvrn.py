@@ -108,7 +108,7 @@ def _load_whole(name: str, config: PreTrainedConfig, **options: Any) -> Any:
     if faults := [*missing, *shapes]:
         raise ValueError(
             f"The checkpoint {name!r} does not hold a whole {type(model).__name__}: {faults[0]} ({len(faults)} such "
-            "weights); expected all that its config.json says. Fetch it again, or look whether config.json was changed."
+            "weights); expected all that its config.json says. Fetch it again, or look whether that file was changed."
         )
     return model
 
@@ -127,8 +127,8 @@ def image_features(model: Any, pixels: Tensor) -> Any:
             raise
         raise ValueError(
             f"The vision tower {model.config.vision_config.model_type!r} refuses pixel_values of {got[0]}×{got[1]} "
-            f"({str(error).splitlines()[0]}); expected {made_for[0]}×{made_for[1]}. Make them with the image processor "
-            "of this checkpoint."
+            f"({str(error).splitlines()[0]}); expected {made_for[0]}×{made_for[1]}. Make them with the image "
+            "processor of this checkpoint."
         ) from error
 
 

@@ -78,8 +78,8 @@ class PairMatching:
 
     @property
     def score_kind(self) -> str:
-        """What `readable_scores` are: "matching score" of a calibrated model, else "cosine" for a first stage alone, and
-        "matching score (uncalibrated)", which ranks and decides nothing, for one with further components."""
+        """What `readable_scores` are: "matching score" of a calibrated model; else "cosine" of a first stage alone, or
+        "matching score (uncalibrated)", which ranks and decides nothing."""
         if self.is_calibrated:
             return "matching score"
         return "cosine" if self.config.components == ["first_stage"] else "matching score (uncalibrated)"

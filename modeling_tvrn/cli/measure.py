@@ -198,8 +198,8 @@ def _check_threshold(name: str, model: Any, threshold: float) -> None:
     """Refuse a threshold on scores that say which of two pairs fits better, and not whether one fits."""
     if not model.is_calibrated:
         raise fail(
-            f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value from "
-            "which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), which "
+            f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value "
+            "from which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), which "
             "calibrates it on the validation split"
         )
 

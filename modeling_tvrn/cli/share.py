@@ -35,8 +35,8 @@ def doctor(
     """Examine a checkpoint: would it load and score the same for somebody else?
 
     Files, code, weights, precision, processor and card are looked at, and the model is loaded in clean processes. Its
-    own code runs only with --trust-remote-code; without it that check says "not run". Of a plain dual encoder (CLIP, …):
-    whether it can be searched with. Exit code 1 if anything fails.
+    own code runs only with --trust-remote-code; without it that check says "not run". Of a plain dual encoder (CLIP,
+    …): can it be searched with? Exit code 1 if anything fails.
 
     \b
     Examples:

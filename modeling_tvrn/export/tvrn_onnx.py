@@ -126,8 +126,8 @@ class OnnxModel:
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Matching scores in (0, 1) of logits, with the model's calibration.
 
-        Those of a model without one (the manifest's "score_kind" is not "matching score") rank and decide nothing: of a
-        dual encoder alone nearly all are 1, so look at the cosine of the embeddings.
+        Those of a model without one (the manifest's "score_kind" is not "matching score") rank and decide nothing: of
+        a dual encoder alone nearly all are 1, so look at the cosine of the embeddings.
         """
         scale, shift = self.manifest["calibration"]
         return 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift)))
@@ -179,7 +179,8 @@ class OnnxModel:
         return pixels
 
     def tokens(self, captions: Sequence[str]) -> Arrays:
-        """`input_ids`, `attention_mask` where there is one, `word_mask` (T, W) of captions, as the model's own processor makes them.
+        """`input_ids`, `attention_mask` unless captions are padded to one length, and `word_mask` of captions, each
+        (T, W), as the model's own processor makes them.
 
         Raises:
             ValueError: If the export says nothing on how, or a caption holds no word.

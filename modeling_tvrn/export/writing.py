@@ -240,15 +240,17 @@ def _described(axes: dict[str, tuple[str | int, ...]], tensors: dict[str, Tensor
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters warn of what is none of a user's business (torchvision's operators, their own deprecations)."""
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [each.level for each in noisy]
+    for each in noisy:
+        each.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        noisy.setLevel(level)
+        for each, level in zip(noisy, levels, strict=True):
+            each.setLevel(level)
 
 
 def _pixel_recipe(processor: Any, pixel_shape: tuple[int, ...] | None) -> dict[str, Any] | None:

@@ -294,9 +294,9 @@ def check_galleries(model: PairModel, images: Gallery, texts: Gallery, chunk_siz
     """Refuse what can't score pairs, empty sides, a chunk without pairs, and galleries of another model."""
     if not hasattr(model, "match"):
         raise ValueError(
-            f"A {type(model).__name__} has no match(images, texts) to score pairs with; of a dual encoder (CLIP, …) make"
-            " a TVRN: TVRNModel.from_dual_encoder(model, use_late_interaction=False, use_reasoning=False), or load_model"
-            " of its folder or Hub id."
+            f"A {type(model).__name__} has no match(images, texts) to score pairs with; load a dual encoder (CLIP, …)"
+            " by load_model, or make a TVRN of it by TVRNModel.from_dual_encoder(model, use_late_interaction=False,"
+            " use_reasoning=False)."
         )
     if not len(images) or not len(texts):
         raise ValueError(
