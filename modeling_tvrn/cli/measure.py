@@ -199,8 +199,8 @@ def _check_threshold(name: str, model: Any, threshold: float) -> None:
     if not model.is_calibrated:
         raise fail(
             f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value "
-            "from which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), which "
-            "calibrates it on the validation split"
+            "from which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), "
+            "which calibrates it on the validation split"
         )
 
 

@@ -29,8 +29,8 @@ def check_own_folder(folder: str | os.PathLike[str], verb: str) -> None:
         return
     name = (config.get("architectures") or [kind])[0]
     raise ValueError(
-        f"{os.fspath(folder)!r} is not {verb}: it holds a {name}, expected a TVRN. A dual encoder of somebody else has "
-        f"a repository and a card of its own; {INSTEAD}. One that you fine-tuned is shared by its own push_to_hub"
+        f"{os.fspath(folder)!r} is not {verb}: it holds a {name}, expected a TVRN. A dual encoder of somebody else "
+        f"has a repository and a card of its own; {INSTEAD}. One that you fine-tuned is shared by its own push_to_hub"
     )
 
 
