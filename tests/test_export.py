@@ -114,12 +114,6 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             export(*region_model(), tmp_path / "onnx", image_input=image_input)
 
-    def test_captions_padded_to_one_length(self, export, tmp_path):
-        folder = save_dual_encoder(tmp_path / "siglip", "siglip")
-        model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
-        with pytest.raises(ValueError, match="captions of one length without an attention mask"):
-            export(model, processor, tmp_path / "onnx")
-
     def test_regions_of_a_dual_encoder(self, export, tmp_path):
         folder = save_dual_encoder(tmp_path / "clip")
         model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
@@ -364,7 +358,7 @@ class TestDualEncoders:
     SENTENCES = ("a dog runs in snow", "cat", "the small red circle above a large blue square")
 
     @pytest.mark.parametrize("heads", [True, False], ids=["heads", "plain"])
-    @pytest.mark.parametrize("kind", ["clip", "vision-text-dual-encoder"])
+    @pytest.mark.parametrize("kind", ["clip", "siglip", "vision-text-dual-encoder"])
     def test_pictures_and_sentences_to_logits(self, kind, heads, tmp_path):
         from modeling_tvrn.export import OnnxModel, export_onnx
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .files import read_json
 
 __all__ = ["check_own_folder", "check_trained"]
@@ -48,7 +50,8 @@ def check_trained(model: Any, trained: bool) -> None:
     if trained or config.dual_encoder_config is None:
         return
     frozen = config.freeze_first_stage and config.freeze_vision and config.freeze_text
-    heads = [name for name in config.components if name != "first_stage" and float(model.pair.weight(name)) > 0]
+    with torch.no_grad():
+        heads = [name for name in config.components if name != "first_stage" and float(model.pair.weight(name)) > 0]
     if frozen and not heads:
         own = config.dual_encoder_config
         raise ValueError(
