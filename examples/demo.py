@@ -13,7 +13,7 @@ import argparse
 import logging
 import os
 
-from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn import load_model
 from modeling_tvrn.demo import launch
 
 
@@ -23,7 +23,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=about, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", default=os.environ.get("TVRN_MODEL"), help="Hub id or folder")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=os.environ.get("TVRN_MODEL"),
+        help="TVRN or dual encoder (CLIP, …): Hub id or folder",
+    )
     parser.add_argument("folder", nargs="?", default=os.environ.get("TVRN_FOLDER", "photos"), help="of photographs")
     parser.add_argument(
         "--index", default=os.environ.get("TVRN_INDEX"), help="where the index is kept (default: nowhere)"
@@ -44,8 +49,7 @@ if __name__ == "__main__":
     arguments = parse_arguments()
     in_space = "SPACE_ID" in os.environ
     launch(
-        TVRNModel.from_pretrained(arguments.model).eval(),
-        TVRNProcessor.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code),
+        *load_model(arguments.model, trust_remote_code=arguments.trust_remote_code),
         arguments.folder,
         arguments.index,
         host="0.0.0.0" if in_space else "127.0.0.1",

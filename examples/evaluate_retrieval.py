@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import (
     PROTOCOLS,
@@ -235,14 +235,17 @@ def systems(
     """
     names = [*options.models, *options.compare]
     folders = options.regions if len(options.regions) > 1 else (options.regions or [None]) * len(names)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, folder in list(zip(names, folders, strict=True))[which]:
-        model = TVRNModel.from_pretrained(name, dtype=getattr(torch, options.dtype)).eval().to(device)
-        processor = TVRNProcessor.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        trusted = options.trust_remote_code
+        model, processor = load_model(
+            name, dtype=getattr(torch, options.dtype), device=options.device, trust_remote_code=trusted
+        )
         inputs = records
         if folder is not None:
             # whose weights the cache names
-            exact = model if options.dtype == "float32" else TVRNModel.from_pretrained(name, dtype=torch.float32)
+            exact = model
+            if options.dtype != "float32":
+                exact = load_model(name, dtype=torch.float32, device="cpu", trust_remote_code=trusted)[0]
             inputs = with_checked_regions(records, folder, exact, processor)
         yield name, model, processor, inputs
 

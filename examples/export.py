@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.export import OnnxModel, export_onnx, quantize_onnx
 from modeling_tvrn.export.quantizing import PARTS
@@ -61,8 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Export, compare, quantise, measure."""
     options = parse_arguments(arguments)
-    model = TVRNModel.from_pretrained(options.model, dtype=torch.float32)
-    processor = TVRNProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model, processor = load_model(
+        options.model, dtype=torch.float32, device="cpu", trust_remote_code=options.trust_remote_code
+    )
     report = export_onnx(
         model, processor, options.output, image_input=options.image_input, tolerance=options.tolerance
     )

@@ -18,6 +18,8 @@ from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out
 from .explain import Explanation, explain
 from .explain.page import html_body
 from .index import Hit, ImageTextIndex
+from .scoring.models import evaluating
+from .words_tvrn import check_length, encode
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Searches:
     """What the page does, without the page.
 
     Args:
-        model: A `TVRNModel`, and its `processor`.
+        model: Of `load_model`, and its `processor`.
         index: Of photographs.
         folder: Only photographs inside it are shown, whatever an index says.
     """
@@ -75,6 +77,7 @@ class Searches:
         self, query: str, limit: int = 12
     ) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
         """Gallery, its state, and a line of text."""
+        note = self._cut_note(query)
         query = (query or "").strip()[:MAX_QUERY]
         if not query:
             return [], [], "Type what the photograph shows."
@@ -82,7 +85,8 @@ class Searches:
             hits = self._ask(text=query, limit=limit)
         except ValueError as error:  # such as a text without a word
             return [], [], str(error)
-        return self._shown(hits, query)
+        gallery, state, said = self._shown(hits, query)
+        return gallery, state, said + note
 
     def by_photograph(
         self, upload: Any, limit: int = 12
@@ -112,6 +116,8 @@ class Searches:
             gallery.append((picture, f"{hit.score:.3f}  {hit.id}"))
             state.append({"id": hit.id, "path": hit.path, "query": query})
         said = f"{len(gallery)} found." + (f" {missing} are not there any more." if missing else "")
+        if hits and hits[0].score_kind != "matching score":
+            said += f" The numbers are: {hits[0].score_kind}."
         return gallery, state, said
 
     def _photograph(self, path: str | None, side: int) -> PIL.Image.Image | None:
@@ -131,6 +137,7 @@ class Searches:
         """HTML that explains a hit; for one found by photograph, with a text typed since then."""
         if not 0 <= number < len(state):
             return ""
+        note = self._cut_note(state[number]["query"] or query)
         text = (state[number]["query"] or (query or "")).strip()[:MAX_QUERY]
         if not text:
             return "<p>Found by its likeness to a photograph. Type a text to see how it fits.</p>"
@@ -138,22 +145,54 @@ class Searches:
         if picture is None:
             return "<p>This photograph is not there any more.</p>"
         try:
-            return page_part(explain(self.model, self.processor, picture, text), state[number]["id"])
+            return self._part(picture, text, state[number]["id"]) + _paragraph(note)
         except ValueError as error:  # such as a text without a word
             return f"<p>{html.escape(str(error))}</p>"
 
     def score(self, upload: Any, caption: str) -> str:
         """HTML with the score of an uploaded pair."""
+        note = self._cut_note(caption)
         caption = (caption or "").strip()[:MAX_QUERY]
         if upload is None or not caption:
             return "<p>Choose a photograph and type a caption.</p>"
         try:
             picture = read_upload(upload)
-            return page_part(explain(self.model, self.processor, picture, caption), "your photograph")
+            return self._part(picture, caption, "your photograph") + _paragraph(note)
         except ImageError as error:
             return f"<p>{html.escape(_refusal(error))}.</p>"
         except ValueError as error:  # such as a caption without a word
             return f"<p>{html.escape(str(error))}</p>"
+
+    def _part(self, picture: PIL.Image.Image, text: str, name: str) -> str:
+        """A pair as a part of the page: taken apart, or of a model without reasoning its score alone."""
+        if self.model.config.use_reasoning:
+            return page_part(explain(self.model, self.processor, picture, text), name)
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            images = self.model.encode_images(**self.processor(images=[picture]).to(device))
+            logits = self.model.match(images, self.model.encode_texts(**self.processor(text=[text]).to(device)))
+            score = float(self.model.readable_scores(logits))
+        return (
+            f'<div class="tvrn-explanation"><h3>{html.escape(name)}: {self.model.score_kind} {score:.3f}</h3>'
+            "<p>This model has no reasoning over words and regions that could be shown: train one (tvrn train "
+            "dual_encoder=…) to see why.</p></div>"
+        )
+
+    def _cut_note(self, text: str | None) -> str:
+        """What to say of a text that is longer than what is read of it; else nothing."""
+        text = (text or "").strip()
+        if not text:
+            return ""
+        limit = check_length(self.processor.max_text_length, self.processor.tokenizer)
+        if len(text) <= MAX_QUERY and int(encode(self.processor.tokenizer, [text], limit)[1][0]) <= limit:
+            return ""
+        return (
+            f" The text is too long: at most {MAX_QUERY} characters and {limit} tokens are read, its end was left out."
+        )
+
+
+def _paragraph(note: str) -> str:
+    return f"<p>{html.escape(note.strip())}</p>" if note else ""
 
 
 def read_upload(path: str | os.PathLike) -> PIL.Image.Image:
@@ -177,7 +216,7 @@ def page_part(explanation: Explanation, name: str) -> str:
     """An explanation as a part of the page."""
     body = html_body(explanation).replace('class="words"', 'class="tvrn-words"')
     return (
-        f'<div class="tvrn-explanation"><h3>{html.escape(name)}: matching score {explanation.score:.3f}</h3>'
+        f'<div class="tvrn-explanation"><h3>{html.escape(name)}: {explanation.score_kind} {explanation.score:.3f}</h3>'
         f"{body}<p>Click on a word to see where it looks.</p></div>"
     )
 
@@ -245,7 +284,7 @@ def launch(
     """Index a folder of photographs if need be, and serve the page.
 
     Args:
-        model: A `TVRNModel`, and its `processor`.
+        model: Of `load_model` (a TVRN or any dual encoder), and its `processor`.
         folder: Of photographs; nothing outside it is shown.
         index: Of them: opened, or the folder it is kept in; default: a temporary one.
         host: "0.0.0.0" lets other machines in; a Space needs it.

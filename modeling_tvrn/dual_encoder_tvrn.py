@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -82,13 +83,59 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
             f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
             "dual encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
-    try:
-        model = AutoModel.from_pretrained(path, config=config, dtype=dtype or "auto", use_safetensors=True, **hub)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"No dual encoder at {name!r}: {error}") from error
+    model = _load_whole(name, config, dtype=dtype or "auto", **hub)
     if os.path.isdir(path):  # a Hub id says where a model is from, a path only whose disk it was on
         model.config.name_or_path = os.path.basename(os.path.abspath(path))
     return model.eval()
+
+
+def _load_whole(name: str, config: PreTrainedConfig, **options: Any) -> Any:
+    """The model with every weight of the checkpoint; transformers would start one that lacks at random."""
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = AutoModel.from_pretrained(name, config=config, **options)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"No dual encoder at {name!r}: its weights don't load ({reason}); expected whole safetensors files that "
+            f"belong to its config.json, a {config.model_type!r}. Fetch the checkpoint again."
+        ) from error
+    missing = [f"{weight!r} is missing" for weight in sorted(info["missing_keys"])]
+    shapes = [
+        f"{weight!r} has shape {tuple(found)}, not {tuple(wanted)}"
+        for weight, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    if faults := [*missing, *shapes]:
+        raise ValueError(
+            f"The checkpoint {name!r} does not hold a whole {type(model).__name__}: {faults[0]} ({len(faults)} such "
+            "weights); expected all that its config.json says. Fetch it again, or look whether that file was changed."
+        )
+    return model
+
+
+def image_features(model: Any, pixels: Tensor) -> Any:
+    """`get_image_features` of a dual encoder.
+
+    Raises:
+        ValueError: If its tower refuses pixels of that size, with the size it was made for.
+    """
+    try:
+        return model.get_image_features(pixel_values=pixels)
+    except (ValueError, RuntimeError) as error:
+        made_for, got = _image_size(model.config.vision_config), tuple(pixels.shape[-2:])
+        if got == made_for or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"The vision tower {model.config.vision_config.model_type!r} refuses pixel_values of {got[0]}×{got[1]} "
+            f"({str(error).splitlines()[0]}); expected {made_for[0]}×{made_for[1]}. Make them with the image "
+            "processor of this checkpoint."
+        ) from error
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
 
 
 @torch.no_grad()
@@ -132,12 +179,11 @@ def probe(model: Any) -> ProbedSizes:
 
 def _probe_inputs(config: Any, kind: str) -> tuple[Tensor, Tensor]:
     vision, text = config.vision_config, config.text_config
-    size = getattr(vision, "image_size", None) or 224
     if not hasattr(vision, "image_size") and hasattr(vision, "num_patches"):
         raise _refused(
             kind, "it wants patches of any resolution (pixel_attention_mask, spatial_shapes), not images of one size"
         )
-    height, width = size if isinstance(size, list | tuple) else (size, size)
+    height, width = _image_size(vision)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, getattr(vision, "num_channels", 3) or 3, height, width, generator=generator) * 2 - 1
     # Below every special token that ends a caption: which positions a text side pools is then the same both ways.

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -19,7 +21,7 @@ from .towers_tvrn import region_map
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["box_feature_map", "load_model", "load_region_model"]
+__all__ = ["box_feature_map", "is_dual_encoder", "load_model", "load_region_model"]
 
 EXPECTED = "expected a TVRN checkpoint or a dual encoder (CLIP, SigLIP, …)"
 FOLDERS_LOOKED_AT = 2000
@@ -55,13 +57,14 @@ def load_model(
         hub["revision"] = revision
     config = _read_config(name, hub, EXPECTED)
     if config.model_type == "tvrn":
-        model = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
         processor = TVRNProcessor.from_pretrained(name, **hub)
-    elif _has_two_towers(config):
+        model = _load_tvrn(name, dtype, hub)
+    elif is_dual_encoder(config):
+        processor = TVRNProcessor.from_dual_encoder(name, **hub)  # first: it may lack, and costs nothing to look for
         model = TVRNModel.from_dual_encoder(
             name, dtype=dtype or "auto", use_late_interaction=False, use_reasoning=False, hub=hub
         )
-        processor = TVRNProcessor.from_dual_encoder(name, **hub)
+        _check_processor(name, model, processor)
     else:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name!r} holds a {kind}; {EXPECTED}")
@@ -97,7 +100,7 @@ def load_region_model(
         model, processor = load_model(name, device=device, trust_remote_code=trust_remote_code)
         _check_looks(name, model, grid_size, image_size)
         return model, processor
-    if _has_two_towers(config):
+    if is_dual_encoder(config):
         try:
             model = TVRNModel.from_dual_encoder(
                 name, use_late_interaction=False, use_reasoning=False, vision_grid_size=grid_size
@@ -142,10 +145,6 @@ def _check_looks(name: str, model: TVRNModel, grid_size: int | None, image_size:
         raise ValueError(f"image_size is {image_size}, but {name!r} has its own; leave it out")
 
 
-def _has_two_towers(config: Any) -> bool:
-    return all(getattr(config, f"{side}_config", None) is not None for side in ("vision", "text"))
-
-
 def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
     """The model in evaluation mode on a device; a GPU where there is one and none is named."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,6 +152,37 @@ def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
         return model.eval().to(where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether a config is of a vision and a text tower; whether these make a dual encoder tells a probe alone."""
+    return getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None
+
+
+def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) -> TVRNModel:
+    try:
+        model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
+        return model
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole safetensors "
+            "files. Save the model again, or fetch it again"
+        ) from error
+
+
+@torch.no_grad()
+def _check_processor(name: str, model: TVRNModel, processor: TVRNProcessor) -> None:
+    """One grey picture and one caption through both: a processor of another model is refused before hours of work."""
+    picture = PIL.Image.new("RGB", (64, 48), (128, 128, 128))
+    try:
+        model.eval().encode_images(**processor(images=[picture]))
+        model.encode_texts(**processor(text=["a photograph"]))
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the processor in {name!r} does not fit its model: {reason}. Expected the image processor and the "
+            "tokenizer that the dual encoder was trained with"
+        ) from error
 
 
 def check_exists(name: str, subfolder: str = "", expected: str = EXPECTED) -> None:

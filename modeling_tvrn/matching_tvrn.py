@@ -77,6 +77,24 @@ class PairMatching:
         return torch.sigmoid(scale * logits + shift)
 
     @property
+    def score_kind(self) -> str:
+        """What `readable_scores` are: "matching score" of a calibrated model; else "cosine" of a first stage alone, or
+        "matching score (uncalibrated)", which ranks and decides nothing."""
+        if self.is_calibrated:
+            return "matching score"
+        return "cosine" if self.config.components == ["first_stage"] else "matching score (uncalibrated)"
+
+    def readable_scores(self, logits: Tensor) -> Tensor:
+        """Pair logits as numbers to show, in the same order: see `score_kind`.
+
+        100·cosine saturates a sigmoid, so that of an uncalibrated dual encoder alone the cosine is shown.
+        """
+        if self.score_kind != "cosine":
+            return self.scores(logits)
+        bias = 0.0 if self.logit_bias is None else self.logit_bias.detach().to(logits)
+        return (logits - bias) / self.logit_scale.detach().to(logits).exp()
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether 0.5 is where a match begins; a model that learned by losses on sigmoids alone is so by itself."""
         moved = bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
@@ -106,10 +124,7 @@ class PairMatching:
             )
         check_sides(images, texts, self.config, check_level(level))
         images, texts = self._as_computed(images), self._as_computed(texts)
-        components: dict[str, Tensor] = {}
-        if self.config.use_first_stage:
-            components["first_stage"] = self.first_stage(images.embeds, texts.embeds)
-        components |= self._match_chunks(images, texts, chunk_size, level)
+        components = self._first_component(images, texts) | self._match_chunks(images, texts, chunk_size, level)
         if not components:
             raise ValueError(f"This model's score has the component {self.config.components} alone; use level='full'.")
         return components
@@ -144,13 +159,17 @@ class PairMatching:
 
     def _block_logits(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """The pair logits (i, t) of one block, nothing checked or cut."""
-        components: dict[str, Tensor] = {}
-        if self.config.use_first_stage:
-            components["first_stage"] = self.first_stage(images.embeds, texts.embeds)
+        components = self._first_component(images, texts)
         names = self._fragment_components("full")
         if names:
             components |= dict(zip(names, self._score_block(images, texts, "full"), strict=True))
         return self.pair_logits(self.weigh_components(components))
+
+    def _first_component(self, images: EncodedImages, texts: EncodedTexts) -> dict[str, Tensor]:
+        """The first stage by its name, of a model that has it."""
+        if not self.config.use_first_stage:
+            return {}
+        return {"first_stage": self.first_stage(images.embeds, texts.embeds)}
 
     def pairs_at_once(self, texts: EncodedTexts) -> int:
         """Pairs of such texts that are best scored together: `config.pair_chunk_size`, or what suits the device."""

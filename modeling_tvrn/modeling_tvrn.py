@@ -31,7 +31,14 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .dual_encoder_tvrn import build_dual_encoder, load_dual_encoder, plain_dual_encoder, probe, without_scale
+from .dual_encoder_tvrn import (
+    build_dual_encoder,
+    image_features,
+    load_dual_encoder,
+    plain_dual_encoder,
+    probe,
+    without_scale,
+)
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
@@ -349,26 +356,39 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The vision tower's regions, boxes and mask, and a dual encoder's embeddings."""
+        with self._looking(pixel_values):
+            return self._grid_regions(pixel_values)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """A dual encoder's embeddings (B, P) alone: its patches are neither arranged nor pooled."""
+        with self._looking(pixel_values):
+            embeds = self._run_vision(pixel_values)[1]
+            assert embeds is not None
+            return embeds
+
+    def _looking(self, pixel_values: Tensor) -> contextlib.AbstractContextManager:
+        """Checks pixels for the vision tower, and runs it without gradients where it is frozen."""
         config = self.config
         if self.vision_model is None and self.dual_encoder is None:
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
         check_pixels(pixel_values, getattr(config.vision_tower_config, "num_channels", 3) or 3)
         frozen = config.freeze_vision and (self.dual_encoder is None or config.freeze_first_stage)
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            return self._grid_regions(pixel_values)
+        return torch.no_grad() if frozen else contextlib.nullcontext()
 
-    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`_look` without its checks."""
+    def _run_vision(self, pixel_values: Tensor) -> tuple[Any, Tensor | None]:
+        """The vision tower's output, and a dual encoder's embeddings."""
         tower = self.vision_model if self.dual_encoder is None else self.dual_encoder.vision_model
         assert tower is not None
         # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
         pixels = pixel_values.to(next(tower.parameters()).dtype)
-        embeds = None
         if self.dual_encoder is None:
-            output = tower(pixel_values=pixels)
-        else:
-            output = self.dual_encoder.get_image_features(pixel_values=pixels)
-            embeds = normalize(output.pooler_output.to(self.logit_scale.dtype))
+            return tower(pixel_values=pixels), None
+        output = image_features(self.dual_encoder, pixels)
+        return output, normalize(output.pooler_output.to(self.logit_scale.dtype))
+
+    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`_look` without its checks."""
+        output, embeds = self._run_vision(pixel_values)
         grid = region_map(output, pixel_values, self.config.vision_tower_config)
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
@@ -425,14 +445,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
         check_level(level)
-        if (
-            self._only_embeds(level)
-            and self.dual_encoder is not None
-            and pixel_values is None
-            and image_embeds is not None
-        ):
-            embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
-            return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
+        if self._only_embeds(level) and self.dual_encoder is not None:
+            others = (region_features, region_boxes, region_mask, image_embeds)
+            if pixel_values is not None and all(value is None for value in others):
+                image_embeds, pixel_values = self._embed(pixel_values), None
+            if pixel_values is None and image_embeds is not None:
+                embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
+                return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
         given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds)
         return self._encode_regions(*given, level=level)
 
@@ -570,10 +589,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, or a text without a word to match.
         """
         check_level(level)
+        alone = self._only_embeds(level)
         given, mask, positions, pooled = self._text_inputs(
-            input_ids, attention_mask, word_mask, text_features, text_embeds
+            input_ids, attention_mask, word_mask, text_features, text_embeds, words=not alone
         )
-        if self._only_embeds(level):
+        if alone:
             embeds, name = self._text_embeds(None, mask, pooled), self.fingerprint()
             return EncodedTexts(embeds, word_mask=None if level == "embeddings" else mask, model_fingerprint=name)
         return self._encode_words(self._words(given, mask), mask, positions, pooled, level)
@@ -610,9 +630,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         word_mask: Tensor | None,
         text_features: Tensor | None,
         text_embeds: Tensor | None,
+        words: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Checked ids (BiGRU) or tower outputs; the words' mask and positions, valid words first; and their mean, or a
-        dual encoder's embeddings."""
+        dual encoder's embeddings, whose tower outputs stay as they are where no `words` are wanted."""
         given = self._check_texts(input_ids, text_features)
         attended, mask = check_words(given, attention_mask, word_mask)
         positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
@@ -625,6 +646,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             # A dual encoder reads its captions as its own processor masks them: SigLIP's are not.
             keep = attended.long() if self.dual_encoder is None else attention_mask
             hidden, text_embeds = self._read(given, keep)
+        if self.dual_encoder is not None and not words:
+            embeds = check_embeds("text_embeds", text_embeds, len(given), self.config.projection_size)
+            return hidden, mask, positions, embeds
         hidden = in_dtype(hidden, self.logit_scale.dtype, "text_features")
         if self.dual_encoder is None:
             return take(hidden, positions), mask, positions, masked_mean(hidden, attended)

@@ -121,10 +121,14 @@ class TVRNProcessor(ProcessorMixin):
         inputs, lengths = tokenize(tokenizer, captions, limit, self.text_padding)
         cut = np.flatnonzero(lengths > limit)
         if cut.size and not self.truncated_captions:
+            more = (
+                "the model reads no more"
+                if self.dual_encoder_processor
+                else "raise max_text_length to keep them whole"
+            )
             logger.warning(
                 f"{cut.size} of {len(captions)} captions are cut to {limit} tokens (the first has {lengths[cut[0]]}: "
-                f"{captions[cut[0]]!r:.80}): raise max_text_length to keep them whole. Said once; "
-                "processor.truncated_captions goes on counting."
+                f"{captions[cut[0]]!r:.80}): {more}. Said once; processor.truncated_captions goes on counting."
             )
         self.truncated_captions += cut.size
         return inputs

@@ -114,12 +114,6 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             export(*region_model(), tmp_path / "onnx", image_input=image_input)
 
-    def test_captions_padded_to_one_length(self, export, tmp_path):
-        folder = save_dual_encoder(tmp_path / "siglip", "siglip")
-        model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
-        with pytest.raises(ValueError, match="captions of one length without an attention mask"):
-            export(model, processor, tmp_path / "onnx")
-
     def test_regions_of_a_dual_encoder(self, export, tmp_path):
         folder = save_dual_encoder(tmp_path / "clip")
         model, processor = TVRNModel.from_dual_encoder(folder, **HEADS), TVRNProcessor.from_dual_encoder(folder)
@@ -272,10 +266,10 @@ np.save("logits.npy", logits)
         embeds = runner.encode_images(**arrays(images))["images.embeds"]
         with torch.no_grad():
             cosines = (embeds * model.encode_images(**images).embeds.numpy()).sum(axis=1)
-        assert (cosines > 0.99).all() and (cosines < 1 - 1e-7).any()
+        assert (cosines > 0.999).all() and (cosines < 1 - 1e-7).any(), "0.91 where products overflow"
         scores = runner.match(runner.encode_images(**arrays(images)), runner.encode_texts(**arrays(texts)))
         wanted = logits_of(model, images, texts)
-        assert np.corrcoef(scores.ravel(), wanted.ravel())[0, 1] > 0.98
+        assert np.corrcoef(scores.ravel(), wanted.ravel())[0, 1] > 0.998
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -364,7 +358,7 @@ class TestDualEncoders:
     SENTENCES = ("a dog runs in snow", "cat", "the small red circle above a large blue square")
 
     @pytest.mark.parametrize("heads", [True, False], ids=["heads", "plain"])
-    @pytest.mark.parametrize("kind", ["clip", "vision-text-dual-encoder"])
+    @pytest.mark.parametrize("kind", ["clip", "siglip", "vision-text-dual-encoder"])
     def test_pictures_and_sentences_to_logits(self, kind, heads, tmp_path):
         from modeling_tvrn.export import OnnxModel, export_onnx
 

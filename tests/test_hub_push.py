@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dual_encoder_makers import save_dual_encoder
 from hub_makers import CAPTIONS, FEATURES, region_model, results, save
 from hub_server import HubServer, online
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-from modeling_tvrn.hub import doctor, push_to_hub
+from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
+from modeling_tvrn.hub import doctor, push_to_hub, write_run_card
 from modeling_tvrn.hub.apart import Outcome
 from modeling_tvrn.hub.portable import portable, portable_command
 
@@ -116,6 +118,34 @@ class TestPush:
             assert text in card.text, text
         assert "curve.png" in card.text and "query.png" not in card.text
         assert pushed.report["card"].status == "ok", str(pushed.report)
+
+    def test_a_dual_encoder_is_pushed_with_what_was_trained_over_it(self, hub: HubServer, tmp_path: Path) -> None:
+        plain = save_dual_encoder(tmp_path / "clip")
+        processor = TVRNProcessor.from_dual_encoder(plain)
+        alone, _ = load_model(plain, device="cpu")
+        model = TVRNModel.from_dual_encoder(plain, hidden_size=24, similarity_size=12, vision_grid_size=2)
+        model.config.dual_encoder_config.name_or_path = "openai/clip-vit-base-patch32"
+        hub_keys = {"token": hub.token, "endpoint": hub.url}
+        for somebodys in (alone, model, save(tmp_path / "saved", model, processor)):
+            given = (somebodys, None if isinstance(somebodys, Path) else processor)
+            with pytest.raises(ValueError, match="score is that of the dual encoder .* unmodified"):
+                push_to_hub(*given, "org/tvrn-test", **hub_keys)
+        with torch.no_grad():
+            model.pair.late_interaction_weight.fill_(0.3)
+        pushed = push_to_hub(model, processor, "org/tvrn-test", **hub_keys)
+        card = ModelCard(hub.files("org/tvrn-test")["README.md"].decode())
+        assert card.data.base_model == ["openai/clip-vit-base-patch32"]
+        assert "openai/clip-vit-base-patch32, frozen" in card.text and "Image.open" in card.text
+        assert pushed.report.ok
+
+    def test_the_card_of_a_run_names_its_dual_encoder(self, tmp_path: Path) -> None:
+        model = TVRNModel.from_dual_encoder(save_dual_encoder(tmp_path / "clip"), hidden_size=24, similarity_size=12)
+        found = results(model_config=json.loads(json.dumps(model.config.to_diff_dict(), default=str)))
+        found["config"] |= {"text": None, "dual_encoder": "/home/somebody/clip"}
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        text = write_run_card(tmp_path, names={"dual_encoder": "openai/clip-vit-base-patch32"}).read_text()
+        assert "openai/clip-vit-base-patch32, frozen" in text and "/home/somebody" not in text
+        assert ModelCard(text).data.base_model == ["openai/clip-vit-base-patch32"]
 
     def test_no_path_of_this_machine_is_published(self, hub: HubServer, tmp_path: Path) -> None:
         folder = save(tmp_path / "run", *region_model())

@@ -84,6 +84,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "explain": (find.explain, "show which words and regions make a pair's score"),
     "demo": (find.demo, "serve a page that searches a folder of photographs"),
     "doctor": (share.doctor, "examine a checkpoint: does it load and score for others?"),
+    "export": (share.export, "write ONNX files that run without torch"),
     "push": (share.push, "publish a model on the Hub"),
     "card": (share.card, "render a run's model card again"),
 }

@@ -13,7 +13,7 @@ import typer
 
 __all__ = [
     *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
-    *("fail", "load", "progress", "quiet_libraries", "say", "table", "writable"),
+    *("fail", "load", "progress", "quiet_libraries", "say", "say_cut", "table", "writable"),
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
@@ -42,6 +42,12 @@ def quiet_libraries() -> None:
 def say(value: Any, text: str, as_json: bool) -> None:
     """Print the value as JSON, or the text."""
     typer.echo(as_json_text(value, indent=2) if as_json else text.encode("utf-8", "backslashreplace").decode())
+
+
+def say_cut(processor: Any) -> None:
+    """How many captions were longer than the model reads, where there were any."""
+    if processor.truncated_captions:
+        typer.echo(f"tvrn: {processor.truncated_captions} captions were cut to what the model reads", err=True)
 
 
 def as_json_text(value: Any, indent: int | None = None) -> str:

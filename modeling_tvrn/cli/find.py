@@ -138,7 +138,8 @@ def search(
     rows = [(hit.rank, hit.score, hit.path or hit.text or hit.id) for hit in hits]
     if picture is not None:
         _draw(text or f"{image}", hits, writable(picture))
-    say([asdict(hit) for hit in hits], table(("rank", "score", "found"), rows), as_json)
+    kind = hits[0].score_kind if hits else "score"
+    say([asdict(hit) for hit in hits], table(("rank", kind, "found"), rows), as_json)
 
 
 def _opened(

@@ -26,6 +26,7 @@ from .common import (
     load,
     progress,
     say,
+    say_cut,
     writable,
 )
 
@@ -160,8 +161,10 @@ def score(
 ) -> None:
     """Score how well each caption of a table fits its image, and filter the rows by that.
 
-    The table comes out with the column `score`, between 0 and 1. A row whose image cannot be read or whose caption has
-    no word has no score, is reported on stderr, and is left out where there is a threshold. --json: one object a line.
+    The table comes out with the columns `score` and `score_kind`: "matching score", between 0 and 1, or "cosine" for a
+    dual encoder (CLIP, …) that nobody has calibrated, with which a threshold is refused. A row whose image cannot be
+    read or whose caption has no word has no score, is reported on stderr, and is left out where there is a threshold.
+    --json: one object a line.
 
     \b
     Examples:
@@ -175,16 +178,30 @@ def score(
 
     rows = list(read_pairs(pairs, image_column, caption_column))
     loaded, processor = load(model, device, dtype, trust_remote_code)
+    if threshold is not None:
+        _check_threshold(model, loaded, threshold)
     folder = images if images is not None else pairs.parent
     scored = score_pairs(loaded, processor, rows, folder, image_column, caption_column, batch_size)
     kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)
-    columns = [*(rows[0] if rows else [image_column, caption_column]), "score"]
+    columns = list(rows[0]) if rows else [image_column, caption_column]
     if output is None:
         with contextlib.suppress(AttributeError):  # a stream that is no file
             sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        return _write_rows(kept, columns, sys.stdout, as_json)
-    with writable(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return _write_rows(kept, columns, file, as_json)
+        _write_rows(kept, columns, loaded.score_kind, sys.stdout, as_json)
+    else:
+        with writable(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            _write_rows(kept, columns, loaded.score_kind, file, as_json)
+    say_cut(processor)
+
+
+def _check_threshold(name: str, model: Any, threshold: float) -> None:
+    """Refuse a threshold on scores that say which of two pairs fits better, and not whether one fits."""
+    if not model.is_calibrated:
+        raise fail(
+            f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value "
+            "from which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), "
+            "which calibrates it on the validation split"
+        )
 
 
 def _watched(scored: Iterable[ScoredPair], count: int) -> Iterable[ScoredPair]:
@@ -207,12 +224,14 @@ def _filtered(
         typer.echo(f"tvrn: {unscored} rows without a score", err=True)
 
 
-def _write_rows(kept: Iterable[ScoredPair], columns: list[str], file: Any, as_json: bool) -> None:
+def _write_rows(kept: Iterable[ScoredPair], columns: list[str], kind: str, file: Any, as_json: bool) -> None:
     if as_json:
         for pair in kept:
-            file.write(as_json_text({**pair.row, "score": pair.score}) + "\n")
+            file.write(as_json_text({**pair.row, "score": pair.score, "score_kind": kind}) + "\n")
         return
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    # A table that was scored before has the columns already.
+    writer = csv.DictWriter(file, list(dict.fromkeys([*columns, "score", "score_kind"])), lineterminator="\n")
     writer.writeheader()
     for pair in kept:
-        writer.writerow({**pair.row, "score": "" if pair.score is None else f"{pair.score:.6f}"})
+        score = "" if pair.score is None else f"{pair.score:.6f}"
+        writer.writerow({**pair.row, "score": score, "score_kind": kind})

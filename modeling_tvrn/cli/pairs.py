@@ -25,7 +25,7 @@ class ScoredPair:
 
     Attributes:
         row: its columns as they were.
-        score: matching score between 0 and 1; None where the row cannot be scored.
+        score: as `TVRNModel.readable_scores`; None where the row cannot be scored.
         problem: why not.
     """
 
@@ -131,5 +131,6 @@ def _scores(
     found: dict[tuple[str, str], float] = {}
     for i, (path, own) in enumerate(wanted.items()):
         logits = model.match(images.select([i]), texts.select([captions.index(caption) for caption in own]))[0]
-        found |= {(path, caption): score for caption, score in zip(own, model.scores(logits).tolist(), strict=True)}
+        scores = model.readable_scores(logits).tolist()
+        found |= {(path, caption): score for caption, score in zip(own, scores, strict=True)}
     return found

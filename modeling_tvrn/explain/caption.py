@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,26 @@ def caption_words(tokenizer: Any, caption: str, input_ids: Tensor, word_mask: Te
     return [_word(caption, offsets, positions) for positions in groups.values()]
 
 
-def without_each_word(inputs: dict[str, Tensor], words: list[CaptionWord]) -> dict[str, Tensor]:
+def without_each_word(inputs: dict[str, Tensor], words: list[CaptionWord], pad_id: int) -> dict[str, Tensor]:
     """The caption once without each of its words, as a batch: the tokens are gone, not masked.
 
     Args:
-        inputs: `input_ids`, `attention_mask`, `word_mask`, each (1, W).
+        inputs: `input_ids`, `word_mask` and, unless captions are padded to one length, `attention_mask`, each (1, W).
         words: Of `caption_words`.
+        pad_id: The tokenizer's, with which a caption that is padded to one length (SigLIP) stays as long as it was.
     """
     length = inputs["input_ids"].shape[1]
     rows = []
     for word in words:
         kept = torch.tensor([position for position in range(length) if position not in word.positions])
         rows.append({name: value[0, kept.to(value.device)] for name, value in inputs.items()})
-    pad = torch.nn.utils.rnn.pad_sequence  # 0 is padding: masked, so that the id does not matter
-    return {name: pad([row[name] for row in rows], batch_first=True) for name in inputs}
+    pad = torch.nn.utils.rnn.pad_sequence
+    fill = {"input_ids": pad_id}
+    found = {name: pad([row[name] for row in rows], True, fill.get(name, 0)) for name in inputs}
+    if "attention_mask" in inputs:
+        return found
+    missing = length - found["input_ids"].shape[1]
+    return {name: F.pad(value, (0, missing), value=fill.get(name, 0)) for name, value in found.items()}
 
 
 def _with_offsets(tokenizer: Any, caption: str, ids: list[int]) -> Any:
@@ -68,8 +75,9 @@ def _with_offsets(tokenizer: Any, caption: str, ids: list[int]) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         return None
     encoding = tokenizer(caption, return_offsets_mapping=True, truncation=False, verbose=False)
-    if len(encoding["input_ids"]) > len(ids):
-        encoding = tokenizer(caption, return_offsets_mapping=True, truncation=True, max_length=len(ids))
+    if len(encoding["input_ids"]) != len(ids):  # cut, or padded to one length
+        fitted: dict[str, Any] = {"truncation": True, "padding": "max_length", "max_length": len(ids)}
+        encoding = tokenizer(caption, return_offsets_mapping=True, padding_side="right", **fitted)
     return encoding if encoding["input_ids"] == ids else None
 
 

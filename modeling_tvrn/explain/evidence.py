@@ -76,6 +76,7 @@ class Explanation:
         cosine: Of the two embeddings.
         head: "saf" or "sgr".
         calibration: Scale and shift that the model's score applies to the logit.
+        score_kind: What `score` is called, as `model.score_kind`.
     """
 
     caption: str
@@ -90,6 +91,7 @@ class Explanation:
     cosine: float
     head: str
     calibration: tuple[float, float] = (1.0, 0.0)
+    score_kind: str = "matching score"
 
     @property
     def score(self) -> float:
@@ -121,6 +123,7 @@ class Explanation:
             "caption": self.caption,
             "logit": self.logit,
             "score": self.score,
+            "score_kind": self.score_kind,
             "head": self.head,
             "cosine": self.cosine,
             "parts": self.parts,
@@ -188,7 +191,8 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
     if not model.config.use_reasoning:
         raise ValueError(
             f"this model's score has the components {model.config.components} and no reasoning, so there is nothing "
-            "to take apart by words; explain a model with use_reasoning=True"
+            "to take apart by words; explain a model with use_reasoning=True (of a dual encoder: one whose heads were "
+            "trained, tvrn train dual_encoder=…)"
         )
     if not isinstance(text, str):
         raise ValueError(f"text is a {type(text).__name__}; explain takes one caption, a string")
@@ -201,7 +205,10 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         pair = _Pair(model, images, texts)
         words = caption_words(processor.tokenizer, text, inputs["input_ids"][0], inputs["word_mask"][0])
         parts = pair.parts()
-        without = _left_out(model, images, inputs, words, pair.logit) if leave_out and len(words) > 1 else None
+        without = None
+        if leave_out and len(words) > 1:
+            shorter = without_each_word(inputs, words, processor.tokenizer.pad_token_id)
+            without = _left_out(model, images, shorter, pair.logit)
         regions = _regions_left_out(model, scene.inputs, texts, pair.logit) if leave_out else None
     boxes = _valid(images.region_boxes, images.region_mask)
     return Explanation(
@@ -217,6 +224,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
         cosine=float(images.embeds[0].double() @ texts.embeds[0].double()),
         head=str(model.config.similarity_head),
         calibration=(float(model.calibration_scale), float(model.calibration_shift)),
+        score_kind=model.score_kind,
     )
 
 
@@ -316,10 +324,9 @@ class _Pair:
         return by_region[: int(self.images.region_mask[0].sum())]
 
 
-def _left_out(
-    model: Any, images: EncodedImages, inputs: dict[str, Tensor], words: list[CaptionWord], logit: float
-) -> list[float]:
-    texts = model.encode_texts(**without_each_word(inputs, words))
+def _left_out(model: Any, images: EncodedImages, inputs: dict[str, Tensor], logit: float) -> list[float]:
+    """What the logit loses with each of the texts in the caption's place."""
+    texts = model.encode_texts(**inputs)
     return [logit - float(other) for other in model.match(images, texts)[0]]
 
 

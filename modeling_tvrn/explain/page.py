@@ -53,7 +53,9 @@ def text_table(explanation: Explanation) -> str:
             f"{word.text:{width}}  {'  '.join(numbers)}  {_signed(word.without, 7)}  {_looks(word, explanation)}"
         )
     lines += [f"{name:24} {value:+8.3f}" for name, value in explanation.parts.items()]
-    return "\n".join([*lines, f"{'logit':24} {explanation.logit:+8.3f}   matching score {explanation.score:.4f}"])
+    return "\n".join(
+        [*lines, f"{'logit':24} {explanation.logit:+8.3f}   {explanation.score_kind} {explanation.score:.4f}"]
+    )
 
 
 def html_page(explanation: Explanation) -> str:
@@ -62,7 +64,7 @@ def html_page(explanation: Explanation) -> str:
     note = SAF_NOTE if explanation.words[0].contribution is not None else SGR_NOTE
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{caption}</title><style>{STYLE}</style>'
-        f"<h1>Matching score {explanation.score:.3f}</h1>{html_body(explanation)}"
+        f"<h1>{explanation.score_kind.capitalize()} {explanation.score:.3f}</h1>{html_body(explanation)}"
         f'<p class="note">{html.escape(note)}</p><script>{SCRIPT}</script></html>\n'
     )
 

@@ -41,7 +41,7 @@ def draw(explanation: Explanation, columns: int = 5) -> Figure:
     bars = bar_rows(explanation)
     heights = [0.22 * len(bars) + 0.7, *[CELL + 0.3] * rows]
     heading = textwrap.fill(f"“{explanation.caption}”", width=14 * columns)
-    title = f"{heading}\nlogit {explanation.logit:.2f}, matching score {explanation.score:.3f}"
+    title = f"{heading}\nlogit {explanation.logit:.2f}, {explanation.score_kind} {explanation.score:.3f}"
     figure = new_figure(CELL * columns, sum(heights) + 0.3 * (title.count("\n") + 1), title)
     layout = figure.add_gridspec(rows + 1, columns, height_ratios=heights)
     _draw_bars(figure.add_subplot(layout[0, :]), bars, _bar_title(explanation))

@@ -62,12 +62,18 @@ def image_graph(model: TVRNModel, pixel_shape: tuple[int, ...] | None) -> Graph:
     return Graph(_Regions(model), axes)
 
 
-def text_graph(model: TVRNModel) -> Graph:
-    """Token ids to `EncodedTexts`."""
-    names = ["input_ids", "attention_mask"]
+def text_graph(model: TVRNModel, text_length: int | None = None) -> Graph:
+    """Token ids to `EncodedTexts`.
+
+    Args:
+        model: The model.
+        text_length: Tokens that every caption is padded to, of a text side (SigLIP) that reads padding too and so has
+            no attention mask; None: any number, with one.
+    """
+    names = ["input_ids"] + ["attention_mask"] * (text_length is None)
     if model.uses_fragments or model.word_encoder is not None:  # else an input that nothing reads
         names.append("word_mask")
-    return Graph(_Words(model), dict.fromkeys(names, ("texts", "words")))
+    return Graph(_Words(model), dict.fromkeys(names, ("texts", text_length or "words")))
 
 
 def pair_graph(model: TVRNModel, encoded: Tensors) -> Graph:
@@ -147,7 +153,8 @@ class _Words(nn.Module):
 
     def forward(self, inputs: Tensors) -> Tensors:
         model = self.model
-        attended = inputs["attention_mask"].bool()
+        attention_mask = inputs.get("attention_mask")
+        attended = (torch.ones_like(inputs["input_ids"]) if attention_mask is None else attention_mask).bool()
         mask = inputs["word_mask"].bool() & attended if "word_mask" in inputs else attended
         order = _valid_first(mask)
         mask = take(mask, order)
@@ -155,7 +162,7 @@ class _Words(nn.Module):
             embedded = model.word_encoder.embeddings(take(inputs["input_ids"], order))
             words, pooled = normalize(self.recurrence(embedded, mask)), masked_mean(embedded, mask)
         else:
-            hidden, embeds = model._read(inputs["input_ids"], inputs["attention_mask"])
+            hidden, embeds = model._read(inputs["input_ids"], attention_mask)
             words = model._words(take(hidden, order), mask) if model.uses_fragments else hidden
             pooled = masked_mean(hidden, attended) if embeds is None else embeds
         if not model.uses_fragments:

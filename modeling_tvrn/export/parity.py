@@ -18,13 +18,15 @@ SIZES = ((1, 1, 1, 1), (2, 9, 6, 3), (5, 4, 1, 12), (1, 36, 9, 2))
 
 
 @torch.no_grad()
-def compare(model: TVRNModel, pixel_shape: tuple[int, ...] | None, exported: OnnxModel) -> tuple[Parity, ...]:
+def compare(
+    model: TVRNModel, pixel_shape: tuple[int, ...] | None, text_length: int | None, exported: OnnxModel
+) -> tuple[Parity, ...]:
     """The largest differences at each of `SIZES`, on random inputs with holes in their masks."""
     generator = torch.Generator().manual_seed(1)
     training = model.training
     model.eval()
     try:
-        return tuple(_compare(model, pixel_shape, exported, size, generator) for size in SIZES)
+        return tuple(_compare(model, pixel_shape, text_length, exported, size, generator) for size in SIZES)
     finally:
         model.train(training)
 
@@ -32,14 +34,16 @@ def compare(model: TVRNModel, pixel_shape: tuple[int, ...] | None, exported: Onn
 def _compare(
     model: TVRNModel,
     pixel_shape: tuple[int, ...] | None,
+    text_length: int | None,
     exported: OnnxModel,
     size: tuple[int, int, int, int],
     generator: torch.Generator,
 ) -> Parity:
     images, regions, texts, words = size
+    words = min(words, text_length or words)
     device = next(model.parameters()).device
     image_inputs: dict[str, Any] = sample_images(model, pixel_shape, images, regions, generator)
-    text_inputs: dict[str, Any] = sample_texts(model, texts, words, generator)
+    text_inputs: dict[str, Any] = sample_texts(model, texts, words, generator, text_length)
     on_device = {name: value.to(device) for name, value in {**image_inputs, **text_inputs}.items()}
     ours = model.encode_images(**{name: on_device[name] for name in image_inputs})
     our_texts = model.encode_texts(**{name: on_device[name] for name in text_inputs})

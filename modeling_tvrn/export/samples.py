@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..modeling_tvrn import TVRNModel
 
@@ -22,18 +23,22 @@ def sample_images(
     return {**inputs, "region_mask": _mask(images, regions, generator)}
 
 
-def sample_texts(model: TVRNModel, texts: int, words: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Token ids; each text attends to its first tokens, the first of all to every one, and some are no words."""
+def sample_texts(
+    model: TVRNModel, texts: int, words: int, generator: torch.Generator, text_length: int | None = None
+) -> dict[str, Tensor]:
+    """Token ids; each text attends to its first tokens, the first of all to every one, and some are no words.
+
+    With a `text_length` all have so many tokens and no attention mask, and at most `words` of them are words.
+    """
     lengths = torch.randint(1, words + 1, (texts, 1), generator=generator)
     lengths[0] = words
     attended = torch.arange(words) < lengths
     word = _mask(texts, words, generator) & attended
     word[torch.arange(texts), lengths.squeeze(1) - 1] = True
-    return {
-        "input_ids": torch.randint(1, vocabulary_size(model), (texts, words), generator=generator),
-        "attention_mask": attended.long(),
-        "word_mask": word.long(),
-    }
+    ids = torch.randint(1, vocabulary_size(model), (texts, text_length or words), generator=generator)
+    if text_length is not None:
+        return {"input_ids": ids, "word_mask": F.pad(word, (0, text_length - words)).long()}
+    return {"input_ids": ids, "attention_mask": attended.long(), "word_mask": word.long()}
 
 
 def vocabulary_size(model: TVRNModel) -> int:

@@ -106,8 +106,8 @@ class OnnxModel:
         Args:
             captions: Sentences.
             batch_size: Captions at a time.
-            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` and, where the score reads words,
-                `word_mask`, each (T, W).
+            **arrays: The graph's inputs instead: `input_ids`, `attention_mask` (unless captions are padded to one
+                length) and, where the score reads words, `word_mask`, each (T, W).
 
         Returns:
             Arrays by name, the first dimension of each is the caption; "texts.embeds" (T, P) has unit norm.
@@ -124,7 +124,11 @@ class OnnxModel:
         return cat([self._run("text", self.tokens(batch), extra=True) for batch in batches])
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
-        """Matching scores in (0, 1) of logits, with the model's calibration."""
+        """Matching scores in (0, 1) of logits, with the model's calibration.
+
+        Those of a model without one (the manifest's "score_kind" is not "matching score") rank and decide nothing: of
+        a dual encoder alone nearly all are 1, so look at the cosine of the embeddings.
+        """
         scale, shift = self.manifest["calibration"]
         return 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift)))
 
@@ -175,7 +179,8 @@ class OnnxModel:
         return pixels
 
     def tokens(self, captions: Sequence[str]) -> Arrays:
-        """`input_ids`, `attention_mask`, `word_mask` (T, W) of captions, as the model's own processor makes them.
+        """`input_ids`, `attention_mask` unless captions are padded to one length, and `word_mask` of captions, each
+        (T, W), as the model's own processor makes them.
 
         Raises:
             ValueError: If the export says nothing on how, or a caption holds no word.
@@ -188,18 +193,17 @@ class OnnxModel:
         encoded = self._tokenizer.encode_batch(list(captions))
         ids = np.array([each.ids for each in encoded], np.int64)
         attended = np.array([each.attention_mask for each in encoded], np.int64)
-        return {
-            "input_ids": ids,
-            "attention_mask": attended,
-            "word_mask": attended * ~np.isin(ids, recipe["special_ids"]),
-        }
+        word_mask = attended * ~np.isin(ids, recipe["special_ids"])
+        if recipe["pad_to"] is not None:  # a text side that reads padding too
+            return {"input_ids": ids, "word_mask": word_mask}
+        return {"input_ids": ids, "attention_mask": attended, "word_mask": word_mask}
 
     def _load_tokenizer(self, recipe: Mapping[str, Any]) -> Any:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         tokenizer.enable_truncation(recipe["max_length"])
-        tokenizer.enable_padding(pad_id=recipe["pad_id"], pad_token=recipe["pad_token"])
+        tokenizer.enable_padding(pad_id=recipe["pad_id"], pad_token=recipe["pad_token"], length=recipe["pad_to"])
         return tokenizer
 
     def inputs(self, part: str) -> list[str]:

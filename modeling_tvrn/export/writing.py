@@ -63,28 +63,27 @@ def export_onnx(
 
     Raises:
         ImportError: If the extra is missing.
-        ValueError: If the model is not in float32, a part can't be exported, its captions are all padded to one length
-            (SigLIP), its processor gives no fixed size of pictures, the directory holds something else, or the graphs
-            differ from the model by more than `tolerance`.
+        ValueError: If the model is not in float32, a part can't be exported, its processor gives no fixed size of
+            pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
     """
     _need_extra()
     _check_precision(model)
-    _check_captions(model, processor)
     target = _check_directory(Path(directory))
-    pixel_shape = _pixel_shape(model, processor, image_input)
+    pixel_shape, text_length = _pixel_shape(model, processor, image_input), _text_length(processor)
     copied = exportable(model).cpu()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         whole = Path(folder) / target.name
         whole.mkdir()
-        manifest = _write_graphs(copied, pixel_shape, whole)
+        manifest = _write_graphs(copied, pixel_shape, text_length, whole)
+        manifest["score_kind"] = model.score_kind
         manifest["calibration"] = [float(model.calibration_scale), float(model.calibration_shift)]
         manifest |= {"pixels": _pixel_recipe(processor, pixel_shape), "tokens": _token_recipe(processor)}
         _write_beside(whole, processor, manifest)
         exported = OnnxModel(whole)
         if not _same_tokens(exported, processor):
             manifest["tokens"] = None
-        parity = compare(model, pixel_shape, exported)
+        parity = compare(model, pixel_shape, text_length, exported)
         _check_parity(parity, tolerance)
         manifest["largest_difference"] = max(each.worst for each in parity)
         write_manifest(whole, manifest)
@@ -110,13 +109,11 @@ def _check_precision(model: TVRNModel) -> None:
         )
 
 
-def _check_captions(model: TVRNModel, processor: Any) -> None:
-    if processor.text_padding == "max_length":
-        raise ValueError(
-            f"This model's {model.config.text_tower_config.model_type!r} reads captions of one length without an "
-            "attention mask, which the text graph does not do yet; expected a model whose captions are padded to the "
-            "longest of a batch (CLIP, a VisionTextDualEncoder, …)."
-        )
+def _text_length(processor: Any) -> int | None:
+    """Tokens that the processor pads every caption to; None where it pads to the longest of a batch."""
+    if processor.text_padding != "max_length":
+        return None
+    return check_length(processor.max_text_length, processor.tokenizer)
 
 
 def _check_directory(directory: Path) -> Path:
@@ -158,14 +155,16 @@ def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> t
     return shapes.pop()
 
 
-def _write_graphs(model: TVRNModel, pixel_shape: tuple[int, ...] | None, folder: Path) -> dict[str, Any]:
+def _write_graphs(
+    model: TVRNModel, pixel_shape: tuple[int, ...] | None, text_length: int | None, folder: Path
+) -> dict[str, Any]:
     """The three files, and what the manifest says of them."""
     generator = torch.Generator().manual_seed(0)
     images = sample_images(model, pixel_shape, IMAGES, REGIONS, generator)
-    texts = sample_texts(model, TEXTS, WORDS, generator)
+    texts = sample_texts(model, TEXTS, WORDS, generator, text_length)
     about: dict[str, Any] = {}
     about["image"], encoded = _write_graph("image", image_graph(model, pixel_shape), images, folder)
-    about["text"], more = _write_graph("text", text_graph(model), texts, folder)
+    about["text"], more = _write_graph("text", text_graph(model, text_length), texts, folder)
     encoded |= more
     about["pair"], _ = _write_graph("pair", pair_graph(model, encoded), encoded, folder)
     ids = next(each for each in about["text"]["inputs"] if each["name"] == "input_ids")
@@ -241,15 +240,17 @@ def _described(axes: dict[str, tuple[str | int, ...]], tensors: dict[str, Tensor
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters warn of what is none of a user's business (torchvision's operators, their own deprecations)."""
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [each.level for each in noisy]
+    for each in noisy:
+        each.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        noisy.setLevel(level)
+        for each, level in zip(noisy, levels, strict=True):
+            each.setLevel(level)
 
 
 def _pixel_recipe(processor: Any, pixel_shape: tuple[int, ...] | None) -> dict[str, Any] | None:
@@ -275,6 +276,7 @@ def _token_recipe(processor: Any) -> dict[str, Any] | None:
         "special_ids": special_ids(tokenizer),
         "pad_id": tokenizer.pad_token_id,
         "pad_token": tokenizer.pad_token,
+        "pad_to": _text_length(processor),
     }
 
 
@@ -283,7 +285,7 @@ def _same_tokens(exported: OnnxModel, processor: Any) -> bool:
     recipe = exported.manifest["tokens"]
     if recipe is None:
         return False
-    wanted, _ = tokenize(processor.tokenizer, PROBES, recipe["max_length"])
+    wanted, _ = tokenize(processor.tokenizer, PROBES, recipe["max_length"], processor.text_padding)
     found = exported.tokens(PROBES)
     same = all(np.array_equal(found[name], wanted[name]) for name in wanted)
     if not same:

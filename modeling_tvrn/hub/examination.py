@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from .card_check import check_card
 from .errors import explained
 from .files import PICKLES, check_code, check_files, check_no_pickle, read_json
+from .plain import check_plain
 from .report import Check, DoctorReport
 from .running import RESAVE, check_running
 from .weights import check_same_weights, check_weights
@@ -43,6 +44,9 @@ def doctor(
         trust_remote_code: run the checkpoint's code in the process without the package.
         revision, token, endpoint: of the Hub repository.
         timeout: seconds for each process.
+
+    A plain dual encoder (CLIP, SigLIP, …) is examined as such: its files and weights, the probe that accepts a first
+    stage, and its scores, in this process, without any code of its own.
 
     Returns:
         The report: `str()` is a table, `.ok` whether nothing failed, `.to_json()` for scripts.
@@ -96,7 +100,8 @@ def _examine_repository(
             revision=info.sha,
             token=token,
             endpoint=endpoint,
-            ignore_patterns=[f"*{ending}" for ending in PICKLES],  # known by their names: nobody needs to fetch them
+            # Known by their names, or of other frameworks: nobody needs to fetch them.
+            ignore_patterns=[f"*{ending}" for ending in (*PICKLES, ".h5", ".msgpack", ".onnx", ".ot")],
         )
     names = [file.rfilename for file in info.siblings or []]
     report = examine_folder(
@@ -129,14 +134,20 @@ def examine_folder(
     """
     report = DoctorReport(title)
     try:
+        config = read_json(folder / "config.json")
+        kind = config.get("model_type")
+        if kind not in (None, "tvrn") and {"vision_config", "text_config"} <= set(config):
+            report.checks += check_plain(folder, names)
+            return report
         report.checks += [check_files(folder), check_no_pickle(folder, names), check_code(folder)]
-        kind = read_json(folder / "config.json").get("model_type")
     except ValueError as error:
         report.checks.append(Check("files", "failed", str(error), RESAVE))
         return report
     if kind != "tvrn":
         advice = "give the folder of a saved TVRN model" if kind is None else "use that model's own tools"
-        report.checks.append(Check("config", "failed", f"model_type is {kind!r}; expected 'tvrn'", advice))
+        report.checks.append(
+            Check("config", "failed", f"model_type is {kind!r}; expected 'tvrn', or a dual encoder", advice)
+        )
         return report
     report.checks += check_weights(folder)
     if memory is not None and report["weights"].status == "ok":

@@ -22,7 +22,8 @@ from .card import CardMetadata, write_model_card
 from .errors import explained
 from .examination import examine_folder
 from .files import INDEX, PICKLES, WEIGHTS
-from .portable import portable
+from .foreign import check_own_folder, check_trained
+from .portable import is_hub_id, portable
 from .report import DoctorReport
 from .run_card import OWN_DATA, config_facts, read_results, usage_of, write_run_card
 
@@ -94,18 +95,24 @@ def push_to_hub(
         timeout: seconds for each of the doctor's processes.
 
     Raises:
-        ValueError: the doctor found faults (the message is its table), or wrong arguments; nothing was pushed.
+        ValueError: the doctor found faults (the message is its table), an unmodified dual encoder of somebody else,
+            or wrong arguments; nothing was pushed.
         PermissionError: no token, one that is not accepted, or one without the right to write there.
         ConnectionError: the Hub cannot be reached, or the connection broke; the repository is as it was.
         RuntimeError: somebody else pushed meanwhile.
     """
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id is {repo_id!r}; expected 'owner/name'")
+    if isinstance(model, (str, os.PathLike)):
+        check_own_folder(model, "pushed")
     where = endpoint or constants.ENDPOINT
     api = HfApi(endpoint=endpoint, token=token)
     with explained("pushing to", repo_id, where):
         api.whoami()  # before minutes of work: is there a token, and does this Hub know it?
     model, processor, results = _opened(model, processor, results)
+    check_trained(
+        model, isinstance(results, Mapping) or (results is not None and (results / "results.json").is_file())
+    )
     with tempfile.TemporaryDirectory(prefix="tvrn-push-") as temporary:
         folder = Path(temporary)
         _stage(folder, model, processor, results, repo_id, card, names, license)
@@ -186,12 +193,15 @@ def _pictures(run: Path | None, results: Mapping[str, Any]) -> list[Path]:
 def _write_plain_card(folder: Path, model: Any, processor: Any, repo_id: str, license: str | None) -> None:
     """The card of a model whose training left no results.json."""
     config = model.config.to_diff_dict()
+    own = model.config.dual_encoder_config
+    dual_encoder = None if own is None else own.name_or_path or own.model_type
+    bases = [dual_encoder] if dual_encoder is not None and "/" in dual_encoder and is_hub_id(dual_encoder) else []
     write_model_card(
         folder,
-        CardMetadata(name=repo_id, license=license),
+        CardMetadata(name=repo_id, base_models=bases, license=license),
         title=repo_id,
         summary="An image–text matching model. It ranks images for a sentence and sentences for an image.",
-        facts=config_facts(config),
+        facts=config_facts(config, dual_encoder=dual_encoder),
         usage=usage_of(repo_id, config),
         limits="Nothing is known here of what it was trained on or how well it does: ask who published it.",
         terms=OWN_DATA,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..data import PRESETS
 from ..metrics import RECALL_AT, Recalls, recall_table
 from ..redaction import redacted
 from .card import CardMetadata, write_model_card
+from .foreign import check_own_folder
 from .portable import is_hub_id, portable, portable_command
 
 __all__ = ["read_results", "split_label", "write_run_card"]
@@ -66,7 +67,7 @@ SWITCHES = (  # the parts of the score, of which a card names those that are off
     "use_late_interaction",
     "use_reasoning",
 )
-TOWER_KEYS = ("vision", "text", "word_embeddings")  # of what a run can start from
+TOWER_KEYS = ("vision", "text", "word_embeddings", "dual_encoder")  # of what a run can start from
 OWN_DATA = "Look up what the training data allow before you use or pass on these weights."
 
 
@@ -103,7 +104,7 @@ def write_run_card(
             own card alone.
         name: of the model, the Hub id where it has one; default: the folder's name.
         names: public names of what the run read from folders, by key of its configuration ("vision", "text",
-            "word_embeddings", "data"): `{"vision": "google/mobilenet_v2_1.0_224"}`.
+            "word_embeddings", "dual_encoder", "data"): `{"vision": "google/mobilenet_v2_1.0_224"}`.
         results: results.json's content, where it is at hand.
         license: of the weights, as the Hub names it; default: Apache-2.0 for generated data, else "other".
 
@@ -113,6 +114,7 @@ def write_run_card(
     Raises:
         ValueError: there is no results.json of a training run; an unknown key in `names`.
     """
+    check_own_folder(folder, "given a card")
     results = redacted(dict(read_results(folder) if results is None else results))
     if unknown := set(names or {}) - {*TOWER_KEYS, "data"}:
         raise ValueError(f"names has the keys {sorted(unknown)}; expected some of {', '.join(TOWER_KEYS)}, data")
@@ -237,7 +239,7 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, A
     pretrained = _pretrained(config)
     facts = config_facts(model_config, **pretrained)
     for side, keys in (("Image side", {"vision"}), ("Text side", {"text", "word_embeddings"})):
-        if not keys & set(pretrained) and facts[side] != "region features":
+        if side in facts and not keys & set(pretrained) and facts[side] != "region features":
             facts[side] += " from scratch"
     return {
         **facts,
@@ -253,9 +255,14 @@ def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
         name: folder or Hub id.
         model_config: the config's fields that differ from the defaults.
     """
-    imports, images, keywords = PIXELS if model_config.get("vision_config") is not None else REGIONS
+    imports, images, keywords = PIXELS if _sees(model_config) else REGIONS
     images = images.format(size=_model_value(model_config, "region_feature_size"))
     return USAGE.format(name=name, imports=imports, images=images, keywords=keywords).strip()
+
+
+def _sees(model_config: Mapping[str, Any]) -> bool:
+    """Whether the model reads pictures."""
+    return any(model_config.get(key) is not None for key in ("vision_config", "dual_encoder_config"))
 
 
 def _pretrained(config: Mapping[str, Any]) -> dict[str, str]:
@@ -268,30 +275,50 @@ def config_facts(
     vision: str | None = None,
     text: str | None = None,
     word_embeddings: str | None = None,
+    dual_encoder: str | None = None,
 ) -> dict[str, Any]:
     """What the model is made of, for the card's first table.
 
     Args:
         model_config: the config's fields that differ from the defaults.
-        vision, text, word_embeddings: where pretrained towers and words came from; None where that is not known, or
-            there are none.
+        vision, text, word_embeddings, dual_encoder: where pretrained towers, words and first stage came from; None
+            where that is not known, or there are none.
     """
 
     def value(name: str) -> Any:
         return _model_value(model_config, name)
 
-    words = _tower(word_embeddings, value("freeze_word_embeddings"))
-    kinds = [(model_config.get(key) or {}).get("model_type") for key in ("vision_config", "text_config")]
+    if model_config.get("dual_encoder_config") is not None:
+        frozen = value("freeze_first_stage") and value("freeze_vision") and value("freeze_text")
+        kind = model_config["dual_encoder_config"].get("model_type")
+        sides = {"Dual encoder": _tower(dual_encoder or kind, frozen)}
+    else:
+        sides = _sides(model_config, value, vision, text, word_embeddings)
     sizes = ("hidden_size", "projection_size", "similarity_size")
     off = [name.removeprefix("use_").replace("_", " ") for name in SWITCHES if not value(name)]
+    return {
+        **sides,
+        "Refinement, head": f"{value('refinement')}, {value('similarity_head')}",
+        **({"Switched off": ", ".join(off)} if off else {}),
+        "Sizes": ", ".join(f"{name.removesuffix('_size')} {value(name)}" for name in sizes),
+    }
+
+
+def _sides(
+    model_config: Mapping[str, Any],
+    value: Callable[[str], Any],
+    vision: str | None,
+    text: str | None,
+    word_embeddings: str | None,
+) -> dict[str, Any]:
+    """What reads the images and what reads the captions, of a model without a dual encoder."""
+    words = _tower(word_embeddings, value("freeze_word_embeddings"))
+    kinds = [(model_config.get(key) or {}).get("model_type") for key in ("vision_config", "text_config")]
     return {
         "Image side": _tower(vision, value("freeze_vision")) or kinds[0] or "region features",
         "Text side": _tower(text, value("freeze_text"))
         or kinds[1]
         or (f"word embeddings of {words}, and BiGRU" if words else "word embeddings and BiGRU"),
-        "Refinement, head": f"{value('refinement')}, {value('similarity_head')}",
-        **({"Switched off": ", ".join(off)} if off else {}),
-        "Sizes": ", ".join(f"{name.removesuffix('_size')} {value(name)}" for name in sizes),
     }
 
 

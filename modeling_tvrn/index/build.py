@@ -66,6 +66,7 @@ class BuildReport:
         reused: Taken over unchanged from earlier builds, also interrupted ones.
         added, changed, deleted: Against the version before.
         skipped: What cannot be used: reason -> count, with examples.
+        truncated_captions: Of those encoded in this run: longer than the model reads, and cut.
         engine: "exact" or "hnsw".
         precision: "float32", "int8" or "binary".
         recall_at_10: Share of the true ten nearest that the search finds, percent.
@@ -81,6 +82,7 @@ class BuildReport:
     changed: int = 0
     deleted: int = 0
     skipped: SkipReport = field(default_factory=SkipReport)
+    truncated_captions: int = 0
     engine: str = "exact"
     precision: str = "float32"
     recall_at_10: float = 100.0
@@ -95,9 +97,10 @@ class BuildReport:
         return {**vars(self), "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
+        cut = f" {self.truncated_captions} captions cut to what the model reads;" if self.truncated_captions else ""
         return (
             f"{self.items} items ({self.encoded} encoded, {self.reused} as before; {self.added} new, {self.changed}"
-            f" changed, {self.deleted} gone; skipped: {self.skipped}) in {self.seconds:.1f} s; {self.precision}"
+            f" changed, {self.deleted} gone; skipped: {self.skipped}) in {self.seconds:.1f} s;{cut} {self.precision}"
             f" {self.engine} search, recall@10 {self.recall_at_10:.1f} %;"
             f" {self.vector_bytes / max(self.items, 1):.0f} bytes an item in memory,"
             f" {self.feature_bytes / max(self.items, 1):.0f} on disk for reranking"
@@ -121,7 +124,9 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         before = _version_before(directory)
         report = BuildReport(precision=settings.precision)
         known = before.known() if before is not None else {}
+        cut_before = getattr(processor, "truncated_captions", 0)
         items, keys = _Encoder(model, processor, segments, settings, report).run(source, known)
+        report.truncated_captions = getattr(processor, "truncated_captions", 0) - cut_before
         report.encode_seconds = time.perf_counter() - started
         _compare(report, {item.id: key for item, key in zip(items, keys, strict=True)}, known)
         if not items:

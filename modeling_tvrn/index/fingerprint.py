@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..scoring.finished import ranking_digest
 from ..teachers.fingerprint import (
     StaleStoreError,
     check_fingerprint,
     digest,
     preprocessor_fingerprint,
     settings_fingerprint,
-    weights_digest,
 )
 
 # Settings of training, of speed, or of where a tower came from: scores do not depend on them.
@@ -37,7 +37,7 @@ def index_fingerprint(model: Any, processor: Any) -> dict[str, Any]:
     settings = settings_fingerprint(model.config.to_dict())
     plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
     found: dict[str, Any] = {
-        "weights_sha256": weights_digest(model),
+        "weights_sha256": ranking_digest(model),
         "config": {k: v for k, v in plain.items() if not any(part in k for part in _UNRELATED)},
     }
     if getattr(processor, "image_processor", None) is not None:

@@ -36,12 +36,14 @@ class Hit:
     Attributes:
         rank: From 1.
         id: Its name in the index.
-        score: What it is ranked by: the matching score in (0, 1) where the pair score reranked, else the cosine.
+        score: Says what the ranking, which is by logit, says: the matching score in (0, 1) where the pair score
+            reranked; the cosine without reranking, and of a dual encoder alone that isn't calibrated.
         logit: The pair logit; None without reranking.
         cosine: Of the embeddings.
         path: Its file, where it has one.
         text: Its caption, where it is one.
         metadata: As given at the build.
+        score_kind: What `score` is: "cosine", or as `TVRNModel.score_kind`.
     """
 
     rank: int
@@ -52,6 +54,7 @@ class Hit:
     path: str | None
     text: str | None
     metadata: dict[str, Any] = field(default_factory=dict)
+    score_kind: str = "matching score"
 
 
 class Hits(list[Hit]):
@@ -342,7 +345,11 @@ class ImageTextIndex:
         hits = []
         for rank, (place, cosine, logit) in enumerate(scored[:limit], start=1):
             item = self.backend.item(place)
-            score = cosine if logit is None else float(self.model.scores(torch.tensor(logit, dtype=torch.float64)))
+            score, kind = cosine, "cosine"
+            if logit is not None:
+                score = float(self.model.readable_scores(torch.tensor(logit, dtype=torch.float64)))
+                kind = self.model.score_kind
             metadata = {name: value for name, value in item.items() if name not in RESERVED}
-            hits.append(Hit(rank, item["id"], score, logit, cosine, item.get("path"), item.get("text"), metadata))
+            found_at = (item.get("path"), item.get("text"))
+            hits.append(Hit(rank, item["id"], score, logit, cosine, *found_at, metadata, kind))
         return hits

@@ -291,7 +291,13 @@ def take(gallery: Gallery, numbers: np.ndarray) -> Any:
 
 
 def check_galleries(model: PairModel, images: Gallery, texts: Gallery, chunk_size: int | None) -> None:
-    """Refuse empty sides, a chunk without pairs, and galleries of another model."""
+    """Refuse what can't score pairs, empty sides, a chunk without pairs, and galleries of another model."""
+    if not hasattr(model, "match"):
+        raise ValueError(
+            f"A {type(model).__name__} has no match(images, texts) to score pairs with; load a dual encoder (CLIP, …)"
+            " by load_model, or make a TVRN of it by TVRNModel.from_dual_encoder(model, use_late_interaction=False,"
+            " use_reasoning=False)."
+        )
     if not len(images) or not len(texts):
         raise ValueError(
             f"There are {len(images)} images and {len(texts)} texts to score; expected at least 1 of each."

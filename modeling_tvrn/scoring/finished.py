@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..encoded_tvrn import ranking_state
 from ..teachers.fingerprint import digest, settings_fingerprint, weights_digest
 from .models import AveragedGallery, AveragedModel, EmbeddingScore
 from .plan import BlockPlan, gallery_tensors
@@ -110,7 +112,8 @@ def model_digest(model: Any) -> str:
         ValueError: If it has no weights to read.
     """
     if isinstance(model, AveragedModel):
-        return digest([model_digest(each) for each in model.models])
+        # Its scores are means of calibrated sigmoids.
+        return digest([[model_digest(each), weights_digest(each)] for each in model.models])
     if isinstance(model, EmbeddingScore):
         return "cosine of the embeddings"
     if not isinstance(model, torch.nn.Module):
@@ -121,7 +124,13 @@ def model_digest(model: Any) -> str:
     config = getattr(model, "config", None)
     settings = settings_fingerprint(config.to_dict()) if config is not None else {}
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values()})
-    return digest([type(model).__name__, settings, dtypes, weights_digest(model)])
+    return digest([type(model).__name__, settings, dtypes, ranking_digest(model)])
+
+
+def ranking_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights that pair logits depend on; calibration is not among them."""
+    weights: Any = SimpleNamespace(state_dict=lambda: ranking_state(model))
+    return weights_digest(weights)
 
 
 def gallery_digest(gallery: Any) -> str:
