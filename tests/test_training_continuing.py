@@ -61,6 +61,8 @@ class TestStartFrom:
         assert [run.processor(text=["red star"])["input_ids"].tolist()] == ids
         result = train(onward(finished, other, tmp_path / "run"))
         assert result["config"]["start_from"] == str(finished)
+        card = (tmp_path / "run" / "README.md").read_text("utf-8")
+        assert f"| Trained on from | {finished.name} |" in card and str(finished) not in card
         after = TVRNModel.from_pretrained(tmp_path / "run").state_dict()
         assert any(not torch.equal(value, before[name]) for name, value in after.items())
 
@@ -210,6 +212,7 @@ def test_zero_shot_accuracy_before_and_after(
 ) -> None:
     result = train(tuned(clip, pairs, tmp_path, zero_shot=str(labelled)))
     found = json.loads((tmp_path / "results.json").read_text())["zero_shot"]
+    assert f"| Zero-shot accuracy | {found['before']:.1f} % before" in (tmp_path / "README.md").read_text("utf-8")
     assert found == result["zero_shot"] and (found["labels"], found["images"]) == (2, 6)
     assert "not an image" in caplog.text
     model = AutoModel.from_pretrained(clip)

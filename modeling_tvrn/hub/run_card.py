@@ -67,7 +67,7 @@ SWITCHES = (  # the parts of the score, of which a card names those that are off
     "use_late_interaction",
     "use_reasoning",
 )
-TOWER_KEYS = ("vision", "text", "word_embeddings", "dual_encoder")  # of what a run can start from
+TOWER_KEYS = ("vision", "text", "word_embeddings", "dual_encoder", "start_from")  # of what a run can start from
 OWN_DATA = "Look up what the training data allow before you use or pass on these weights."
 
 
@@ -235,17 +235,30 @@ def _limits(config: Mapping[str, Any]) -> str:
 
 
 def _facts(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    model_config, parameters = results["model_config"], results["parameters"]
+    model_config = results["model_config"]
     pretrained = _pretrained(config)
+    start = pretrained.pop("start_from", None)
     facts = config_facts(model_config, **pretrained)
+    if start is not None:
+        return {"Trained on from": _named(start), **facts, **_learned(results)}
     for side, keys in (("Image side", {"vision"}), ("Text side", {"text", "word_embeddings"})):
         if side in facts and not keys & set(pretrained) and facts[side] != "region features":
             facts[side] += " from scratch"
-    return {
-        **facts,
-        "Parameters": f"{parameters['total']:,}, of which {parameters['trained']:,} were trained",
-        "Seed, commit": f"{results['seed']}, {results['commit'] or 'unknown'}",
-    }
+    return {**facts, **_learned(results)}
+
+
+def _learned(results: Mapping[str, Any]) -> dict[str, Any]:
+    parameters, mean, zero_shot = results["parameters"], results.get("weight_interpolation"), results.get("zero_shot")
+    facts = {"Parameters": f"{parameters['total']:,}, of which {parameters['trained']:,} were trained"}
+    if mean:
+        rsum = mean["trained_metrics"]["rsum"]
+        facts["Weights"] = f"{mean['share']:g} of those trained (rSum {rsum:.1f}), the rest of those it started from"
+    if zero_shot:
+        facts["Zero-shot accuracy"] = (
+            f"{zero_shot['before']:.1f} % before, {zero_shot['after']:.1f} % after the training "
+            f"({zero_shot['images']} images, {zero_shot['labels']} labels)"
+        )
+    return {**facts, "Seed, commit": f"{results['seed']}, {results['commit'] or 'unknown'}"}
 
 
 def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
@@ -330,7 +343,12 @@ def _model_value(model_config: Mapping[str, Any], name: str) -> Any:
 def _tower(name: str | None, frozen: bool) -> str | None:
     if name is None:
         return None
-    return f"{name if is_hub_id(name) else Path(name).name}, {'frozen' if frozen else 'fine-tuned'}"
+    return f"{_named(name)}, {'frozen' if frozen else 'fine-tuned'}"
+
+
+def _named(name: str) -> str:
+    """A Hub id, or of a folder its name: where it lies means nothing to others."""
+    return name if is_hub_id(name) else Path(name).name
 
 
 def _hub_datasets(data: str) -> list[str]:
