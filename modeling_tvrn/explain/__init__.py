@@ -1,5 +1,6 @@
 """Why an image and a caption match: what every word says, as numbers that add up, a picture, and a page."""
 
-from .evidence import Explanation, WordEvidence, explain
+from .explanation import WordExplanation
+from .parts import Explanation, explain
 
-__all__ = ["Explanation", "WordEvidence", "explain"]
+__all__ = ["Explanation", "WordExplanation", "explain"]

@@ -13,7 +13,7 @@ import numpy as np
 from .picture import bar_rows, relative
 
 if TYPE_CHECKING:
-    from .evidence import Explanation, WordEvidence
+    from .explanation import ExplanationData, WordExplanation
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1f2933;max-width:60rem;margin:1.5rem auto;padding:0 1rem}
@@ -43,7 +43,7 @@ SGR_NOTE = (
 )
 
 
-def text_table(explanation: Explanation) -> str:
+def text_table(explanation: ExplanationData) -> str:
     """The numbers as lines of text: words, then the parts that add up to the logit."""
     width = max(len(word.text) for word in explanation.words)
     lines = [f"{'word':{width}}  adds    share  saliency  without  looks at"]
@@ -58,7 +58,7 @@ def text_table(explanation: Explanation) -> str:
     )
 
 
-def html_page(explanation: Explanation) -> str:
+def html_page(explanation: ExplanationData) -> str:
     """The page: picture, caption with its words to click on, and the numbers."""
     caption = html.escape(explanation.caption)
     note = SAF_NOTE if explanation.words[0].contribution is not None else SGR_NOTE
@@ -69,7 +69,7 @@ def html_page(explanation: Explanation) -> str:
     )
 
 
-def html_body(explanation: Explanation) -> str:
+def html_body(explanation: ExplanationData) -> str:
     """The page without its frame."""
     whole = _button("the caption looks", explanation.region_weight, explanation, None)
     if explanation.region_without is not None:
@@ -81,11 +81,11 @@ def html_body(explanation: Explanation) -> str:
     )
 
 
-def _worth(word: WordEvidence) -> float | None:
+def _worth(word: WordExplanation) -> float | None:
     return word.contribution if word.contribution is not None else word.without
 
 
-def _button(text: str, weights: np.ndarray, explanation: Explanation, worth: float | None) -> str:
+def _button(text: str, weights: np.ndarray, explanation: ExplanationData, worth: float | None) -> str:
     """A word, coloured by what it adds (green) or costs (red)."""
     numbers = [abs(_worth(word) or 0.0) for word in explanation.words]
     strength = 0.0 if worth is None else 0.6 * abs(worth) / max(*numbers, 1e-9) if len(numbers) > 1 else 0.6
@@ -98,7 +98,7 @@ def _button(text: str, weights: np.ndarray, explanation: Explanation, worth: flo
     )
 
 
-def _svg(explanation: Explanation) -> str:
+def _svg(explanation: ExplanationData) -> str:
     picture = explanation.picture
     width, height = (400, 400) if picture is None else (400, round(400 * picture.height / picture.width))
     image = "" if picture is None else f'<image href="{_data_url(explanation)}" width="{width}" height="{height}"/>'
@@ -106,7 +106,7 @@ def _svg(explanation: Explanation) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="regions">{image}{rects}</svg>'
 
 
-def _rects(explanation: Explanation, width: int, height: int) -> list[str]:
+def _rects(explanation: ExplanationData, width: int, height: int) -> list[str]:
     if explanation.grid is not None:
         rows, columns = explanation.grid
         cells = [(x / columns, y / rows, 1 / columns, 1 / rows) for y in range(rows) for x in range(columns)]
@@ -123,14 +123,14 @@ def _rects(explanation: Explanation, width: int, height: int) -> list[str]:
     ]
 
 
-def _data_url(explanation: Explanation) -> str:
+def _data_url(explanation: ExplanationData) -> str:
     assert explanation.picture is not None
     buffer = io.BytesIO()
     explanation.picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _table(explanation: Explanation) -> str:
+def _table(explanation: ExplanationData) -> str:
     rows = [
         (word.text, _signed(word.contribution), _percent(word.weight), f"{word.saliency:.2f}", _signed(word.without))
         for word in explanation.words
@@ -142,13 +142,13 @@ def _table(explanation: Explanation) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _other_parts(explanation: Explanation) -> list[tuple[str, float]]:
+def _other_parts(explanation: ExplanationData) -> list[tuple[str, float]]:
     named = {name for name, _ in bar_rows(explanation)}
     graph = {"graph", "late interaction"} if explanation.words[0].contribution is None else set()
     return [(name, value) for name, value in explanation.parts.items() if name in named | graph]
 
 
-def _looks(word: WordEvidence, explanation: Explanation) -> str:
+def _looks(word: WordExplanation, explanation: ExplanationData) -> str:
     """The region that a word looks at most, in words."""
     region = int(word.attention.argmax())
     if explanation.grid is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .evidence import Explanation, WordEvidence
+    from .explanation import ExplanationData, WordExplanation
 
 COST = "#b23a48"
 HEAT = (0.85, 0.16, 0.10)  # a heatmap's colour; its opacity is the attention
@@ -23,7 +23,7 @@ WORD_PARTS = ("words", "late interaction")  # of the logit, which the words' own
 BOXES = 3  # a detector's boxes that are drawn for a word
 
 
-def draw(explanation: Explanation, columns: int = 5) -> Figure:
+def draw(explanation: ExplanationData, columns: int = 5) -> Figure:
     """The figure of an explanation.
 
     Args:
@@ -54,7 +54,7 @@ def draw(explanation: Explanation, columns: int = 5) -> Figure:
     return figure
 
 
-def _views(explanation: Explanation) -> list[tuple[np.ndarray, str, str, str]]:
+def _views(explanation: ExplanationData) -> list[tuple[np.ndarray, str, str, str]]:
     """Each small picture: numbers of the regions, title, its colour, what is written below."""
     weight = explanation.region_weight
     views = [(weight, "the caption looks", INK, _most(weight))]
@@ -68,7 +68,7 @@ def _most(weights: np.ndarray) -> str:
     return f"at most {100 * weights.max():.0f} % in a region"
 
 
-def bar_rows(explanation: Explanation) -> list[tuple[str, float]]:
+def bar_rows(explanation: ExplanationData) -> list[tuple[str, float]]:
     """(label, number) of each bar: the parts that add up to the logit; for an SGR head what each word matters."""
     words = [(word.text, word.contribution) for word in explanation.words if word.contribution is not None]
     if words:
@@ -77,7 +77,7 @@ def bar_rows(explanation: Explanation) -> list[tuple[str, float]]:
     return left_out or list(explanation.parts.items())
 
 
-def _bar_title(explanation: Explanation) -> str:
+def _bar_title(explanation: ExplanationData) -> str:
     if explanation.words[0].contribution is not None:
         return "what adds up to the logit (below: where each word looks, and what the logit loses without it)"
     return "logit lost without the word" if explanation.words[0].without is not None else "what adds up to the logit"
@@ -103,7 +103,7 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, float]], title: str) -> None:
         axes.spines[name].set_visible(False)
 
 
-def _word_title(word: WordEvidence) -> tuple[str, str]:
+def _word_title(word: WordExplanation) -> tuple[str, str]:
     value = word.without if word.without is not None else word.contribution
     label = textwrap.shorten(word.text, 20, placeholder="…")
     colour = INK if value is None else POSITIVE if value >= 0 else COST
@@ -111,7 +111,7 @@ def _word_title(word: WordEvidence) -> tuple[str, str]:
 
 
 def _draw_regions(
-    axes: Axes, explanation: Explanation, weights: np.ndarray, title: str, colour: str, below: str
+    axes: Axes, explanation: ExplanationData, weights: np.ndarray, title: str, colour: str, below: str
 ) -> None:
     """The picture under a heatmap (grids) or with the boxes of the most weight (detectors)."""
     if explanation.picture is not None:

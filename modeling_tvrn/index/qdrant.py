@@ -23,7 +23,7 @@ from .segments import SIDES
 from .sources import RESERVED
 
 if TYPE_CHECKING:
-    from .index import FolderBackend
+    from .folder import FolderBackend
 
 logger = logging.getLogger(__name__)
 

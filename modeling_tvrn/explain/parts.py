@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
 from ..encoded_tvrn import EncodedImages, EncodedTexts
 from .caption import CaptionWord, caption_words, without_each_word
+from .explanation import ExplanationData, WordExplanation
 from .scene import grid_shape, read_scene
 
 if TYPE_CHECKING:
@@ -27,113 +25,8 @@ TOLERANCE = 1e-4
 IMAGES_AT_ONCE = 64  # of those without one region
 
 
-@dataclass(frozen=True)
-class WordEvidence:
-    """What one word of the caption says about the image.
-
-    Attributes:
-        text: The word as written.
-        span: Its characters in the caption; None where the tokenizer keeps no offsets.
-        contribution: Its part of the logit, `reasoning` + `late_interaction`; all parts add up to the logit. None for
-            an SGR head, whose nodes mix.
-        reasoning: Its part of the reasoning's weighted mean, with the reasoning's weight in the logit; None for SGR.
-        late_interaction: Its part of late interaction, likewise weighted; None for a model without that component.
-        weight: Its share of the weighted mean, 0 to 1; the words' shares and the global one's sum to 1. None for SGR.
-        saliency: ω, how much the image as a whole calls for this word; the mean over a caption's tokens is 1.
-        without: Logit of the caption minus logit of the caption without this word: above 0 the word speaks for the
-            pair, below 0 it costs. None for a caption of one word, or where it was not asked for.
-        attention: (R,) where it looks, summing to 1 over the regions.
-    """
-
-    text: str
-    span: tuple[int, int] | None
-    contribution: float | None
-    reasoning: float | None
-    late_interaction: float | None
-    weight: float | None
-    saliency: float
-    without: float | None
-    attention: np.ndarray
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One pair's score, taken apart.
-
-    Attributes:
-        caption: The caption.
-        picture: What the model saw of the photograph; None for bare features.
-        words: The caption's words.
-        boxes: (R, 4) xyxy in [0, 1] of the picture; None where the model was given none.
-        grid: (rows, columns) where the regions are a grid.
-        region_saliency: (R,) a^v, what the global image vector holds important; sums to 1.
-        region_without: (R,) what the logit loses without each region, at most above 0 for those it rests on; None for
-            one region, or where it was not asked for.
-        logit: The pair logit, as `model.match` gives it.
-        parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their reasoning), "global", "head
-            bias"; for SGR "graph", which does not come apart; and, where the model has the component, "late
-            interaction" (a sum over the words) and "first stage" (a scaled cosine).
-        cosine: Of the two embeddings.
-        head: "saf" or "sgr".
-        calibration: Scale and shift that the model's score applies to the logit.
-        score_kind: What `score` is called, as `model.score_kind`.
-    """
-
-    caption: str
-    picture: PIL.Image.Image | None
-    words: tuple[WordEvidence, ...]
-    boxes: np.ndarray | None
-    grid: tuple[int, int] | None
-    region_saliency: np.ndarray
-    region_without: np.ndarray | None
-    logit: float
-    parts: dict[str, float]
-    cosine: float
-    head: str
-    calibration: tuple[float, float] = (1.0, 0.0)
-    score_kind: str = "matching score"
-
-    @property
-    def score(self) -> float:
-        """Matching score: the sigmoid of the calibrated logit, as `model.scores` gives it."""
-        scale, shift = self.calibration
-        logit = scale * self.logit + shift
-        return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
-
-    @property
-    def attention(self) -> np.ndarray:
-        """(W, R) of all words; rows sum to 1."""
-        return np.stack([word.attention for word in self.words])
-
-    @property
-    def region_weight(self) -> np.ndarray:
-        """(R,) where the caption as a whole looks: the words' attention, weighted as the score does; sums to 1."""
-        weights = np.array([word.saliency if word.weight is None else word.weight for word in self.words])
-        return weights @ self.attention / weights.sum()
-
-    @property
-    def region(self) -> int:
-        """The region that the score rests on most; where that was not asked for, the one the caption looks at most."""
-        return int((self.region_weight if self.region_without is None else self.region_without).argmax())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the picture, as JSON values."""
-        words = [dataclasses.asdict(word) | {"attention": word.attention.tolist()} for word in self.words]
-        return {
-            "caption": self.caption,
-            "logit": self.logit,
-            "score": self.score,
-            "score_kind": self.score_kind,
-            "head": self.head,
-            "cosine": self.cosine,
-            "parts": self.parts,
-            "words": words,
-            "boxes": None if self.boxes is None else self.boxes.tolist(),
-            "grid": self.grid,
-            "region_saliency": self.region_saliency.tolist(),
-            "region_weight": self.region_weight.tolist(),
-            "region_without": None if self.region_without is None else self.region_without.tolist(),
-        }
+class Explanation(ExplanationData):
+    """One pair's score, taken apart: the numbers of `ExplanationData`, and what shows them."""
 
     def table(self) -> str:
         """The numbers as lines of text."""
@@ -173,7 +66,7 @@ def explain(model: Any, processor: Any, image: Any, text: str, *, leave_out: boo
     With a SAF head the reasoning is a weighted mean of one number a word and a global one, plus a bias; late
     interaction is a sum over words, and the first stage one number: all of it comes apart exactly. An SGR head passes
     its nodes through three ReLU layers: its part of the logit stays whole, and what a word matters is the difference
-    that leaving it out makes (`WordEvidence.without`).
+    that leaving it out makes (`WordExplanation.without`).
 
     Args:
         model: A `TVRNModel`; dropout is off meanwhile.
@@ -286,7 +179,7 @@ class _Pair:
         bias = self.stage.head.logit.bias.item() * self.weight("reasoning")
         return {"words": float(shares[1:].sum()), "global": float(shares[0]), "head bias": bias}
 
-    def word(self, word: CaptionWord, without: float | None) -> WordEvidence:
+    def word(self, word: CaptionWord, without: float | None) -> WordExplanation:
         """What a word says: its tokens, and with `refinement="gru"` their expansions too."""
         columns = [self.positions.index(position) for position in word.positions]
         late = None if self.late is None else float(self.late[columns].sum())
@@ -300,7 +193,7 @@ class _Pair:
             weight = float(weights.sum() / self.mixing.sum())
             reasoning = float((weights * self.reasoning[nodes]).sum() / self.mixing.sum())
         attention = np.average(self.attention[columns], axis=0, weights=weights if weights.sum() > 0 else None)
-        return WordEvidence(
+        return WordExplanation(
             text=word.text,
             span=word.span,
             contribution=None if reasoning is None else reasoning + (late or 0.0),
