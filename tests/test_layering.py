@@ -8,6 +8,7 @@ those require exist.
 """
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_only_requirements_are_imported_at_the_top_of_a_module(path: Path) -> No
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         for name in names:
             assert name.split(".")[0] in allowed, f"line {node.lineno}: {name} is an extra; import it where it is used"
+
+
+def test_no_import_circle_between_files() -> None:
+    """Also none by imports of types alone or inside functions: what two files share has a third to be in."""
+    files = {dotted_name(path): path for path in FILES}
+    graph = {
+        name: {found for _, found in imports(path) if found in files and found != name} for name, path in files.items()
+    }
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports go round: {' → '.join(error.args[1])}")
 
 
 def test_every_required_library_is_declared() -> None:

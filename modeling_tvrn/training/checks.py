@@ -10,7 +10,7 @@ from .phases import ALL, LEVELS, NAMES, PhaseConfig, kept_in, readers
 from .settings import model_fields
 
 if TYPE_CHECKING:
-    from .config import TrainingConfig
+    from .keys import TrainingKeys
 
 __all__ = ["check_together", "check_with_model"]
 
@@ -21,7 +21,7 @@ TOWER_KEYS = (
 )
 
 
-def check_together(config: TrainingConfig) -> None:
+def check_together(config: TrainingKeys) -> None:
     """Refuse keys that contradict one another.
 
     Raises:
@@ -41,7 +41,7 @@ def check_together(config: TrainingConfig) -> None:
     _check_cusa(config)
 
 
-def _check_schedule(config: TrainingConfig) -> None:
+def _check_schedule(config: TrainingKeys) -> None:
     """Batches and phases."""
     phases = config.schedule()
     for name, phase in zip(_names(config), phases, strict=True):
@@ -55,7 +55,7 @@ def _check_schedule(config: TrainingConfig) -> None:
     _check_lengths(config)
 
 
-def check_with_model(config: TrainingConfig, model: Any) -> None:
+def check_with_model(config: TrainingKeys, model: Any) -> None:
     """Refuse keys that contradict the model that is trained.
 
     Args:
@@ -72,7 +72,7 @@ def check_with_model(config: TrainingConfig, model: Any) -> None:
         _check_phases(config.schedule(), model, finished=config.start_from is not None)
 
 
-def _resolved_model(config: TrainingConfig) -> Any:
+def _resolved_model(config: TrainingKeys) -> Any:
     """The model's configuration as it will be, where a field depends on whether there is a dual encoder."""
     from ..configuration_tvrn import BY_FIRST_STAGE
 
@@ -90,12 +90,12 @@ def _resolved_model(config: TrainingConfig) -> Any:
     return SimpleNamespace(**fields, **towers)
 
 
-def _names(config: TrainingConfig) -> list[str]:
+def _names(config: TrainingKeys) -> list[str]:
     """What stands before a key of each phase."""
     return [f"phases.{number}." for number in range(len(config.phases))] if config.phases is not None else [""]
 
 
-def _check_lengths(config: TrainingConfig) -> None:
+def _check_lengths(config: TrainingKeys) -> None:
     """Phases say how long they are; the run as a whole, and a stream, do not."""
     phases = config.schedule() if config.phases is not None else []
     for key in ("epochs", "max_steps"):
@@ -186,7 +186,7 @@ def _check_kept(phase: str, components: frozenset[str], kept: frozenset[str], mo
             )
 
 
-def _check_towers(config: TrainingConfig) -> None:
+def _check_towers(config: TrainingKeys) -> None:
     """Towers that are named twice, and words."""
     has_text_tower = config.text is not None or config.model.get("text_config") is not None
     if config.word_embeddings is not None and has_text_tower:
@@ -207,7 +207,7 @@ def _check_towers(config: TrainingConfig) -> None:
         )
 
 
-def _check_frozen(config: TrainingConfig, model: Any) -> None:
+def _check_frozen(config: TrainingKeys, model: Any) -> None:
     """What is frozen of the towers, where their outputs are cached or adapters learn in them."""
     for side in ("vision", "text"):
         rank = getattr(config, f"{side}_lora_rank")
@@ -250,7 +250,7 @@ def _whole(model: Any) -> str:
     return "" if model.dual_encoder_config is None else " and model.freeze_first_stage=true"
 
 
-def _check_sharding(config: TrainingConfig) -> None:
+def _check_sharding(config: TrainingKeys) -> None:
     """What cannot be done with weights that are in parts."""
     if config.tower_batch_size is not None:
         raise ValueError(
@@ -264,7 +264,7 @@ def _check_sharding(config: TrainingConfig) -> None:
         )
 
 
-def _check_streaming(config: TrainingConfig) -> None:
+def _check_streaming(config: TrainingKeys) -> None:
     """Refuse what needs to know the whole training split beforehand."""
     if config.max_steps is None and config.phases is None:
         raise ValueError(
@@ -291,7 +291,7 @@ def _check_streaming(config: TrainingConfig) -> None:
         raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
 
 
-def _check_alone(config: TrainingConfig, key: str) -> None:
+def _check_alone(config: TrainingKeys, key: str) -> None:
     """A model that brings both towers, with its own pixels and tokens, leaves nothing to say of them.
 
     Args:
@@ -312,7 +312,7 @@ def _check_alone(config: TrainingConfig, key: str) -> None:
             raise ValueError(f"model.{name} is given beside {said}; leave it out")
 
 
-def _check_first_stage(config: TrainingConfig, model: Any) -> None:
+def _check_first_stage(config: TrainingKeys, model: Any) -> None:
     """Nothing of a dual encoder learns where all of it is frozen."""
     if not all(_is_frozen(model, side) for side in ("vision", "text")):
         return
@@ -331,7 +331,7 @@ def _check_first_stage(config: TrainingConfig, model: Any) -> None:
         )
 
 
-def _check_cusa(config: TrainingConfig) -> None:
+def _check_cusa(config: TrainingKeys) -> None:
     """Refuse keys of CUSA that contradict one another;"""
     given = {name: getattr(config, name) for name in ("cusa_image_teacher", "cusa_text_teacher")}
     if not config.cusa:
