@@ -1,7 +1,7 @@
 """The pieces of TVRN that see one side only: attention over fragments, geometry, refinement, pooling. Shipped.
 
-Section numbers refer to the equations in the model card; masks are boolean with `True` = keep, and valid fragments
-always come before padding (see `valid_first`). No layer here has batch statistics.
+Masks are boolean with `True` = keep, and valid fragments always come before padding (see `valid_first`). No layer here
+has batch statistics.
 """
 
 from typing import cast
@@ -98,7 +98,7 @@ class FeatureDropout(nn.Dropout):
 
 
 class FragmentAttention(nn.Module):
-    """att(q, c): every query attends to the sources; one set of weights serves self-attention and expansion (§2)."""
+    """att(q, c): every query attends to the sources; one set of weights serves self-attention and expansion."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -124,7 +124,7 @@ class FragmentAttention(nn.Module):
 
 
 class GeometricAttention(nn.Module):
-    """n(P v): attention among regions whose boxes overlap (§2)."""
+    """n(P v): attention among regions whose boxes overlap."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -143,7 +143,7 @@ class GeometricAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """n(x + σ(A x + B y) ∘ C y): refinement of fragments x by contexts y (§4, `refinement="gate"`)."""
+    """n(x + σ(A x + B y) ∘ C y): refinement of fragments x by contexts y (`refinement="gate"`)."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -158,7 +158,7 @@ class Gate(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """n(GRU([x; y]) + [x; x]): refinement by a GRU that reads the fragments, then their contexts (§2, §4).
+    """n(GRU([x; y]) + [x; x]): refinement by a GRU that reads the fragments, then their contexts.
 
     The state is carried past padding: the sequence is the valid fragments, then their contexts.
     """
@@ -200,7 +200,7 @@ class Recurrence(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Attention of fragments against their mean (§4b), LayerNorm where SGRAF has BatchNorm."""
+    """Attention of fragments against their mean, LayerNorm where SGRAF has BatchNorm."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -224,7 +224,7 @@ def perceptron(size: int, hidden: int, out: int, dropout: float) -> nn.Sequentia
 
 
 class PooledEmbedding(nn.Module):
-    """Mean input features (B, F) to the embedding space (B, P): W x + b + MLP(x); on both sides (§5)."""
+    """Mean input features (B, F) to the embedding space (B, P): W x + b + MLP(x); on both sides."""
 
     def __init__(self, size: int, dropout: float, config: TVRNConfig):
         super().__init__()
@@ -260,7 +260,7 @@ class UnimodalHead(nn.Module):
 
 
 class WordEncoder(nn.Module):
-    """Word embeddings and a bidirectional GRU whose directions are averaged (§3a)."""
+    """Word embeddings and a bidirectional GRU whose directions are averaged."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()

@@ -73,7 +73,7 @@ def _refuse_lonely(name: str, ids: Tensor, matched: Tensor, other: str) -> None:
 def matching_loss(
     scores: Tensor, image_ids: Tensor, text_image_ids: Tensor, margin: float = 0.2, temperature: float = 0.05
 ) -> Tensor:
-    """Smooth triplet loss over all negatives, rows and columns (tvrn.md §6).
+    """Smooth triplet loss over all negatives, rows and columns.
 
     For an anchor i and one of its positives +, log(1 + Σ_{k not positive} exp([margin + s_ik − s_i+]₊ / temperature));
     averaged over an anchor's positives, then over anchors, and summed over the two directions. A satisfied negative
@@ -135,7 +135,7 @@ def matching_loss_floor(image_ids: Tensor, text_image_ids: Tensor) -> Tensor:
 
 
 def hardest_negative_loss(scores: Tensor, image_ids: Tensor, text_image_ids: Tensor, margin: float = 0.2) -> Tensor:
-    """Hinge on each anchor's hardest negative, rows and columns (VSE++; the baseline of tvrn.md §6).
+    """Hinge on each anchor's hardest negative, rows and columns (Faghri et al., VSE++, 2018).
 
     [margin + max_{k not positive} s_ik − s_i+]₊ averaged over an anchor's positives, then over anchors, and summed
     over the two directions: 2·margin where all scores are equal, which is where it stays when a small set starts from
@@ -193,7 +193,7 @@ def contrastive_loss(
     text_image_ids: Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """InfoNCE on embeddings, the target spread uniformly over an anchor's positives (tvrn.md §6).
+    """InfoNCE on embeddings, the target spread uniformly over an anchor's positives (van den Oord et al., 2018; CLIP).
 
     Args:
         image_embeds: (I, P), unit norm.

@@ -15,7 +15,7 @@ from .layers_tvrn import FragmentAttention, Gate, Recurrence, masked_softmax, no
 
 
 class SimilarityAttention(nn.Module):
-    """SAF: gated, saliency-weighted mean of the similarity vectors, then one logit (§4b)."""
+    """SAF: gated, saliency-weighted mean of the similarity vectors, then one logit."""
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -37,7 +37,7 @@ class SimilarityAttention(nn.Module):
 
 
 class GraphReasoningStep(nn.Module):
-    """One step of SGR: s_p ← ReLU(W_r Σ_q edge_pq s_q), edges weighted by saliency (§4b)."""
+    """One step of SGR: s_p ← ReLU(W_r Σ_q edge_pq s_q), edges weighted by saliency."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -53,7 +53,7 @@ class GraphReasoningStep(nn.Module):
 
 
 class SimilarityGraph(nn.Module):
-    """SGR: three steps over the similarity vectors as a graph, read at the global node (§4b)."""
+    """SGR: three steps over the similarity vectors as a graph, read at the global node."""
 
     def __init__(self, config: TVRNConfig, steps: int = 3):
         super().__init__()
@@ -78,7 +78,7 @@ HEADS = {"saf": SimilarityAttention, "sgr": SimilarityGraph}
 
 
 class PairStage(nn.Module):
-    """Textual refinement, semantic alignment and similarity reasoning (§4). Shapes: i images, t captions, W words.
+    """Textual refinement, semantic alignment and similarity reasoning. Shapes: i images, t captions, W words.
 
     `attention` and `refinement` are shared with the one-sided layers and handed in at call time by the model, so that
     each parameter has one owner.

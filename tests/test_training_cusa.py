@@ -16,7 +16,7 @@ from modeling_tvrn.losses import CUSA
 from modeling_tvrn.teachers import StaleStoreError, TeacherCache
 from modeling_tvrn.training import TrainingConfig, train
 from modeling_tvrn.training.cusa import TeacherCollator
-from modeling_tvrn.training.exchange import processes
+from modeling_tvrn.training.distributed import processes
 from modeling_tvrn.training.loop import Training
 from modeling_tvrn.training.phases import PhaseConfig
 

@@ -12,10 +12,10 @@ from training_makers import TINY_BERT
 from modeling_tvrn import TVRNConfig, TVRNModel
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.batches import CaptionBatches, phases
+from modeling_tvrn.training.divergence import PATIENCE, DivergenceGuard, TrainingStopped
 from modeling_tvrn.training.objective import Objective, Sides, drop_valid
 from modeling_tvrn.training.optim import WeightAverage, make_optimizer, parameter_groups, rate_factor
 from modeling_tvrn.training.phases import PhaseConfig
-from modeling_tvrn.training.watch import PATIENCE, TrainingStopped, Watch
 
 BERT = {**TINY_BERT, "vocab_size": 40}
 CAPTIONS = ["a red dog runs", "two cats", "one large green bird on a tree", "the dog sleeps near two cats"]
@@ -246,9 +246,11 @@ def test_the_mean_of_weights_follows_and_is_exchanged_for_a_while() -> None:
 # -- watching --------------------------------------------------------------------------------------------
 
 
-def see(watch: Watch, step: int, loss: float = 1.0, norm: float = 1.0, logits: torch.Tensor | None = None) -> None:
+def see(
+    guard: DivergenceGuard, step: int, loss: float = 1.0, norm: float = 1.0, logits: torch.Tensor | None = None
+) -> None:
     rows = torch.tensor([2, 0])
-    watch.see(step, rows, torch.tensor(loss), {"matching": torch.tensor(loss)}, torch.tensor(norm), logits)
+    guard.see(step, rows, torch.tensor(loss), {"matching": torch.tensor(loss)}, torch.tensor(norm), logits)
 
 
 @pytest.mark.parametrize(
@@ -260,27 +262,27 @@ def see(watch: Watch, step: int, loss: float = 1.0, norm: float = 1.0, logits: t
     ],
 )
 def test_a_loss_or_gradient_that_is_no_number_stops_with_step_and_images(values: dict, message: str) -> None:
-    watch = Watch(["a", "b", "c"])
-    see(watch, 6)
-    see(watch, 7, **values)
+    guard = DivergenceGuard(["a", "b", "c"])
+    see(guard, 6)
+    see(guard, 7, **values)
     with pytest.raises(TrainingStopped, match=message):
-        watch.check()
+        guard.check()
 
 
 def test_scores_that_stay_all_the_same_stop_the_run_and_one_such_batch_does_not() -> None:
-    watch, same, spread = Watch(["a", "b", "c"]), torch.full((3, 4), 0.7), torch.randn(3, 4)
+    guard, same, spread = DivergenceGuard(["a", "b", "c"]), torch.full((3, 4), 0.7), torch.randn(3, 4)
     for step in range(PATIENCE - 1):
-        see(watch, step, logits=same)
-    see(watch, PATIENCE, logits=spread)
+        see(guard, step, logits=same)
+    see(guard, PATIENCE, logits=spread)
     for step in range(PATIENCE):
-        see(watch, 100 + step, logits=same)
+        see(guard, 100 + step, logits=same)
     with pytest.raises(TrainingStopped, match=f"collapsed.*Seen at step {99 + PATIENCE} .*'c', 'a'"):
-        watch.check()
+        guard.check()
 
 
 def test_logits_far_from_zero_are_no_collapse() -> None:
     """A pretrained dual encoder's are about 25, where every sigmoid is 1."""
-    watch = Watch(["a", "b", "c"])
+    guard = DivergenceGuard(["a", "b", "c"])
     for step in range(2 * PATIENCE):
-        see(watch, step, logits=25.0 + 2.0 * torch.randn(3, 4))
-    watch.check()
+        see(guard, step, logits=25.0 + 2.0 * torch.randn(3, 4))
+    guard.check()

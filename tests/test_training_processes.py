@@ -19,7 +19,7 @@ from training_makers import TINY_BERT, Processes, tiny_config, write_scan
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.training import TrainingConfig, sharding, train
 from modeling_tvrn.training.batches import CaptionBatches, Shares
-from modeling_tvrn.training.exchange import (
+from modeling_tvrn.training.distributed import (
     average_gradients,
     broadcast_json,
     gather_bytes,

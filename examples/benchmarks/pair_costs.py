@@ -3,11 +3,10 @@
     python examples/benchmarks/pair_costs.py
     python examples/benchmarks/pair_costs.py --fit --threads 2 --output costs.json
 
-The first counts. Operations by formula (matrix products alone, a multiplication and an addition each; the terms are
-those of tvrn.md §8 and what the formula there leaves out) stand beside what `torch.utils.flop_counter` sees while the
-pair stage runs, at small odd sizes where both must be equal, and then at the paper's sizes. Bytes are those of all
-operators together, each reading its inputs and writing its outputs once, which a cache saves some of and fused kernels
-most; and the least there can be: a block's items once and its scores.
+The first counts. Operations by formula (matrix products alone, a multiplication and an addition each) stand beside
+what `torch.utils.flop_counter` sees while the pair stage runs, at small odd sizes where both must be equal, and then
+at the paper's sizes. Bytes are those of all operators together, each reading its inputs and writing its outputs once,
+which a cache saves some of and fused kernels most; and the least there can be: a block's items once and its scores.
 
 `--fit` times `rank` on random features of the paper's sizes, for several images × captions, fits
 seconds = a + b · pairs, and predicts COCO 5K, and search and rerank in a million images with five captions each. It

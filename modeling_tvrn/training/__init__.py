@@ -6,9 +6,9 @@ from .config import TrainingConfig
 from .settings import describe
 
 if TYPE_CHECKING:
+    from .divergence import TrainingStopped
     from .loop import train
     from .unimodal_heads import UnimodalHeads
-    from .watch import TrainingStopped
 
 __all__ = ["TrainingConfig", "TrainingStopped", "UnimodalHeads", "describe", "train"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> object:
 
         return train
     if name == "TrainingStopped":
-        from .watch import TrainingStopped
+        from .divergence import TrainingStopped
 
         return TrainingStopped
     if name == "UnimodalHeads":

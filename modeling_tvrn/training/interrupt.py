@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .exchange import processes
+from .distributed import processes
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from .batches import Phase
 from .config import TrainingConfig
-from .exchange import average_gradients, broadcast_json, everywhere
-from .feeding import named_shards, to_device
+from .distributed import average_gradients, broadcast_json, everywhere
+from .divergence import TrainingStopped
+from .loaders import named_shards, to_device
 from .optim import rate_factor
 from .output import write_results
 from .phases import COMPONENT_WEIGHTS
@@ -24,7 +25,6 @@ from .sharding import change_trained, own_part, whole
 from .state import capture, resume
 from .streams import StreamBatches
 from .validation import flat_recalls, summary
-from .watch import TrainingStopped
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Training(Run):
             with self.interrupt.watching():
                 while self.step < self.total_steps:
                     self._run_phase(self.phases[self.phase_number], self.loaders[self.phase_number])
-            self.watch.check()
+            self.guard.check()
         except TrainingStopped:
             self._say_what_is_kept()
             raise
@@ -168,7 +168,7 @@ class Training(Run):
         loss, parts, images = output["loss"].detach(), output["parts"], output["image_ids"]
         # fp16's scaler skips steps with infinite gradients by itself
         seen_norm = None if self.config.mixed_precision == "fp16" else self.gradient_norm
-        self.watch.see(self.step + 1, images, loss, parts, seen_norm, output["logits"])
+        self.guard.see(self.step + 1, images, loss, parts, seen_norm, output["logits"])
         self.progress.batch(loss, parts, len(images), len(output["text_image_ids"]))
 
     def _forward_backward(self, batch: dict[str, Any], group: int, complete: bool) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Training(Run):
         try:
             yield
         except ValueError as error:
-            shown = self.watch.shown(batch["image_ids"])
+            shown = self.guard.shown(batch["image_ids"])
             raise TrainingStopped(f"{error} (at step {self.step + 1}; {shown})") from error
 
     def _finish_step(self, phase: Phase) -> None:
@@ -250,7 +250,7 @@ class Training(Run):
 
     def _save(self) -> bool:
         """Write a checkpoint, of good weights only; whether there is one now."""
-        self.watch.check()
+        self.guard.check()
         self._check_weights()
         state, tensors = capture(self)
         saved = not self.accelerator.is_main_process or self.snapshots.save(self.step, state, tensors)
@@ -286,7 +286,7 @@ class Training(Run):
 
     def _evaluate(self) -> None:
         """Validate, all processes together, and keep the model if it is the best so far."""
-        self.watch.check()
+        self.guard.check()
         started = time.perf_counter()
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             # the random state comes back: how often a run is evaluated does not change what it learns

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..encoded_tvrn import EncodedItems
 from ..losses import matching_loss_floor
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
-from .exchange import gather_counts, gather_items, gather_rows
+from .distributed import gather_counts, gather_items, gather_rows
 from .phases import ALL, LEVELS, PhaseConfig, learning_in
 
 __all__ = ["Objective", "drop_valid"]
@@ -64,7 +64,7 @@ class Objective(nn.Module):
     """A model with its training loss: what accelerate prepares and calls.
 
     Among several processes each encodes its share of the batch and scores its images against the captions of all;
-    every process then computes the loss of the whole global batch (`exchange` says why the gradients are right).
+    every process then computes the loss of the whole global batch (`distributed` says why the gradients are right).
 
     Args:
         model: a TVRNModel.

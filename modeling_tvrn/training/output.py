@@ -18,8 +18,8 @@ from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
 from ..redaction import redacted, redacted_text
 from ..words_tvrn import tokenize
+from .best_model import TRAINED, save_model
 from .calibration import calibrate
-from .checkpoint import TRAINED, save_model
 from .interpolation import interpolate, starting_weights
 from .unimodal_heads import UnimodalHeads
 

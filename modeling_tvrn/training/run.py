@@ -13,14 +13,15 @@ from torch import Tensor
 from ..data import PairCollator, with_words
 from ..teachers import TeacherCache
 from .batches import Phase
+from .best_model import BestModel
 from .build import build_model, build_processor, with_cached_regions
-from .checkpoint import BestModel
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
-from .feeding import make_loader, open_captions, pixel_format
+from .divergence import DivergenceGuard
 from .interpolation import check_interpolated
 from .interrupt import Interrupt
 from .launch import leave_group, make_accelerator
+from .loaders import make_loader, open_captions, pixel_format
 from .objective import Objective
 from .optim import WeightAverage, make_optimizer
 from .pairs import data_hash, load_training_pairs, named_data
@@ -30,7 +31,6 @@ from .sharding import WholeCopy, shard
 from .snapshots import Snapshots
 from .text_cache import with_cached_captions
 from .validation import Validation
-from .watch import Watch
 from .zero_shot import ZeroShot
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Run:
         self.gradient_norm: Tensor | None = None
         self.validation = Validation(config, self.validation_records, self.input_processor)
         self.best = BestModel(config.output_dir, self.accelerator.is_main_process)
-        self.watch = Watch(self.image_names)
+        self.guard = DivergenceGuard(self.image_names)
         self.progress = Progress(self.accelerator, self.total_steps, config.logging_steps)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
         self.interrupt = Interrupt(self.accelerator.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..evaluation.provenance import versions
 from ..redaction import without_secrets
-from .exchange import broadcast_json, gather_bytes
+from .distributed import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
 from .sharding import part_like, whole_tensors
 from .snapshots import Snapshot, read_snapshot
@@ -59,7 +59,7 @@ def capture(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         "average_steps": run.average.steps if run.average is not None else None,
         "best": {"step": run.best.step, "rsum": run.best.rsum},
-        "watch": run.watch.state(),
+        "watch": run.guard.state(),
         "progress": run.progress.state(),
         "waited": run.waited,
     }
@@ -159,7 +159,7 @@ def _restore(run: Run, snapshot: Snapshot) -> None:
     if run.average is not None and "average" in tensors:
         run.average.restore(tensors["average"], state["average_steps"])
     run.best.step, run.best.rsum = state["best"]["step"], state["best"]["rsum"]
-    run.watch.restore(state["watch"])
+    run.guard.restore(state["watch"])
     run.progress.restore(state["progress"], run.step)
     run.waited = state["waited"]
     own = tensors["random"].get(f"process-{run.accelerator.process_index:05d}")

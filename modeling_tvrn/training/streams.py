@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from ..data import RawItem, ShuffledStream
 from .batches import Phase, ShareCollator, make_phases
-from .exchange import gather_bytes
+from .distributed import gather_bytes
 from .phases import PhaseConfig
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from ..data import CaptionDataset, StreamItems, keep_picture_memory
 from .batches import Batches, CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
+from .divergence import TrainingStopped
 from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
-from .watch import TrainingStopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..losses import check_score_spread
 
-__all__ = ["TrainingStopped", "Watch"]
+__all__ = ["DivergenceGuard", "TrainingStopped"]
 
 LEAST_SPREAD = 1e-4  # standard deviation of the scores; a model that learns has 0.005 from the start
 PATIENCE = 20  # steps in a row below it: one batch may be alike by chance
@@ -36,7 +36,7 @@ class _Step:
     logits: Tensor | None
 
 
-class Watch:
+class DivergenceGuard:
     """Looks at each step's loss, gradient norm and scores one step late, so that no step waits for the device.
 
     Args:
