@@ -32,6 +32,22 @@ for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # the tensors are tiny: more threads only wait for each other
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With TVRN_EXTRAS=1 nothing may be left out for want of an extra: what is skipped for it fails the session."""
+    for report in _missing_extras(terminalreporter.stats) if os.environ.get("TVRN_EXTRAS") else []:
+        terminalreporter.write_line(f"MISSING {report.nodeid}: {report.longrepr[-1]}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("TVRN_EXTRAS") and reporter is not None and _missing_extras(reporter.stats) and not exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _missing_extras(stats: dict[str, list]) -> list:
+    return [report for report in stats.get("skipped", []) if 'pip install ".[' in str(report.longrepr)]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state, alone or after others."""

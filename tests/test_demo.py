@@ -98,7 +98,7 @@ def test_the_page_fetches_nothing_from_elsewhere_and_serves_no_file(page: Any, s
 
 
 def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Path) -> None:
-    client_library = pytest.importorskip("gradio_client")
+    client_library = pytest.importorskip("gradio_client", reason='the page comes with pip install ".[demo]"')
     client = client_library.Client(page.local_url, verbose=False)
     gallery, said = client.predict("two dogs run in snow", 4, api_name="/search")
     assert said == "4 found." and len(gallery) == 4
