@@ -302,9 +302,9 @@ np.save("logits.npy", logits)
         copied = Path(shutil.copytree(folder, tmp_path / "onnx"))
         before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
 
-        def same_graphs(model, pixel_shape, into):
+        def same_graphs(*arguments):
             for path in folder.glob("*.onnx"):
-                shutil.copy(path, into)
+                shutil.copy(path, arguments[-1])
             return json.loads((folder / "tvrn_onnx.json").read_text())
 
         monkeypatch.setattr(writing, "_write_graphs", same_graphs)
