@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
@@ -168,13 +167,13 @@ def build_and_die(folder: Path, after: int) -> None:
 
 
 @pytest.mark.parametrize("begun", [0, 1])
-def test_kill_9_leaves_no_half_cache_and_the_next_build_goes_on(tmp_path: Path, begun: int) -> None:
+def test_kill_9_leaves_no_half_cache_and_the_next_build_goes_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, begun: int
+) -> None:
     if begun:
         build(tmp_path, CAPTIONS[1:2])  # an extension is killed, and the cache stays what it was
-    killed = multiprocessing.get_context("fork").Process(target=build_and_die, args=(tmp_path, 2))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
+    processes = Processes(tmp_path_factory.mktemp("processes"))  # of one thread: a fork has none of its parent's
+    assert processes.finish(processes.start(build_and_die, tmp_path, 2)) == [-signal.SIGKILL]
     if begun:
         assert len(CaptionCache.load(tmp_path)) == 1
     else:
