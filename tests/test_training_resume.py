@@ -79,7 +79,7 @@ def assert_equal_bits(first: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
     """Go on with a run, and kill -9 this process at the count-th event of a kind."""
-    from modeling_tvrn.training import checkpoint, objective, snapshots
+    from modeling_tvrn.training import best_model, objective, snapshots
 
     left = [count]
 
@@ -102,7 +102,7 @@ def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
         shutil.rmtree = watched(shutil.rmtree)  # type: ignore[assignment]
     else:
         setattr(os, event, watched(getattr(os, event)))
-    assert checkpoint.os is os
+    assert best_model.os is os
     return fit(config)
 
 
