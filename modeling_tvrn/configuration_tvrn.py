@@ -288,6 +288,12 @@ class TVRNConfig(PreTrainedConfig):
         """The text tower's configuration, alone or half of a dual encoder; None with word embeddings and a BiGRU."""
         return getattr(self.dual_encoder_config, "text_config", None) or self.text_config
 
+    def keeps(self, side: str) -> bool:
+        """Whether what comes of a side, "vision" or "text", stays as it is in training: its tower is frozen, and of a
+        dual encoder all the rest as well."""
+        frozen = bool(getattr(self, f"freeze_{side}"))
+        return frozen and (self.dual_encoder_config is None or self.freeze_first_stage)
+
     @property
     def components(self) -> list[str]:
         """The components of the pair logit that this model has, in the order of `score_components`."""

@@ -21,7 +21,10 @@ from .towers_tvrn import region_map
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["box_feature_map", "is_dual_encoder", "load_model", "load_region_model"]
+__all__ = [
+    *("box_feature_map", "check_exists", "is_dual_encoder", "kind_of"),
+    *("load_model", "load_region_model", "read_config"),
+]
 
 EXPECTED = "expected a TVRN checkpoint or a dual encoder (CLIP, SigLIP, …)"
 FOLDERS_LOOKED_AT = 2000
@@ -55,7 +58,7 @@ def load_model(
     hub: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
     if revision is not None:
         hub["revision"] = revision
-    config = _read_config(name, hub, EXPECTED)
+    config = read_config(name, hub, EXPECTED)
     if config.model_type == "tvrn":
         processor = TVRNProcessor.from_pretrained(name, **hub)
         model = _load_tvrn(name, dtype, hub)
@@ -66,8 +69,7 @@ def load_model(
         )
         _check_processor(name, model, processor)
     else:
-        kind = (config.architectures or [config.model_type])[0]
-        raise ValueError(f"{name!r} holds a {kind}; {EXPECTED}")
+        raise ValueError(f"{name!r} holds a {kind_of(config)}; {EXPECTED}")
     return _placed(model, device), processor
 
 
@@ -95,7 +97,7 @@ def load_region_model(
     """
     name, expected = os.fspath(id_or_path), "expected a vision backbone or a dual encoder (CLIP, SigLIP, …)"
     check_exists(name, expected=expected)
-    config = _read_config(name, {"trust_remote_code": trust_remote_code}, expected)
+    config = read_config(name, {"trust_remote_code": trust_remote_code}, expected)
     if config.model_type == "tvrn":
         model, processor = load_model(name, device=device, trust_remote_code=trust_remote_code)
         _check_looks(name, model, grid_size, image_size)
@@ -157,6 +159,11 @@ def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
 def is_dual_encoder(config: Any) -> bool:
     """Whether a config is of a vision and a text tower; whether these make a dual encoder tells a probe alone."""
     return getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None
+
+
+def kind_of(config: Any) -> str:
+    """The class of the model that a config is of, as far as the config says."""
+    return str((config.architectures or [config.model_type])[0])
 
 
 def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) -> TVRNModel:
@@ -227,7 +234,12 @@ def _near(path: Path) -> str:
     return f". Near by: {', '.join(found[name] for name in near)}" if near else ""
 
 
-def _read_config(name: str, hub: dict[str, Any], expected: str) -> Any:
+def read_config(name: str, hub: dict[str, Any], expected: str) -> Any:
+    """The configuration of a model of any kind.
+
+    Raises:
+        ValueError: If there is none, with what was expected and near matches among local folders.
+    """
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:

@@ -320,11 +320,14 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def towers(self) -> Iterator[tuple[nn.Module, bool]]:
         """The towers that this model has, vision before text, each with whether it is frozen."""
-        owner = self if self.dual_encoder is None else self.dual_encoder
-        if owner.vision_model is not None:
-            yield owner.vision_model, bool(self.config.freeze_vision)
-        if owner.text_model is not None:
-            yield owner.text_model, bool(self.config.freeze_text)
+        for side in ("vision", "text"):
+            if (tower := self.tower(side)) is not None:
+                yield tower, bool(getattr(self.config, f"freeze_{side}"))
+
+    def tower(self, side: str) -> nn.Module | None:
+        """The tower of a side, "vision" or "text", alone or half of the dual encoder; None where there is none."""
+        found: nn.Module | None = getattr(self if self.dual_encoder is None else self.dual_encoder, f"{side}_model")
+        return found
 
     def train(self, mode: bool = True) -> "TVRNModel":
         """As `nn.Module.train`; frozen towers, and every BatchNorm of a tower, stay in evaluation mode.
@@ -372,12 +375,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self.vision_model is None and self.dual_encoder is None:
             raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
         check_pixels(pixel_values, getattr(config.vision_tower_config, "num_channels", 3) or 3)
-        frozen = config.freeze_vision and (self.dual_encoder is None or config.freeze_first_stage)
-        return torch.no_grad() if frozen else contextlib.nullcontext()
+        return torch.no_grad() if config.keeps("vision") else contextlib.nullcontext()
 
     def _run_vision(self, pixel_values: Tensor) -> tuple[Any, Tensor | None]:
         """The vision tower's output, and a dual encoder's embeddings."""
-        tower = self.vision_model if self.dual_encoder is None else self.dual_encoder.vision_model
+        tower = self.tower("vision")
         assert tower is not None
         # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
         pixels = pixel_values.to(next(tower.parameters()).dtype)
@@ -409,11 +411,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text tower's last hidden states, and a dual encoder's embeddings."""
-        config = self.config
         if self.text_model is None and self.dual_encoder is None:
             raise ValueError("This model has no text tower: its words come from embeddings and a GRU.")
-        frozen = config.freeze_text and (self.dual_encoder is None or config.freeze_first_stage)
-        with torch.no_grad() if frozen else contextlib.nullcontext():
+        with torch.no_grad() if self.config.keeps("text") else contextlib.nullcontext():
             if self.text_model is not None:
                 return self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, None
             output = self.dual_encoder.get_text_features(input_ids=input_ids, attention_mask=attention_mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -169,6 +169,24 @@ def check_image_file(path: str | os.PathLike[str]) -> None:
         raise _unreadable(path, error) from error
     if kind is not None:
         raise ImageError(UNREADABLE_FILE, f"{printable(path)}: {kind}", kind)
+
+
+def image_files(folder: Path, onerror: Callable[[OSError], Any] | None = None) -> Iterator[Path]:
+    """The images of a folder by their names' ends, at any depth; hidden files and folders, and links that lead out of
+    it, are left out.
+
+    Args:
+        folder: resolved.
+        onerror: told of folders that may not be read.
+    """
+    for root, folders, names in os.walk(folder, onerror=onerror):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
+                continue
+            if not (path.is_symlink() and leads_out(path, folder)):
+                yield path
 
 
 def leads_out(path: str | os.PathLike[str], folder: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out
+from ..data.images import ImageError, decode_image, image_files
 from ..data.skipped import SkipReport
 from ..scoring.models import evaluating
 
@@ -46,12 +45,11 @@ class LabelledImages:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise ValueError(f"{str(folder)!r} is no folder; expected one with a folder of images a label")
-        found = {
-            each.name: sorted(_images_in(each, root))
-            for each in sorted(root.iterdir())
-            if each.is_dir() and not each.name.startswith(".")
-        }
-        found = {name: paths for name, paths in found.items() if paths}
+        found: dict[str, list[Path]] = {}
+        for path in sorted(image_files(root.resolve())):
+            label, *rest = path.relative_to(root.resolve()).parts
+            if rest:
+                found.setdefault(label, []).append(path)
         if len(found) < 2:
             raise ValueError(
                 f"{str(folder)!r} has images of {len(found)} labels ({', '.join(found) or 'none'}); expected at least "
@@ -60,12 +58,6 @@ class LabelledImages:
         labels = [name.replace("_", " ") for name in found]
         rows = [row for row, paths in enumerate(found.values()) for _ in paths]
         return cls(labels, [path for paths in found.values() for path in paths], rows)
-
-
-def _images_in(folder: Path, root: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not leads_out(path, root.resolve()):
-            yield path
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def check_trained(model: Any, trained: bool) -> None:
     config = model.config
     if trained or config.dual_encoder_config is None:
         return
-    frozen = config.freeze_first_stage and config.freeze_vision and config.freeze_text
+    frozen = config.keeps("vision") and config.keeps("text")
     with torch.no_grad():
         heads = [name for name in config.components if name != "first_stage" and float(model.pair.weight(name)) > 0]
     if frozen and not heads:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data.file_kinds import is_unicode, printable, why_unreadable
-from ..data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out, read_image_file
+from ..data.images import ImageError, decode_image, image_files, read_image_file
 from ..data.skipped import BAD_NAME, BROKEN_CAPTION, UNREADABLE_FILE, WORDLESS_CAPTION, Unusable
 from ..encoded_tvrn import EncodedItems
 
@@ -78,18 +78,7 @@ class FolderSource:
         self.name = str(self.folder)
         self.metadata = metadata or {}
         self._closed: list[OSError] = []
-        self._paths = sorted(self._scan())
-
-    def _scan(self) -> Iterator[Path]:
-        for root, folders, names in os.walk(self.folder, onerror=self._closed.append):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                path = Path(root, name)
-                if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and not self._leads_out(path):
-                    yield path
-
-    def _leads_out(self, path: Path) -> bool:
-        return path.is_symlink() and leads_out(path, self.folder)
+        self._paths = sorted(image_files(self.folder, onerror=self._closed.append))
 
     def __len__(self) -> int:
         return len(self._paths) + len(self._closed)

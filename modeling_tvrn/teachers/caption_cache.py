@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..durable import lock
+from .extraction import evaluating
 from .fingerprint import module_fingerprint, tokenizer_digest
 from .shards import LENGTHS
-from .store import ArrayStore, StoreWriter, check_space, finished_store
+from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,14 @@ MEASURED = 64  # captions from which the size of a cache is told beforehand
 Arrays = dict[str, np.ndarray | Sequence[np.ndarray]]
 
 
-class CaptionCache:
+class CaptionCache(StoredCache):
     """Token outputs of captions, which of the tokens are words, and of a dual encoder the embeddings; memory-mapped.
 
     On disk 2 bytes a feature of every token: 30,000 captions of 14 tokens of 384 features take 320 MB. In memory 16
     bytes a caption.
 
     Attributes:
-        fingerprint: What the outputs were made from: tower, tokenizer, longest caption, what is computed.
+        fingerprint: What the outputs were made from, as `caption_fingerprint` gives it.
         info: How they were made; decides nothing.
     """
 
@@ -43,24 +44,7 @@ class CaptionCache:
                 f"the store in {str(store.directory)!r} is no caption cache: it holds {sorted(store.layout)}, "
                 f"expected {FEATURES} and {WORDS}; give another folder"
             )
-        self.store = store
-        self.fingerprint = store.fingerprint
-        self.info = store.info
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> "CaptionCache":
-        """Open a finished cache.
-
-        Args:
-            directory: Its folder.
-            fingerprint: What it must have been made from, as `caption_fingerprint` gives it.
-
-        Raises:
-            FileNotFoundError: If there is none in `directory`.
-            StaleStoreError: If it was made from something else; every differing field is named with both values.
-            ValueError: If it is unfinished or broken.
-        """
-        return cls(ArrayStore.load(directory, fingerprint))
+        super().__init__(store)
 
     @classmethod
     def build(
@@ -97,7 +81,7 @@ class CaptionCache:
         made_from = caption_fingerprint(model, processor)
         # Captions of nearly equal length share a batch, so that little of it is padding.
         wanted = sorted(set(captions), key=lambda caption: (len(caption), caption))
-        with _one_at_a_time(Path(directory)), _evaluating(model):
+        with _one_at_a_time(Path(directory)), evaluating(model):
             finished = finished_store(directory, made_from)
             if finished is not None and not (missing := _missing(finished, wanted)):
                 return cls(finished)
@@ -118,9 +102,6 @@ class CaptionCache:
     def missing(self, captions: Sequence[str]) -> list[str]:
         """Those of the captions that are not in the cache."""
         return _missing(self.store, captions)
-
-    def __len__(self) -> int:
-        return len(self.store)
 
     def __contains__(self, caption: object) -> bool:
         return isinstance(caption, str) and caption in self.store
@@ -179,9 +160,8 @@ def _computed_in(model: Any) -> str:
 
 
 def _check_frozen(model: Any) -> None:
-    tower, config = model.config.text_tower_config, model.config
-    learns = not config.freeze_text or (model.dual_encoder is not None and not config.freeze_first_stage)
-    if tower is None or learns:
+    tower = model.config.text_tower_config
+    if tower is None or not model.config.keeps("text"):
         raise ValueError(
             "the text outputs to cache need a frozen text tower; this model has "
             f"{'none' if tower is None else 'one that learns'}: set text=… and model.freeze_text=true (over a "
@@ -205,17 +185,6 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
         except OSError as error:  # some network disks have no locks
             logger.warning("%s can't be locked (%s): let no other run build a cache there now", directory, error)
         yield
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while: dropout has no place in what is stored."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _check_space(model: Any, processor: Any, captions: Sequence[str], directory: str | os.PathLike) -> None:

@@ -212,18 +212,22 @@ class RegionExtraction:
                 first = ids[int(bad.nonzero()[0])]
                 raise ValueError(f"the region features of image {first!r} are {problem}")
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while: dropout and batch statistics have no place in what is stored."""
-        module = self.model if isinstance(self.model, nn.Module) else self.backbone
-        if module is None or not module.training:
-            yield
-            return
-        module.eval()
-        try:
-            yield
-        finally:
-            module.train()
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """`evaluating` of what the features come from."""
+        return evaluating(self.model if isinstance(self.model, nn.Module) else self.backbone)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode for a while: dropout and batch statistics have no place in what is stored."""
+    if module is None or not module.training:
+        yield
+        return
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 def resize_only(image_processor: Any) -> Any:

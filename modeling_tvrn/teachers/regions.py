@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from .extraction import ImagePreparation, RegionExtraction
 from .fingerprint import ItemId, items_fingerprint, plain_id
-from .store import ArrayStore, StoreWriter, check_space, finished_store
+from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)
 
 
-class RegionCache:
+class RegionCache(StoredCache):
     """Region features, boxes and masks of images, memory-mapped and looked up by image id.
 
     Attributes:
@@ -33,25 +33,7 @@ class RegionCache:
         missing = {"region_features", "region_boxes", "region_mask"} - store.layout.keys()
         if missing:
             raise ValueError(f"the store in {str(store.directory)!r} is no region cache: it has no {sorted(missing)}")
-        self.store = store
-        self.fingerprint = store.fingerprint
-        self.info = store.info
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> "RegionCache":
-        """Open a finished cache.
-
-        Args:
-            directory: Its folder.
-            fingerprint: What it must have been made from, as `region_fingerprint` gives it. Only the sections that are
-                named are compared: without `"data"`, for one, the images may be others.
-
-        Raises:
-            FileNotFoundError: If there is none in `directory`.
-            StaleStoreError: If it was made from something else; every differing field is named with both values.
-            ValueError: If it is unfinished or broken.
-        """
-        return cls(ArrayStore.load(directory, fingerprint))
+        super().__init__(store)
 
     @classmethod
     def build(
@@ -116,12 +98,6 @@ class RegionCache:
     def ids(self) -> tuple[ItemId, ...]:
         """Image ids, in the order in which they were stored."""
         return self.store.ids
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self.store
 
     def __getitem__(self, image_ids: Iterable[ItemId]) -> dict[str, Tensor]:
         """Regions of n images: `region_features` (n, R, F), `region_boxes` (n, R, 4), `region_mask` (n, R).

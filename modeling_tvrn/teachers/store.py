@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -149,6 +149,43 @@ class ArrayStore:
     def __getstate__(self) -> dict[str, Any]:
         # Sent to a worker, a memory map would travel with all its contents.
         return self.__dict__ | {"_mapped": {}}
+
+
+class StoredCache:
+    """What caches of one kind of arrays have in common: a finished store, opened, with what it was made from.
+
+    Attributes:
+        store: The arrays, by id.
+        fingerprint: What they were made from.
+        info: How they were made; decides nothing.
+    """
+
+    def __init__(self, store: ArrayStore) -> None:
+        self.store = store
+        self.fingerprint = store.fingerprint
+        self.info = store.info
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> Self:
+        """Open a finished cache.
+
+        Args:
+            directory: Its folder.
+            fingerprint: What it must have been made from. Only the sections that are named are compared: without
+                `"data"`, for one, the items may be others.
+
+        Raises:
+            FileNotFoundError: If there is none in `directory`.
+            StaleStoreError: If it was made from something else; every differing field is named with both values.
+            ValueError: If it is unfinished or broken.
+        """
+        return cls(ArrayStore.load(directory, fingerprint))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.store
 
 
 class StoreWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def check_with_model(config: TrainingKeys, model: Any) -> None:
 
 def _resolved_model(config: TrainingKeys) -> Any:
     """The model's configuration as it will be, where a field depends on whether there is a dual encoder."""
-    from ..configuration_tvrn import BY_FIRST_STAGE
+    from ..configuration_tvrn import BY_FIRST_STAGE, TVRNConfig
 
     whole = config.dual_encoder is not None or config.model.get("dual_encoder_config") is not None
     defaults = {name: both[whole] for name, both in BY_FIRST_STAGE.items()}
@@ -87,7 +88,9 @@ def _resolved_model(config: TrainingKeys) -> Any:
         f"{side}_tower_config": getattr(config, side) or fields[f"{side}_config"] or fields["dual_encoder_config"]
         for side in ("vision", "text")
     }
-    return SimpleNamespace(**fields, **towers)
+    resolved: Any = SimpleNamespace(**fields, **towers)
+    resolved.keeps = partial(TVRNConfig.keeps, resolved)
+    return resolved
 
 
 def _names(config: TrainingKeys) -> list[str]:
@@ -216,7 +219,7 @@ def _check_frozen(config: TrainingKeys, model: Any) -> None:
                 f"{side}_lora_rank = {rank} and model.freeze_{side} = True: adapters learn; set "
                 f"model.freeze_{side}=false (the tower's own weights stay as they are)"
             )
-    if config.regions is not None and model.vision_tower_config is not None and not _is_frozen(model, "vision"):
+    if config.regions is not None and model.vision_tower_config is not None and not model.keeps("vision"):
         raise ValueError(
             f"regions = {config.regions!r} holds the outputs of a frozen tower, but {_free(model, 'vision')}; "
             f"set model.freeze_vision=true{_whole(model)}, or drop regions so that the tower learns from the pictures"
@@ -228,16 +231,11 @@ def _check_frozen(config: TrainingKeys, model: Any) -> None:
             f"text_features = {config.text_features!r} needs a text tower, got text = None (a BiGRU learns from "
             "scratch); name one with text=…, or drop text_features"
         )
-    if not _is_frozen(model, "text"):
+    if not model.keeps("text"):
         raise ValueError(
             f"text_features = {config.text_features!r} needs a frozen text tower, but {_free(model, 'text')}: its "
             f"outputs change while it learns; set model.freeze_text=true{_whole(model)}, or drop text_features"
         )
-
-
-def _is_frozen(model: Any, side: str) -> bool:
-    """Whether a side's outputs stay what they are; those of a dual encoder do unless something of it is to learn."""
-    return bool(getattr(model, f"freeze_{side}") and (model.dual_encoder_config is None or model.freeze_first_stage))
 
 
 def _free(model: Any, side: str) -> str:
@@ -314,7 +312,7 @@ def _check_alone(config: TrainingKeys, key: str) -> None:
 
 def _check_first_stage(config: TrainingKeys, model: Any) -> None:
     """Nothing of a dual encoder learns where all of it is frozen."""
-    if not all(_is_frozen(model, side) for side in ("vision", "text")):
+    if not all(model.keeps(side) for side in ("vision", "text")):
         return
     frozen = "model.freeze_vision, freeze_text and freeze_first_stage are all true"
     key = "start_from" if config.dual_encoder is None else "dual_encoder"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..configuration_tvrn import TVRNConfig
-from ..front_door import check_exists
+from ..front_door import check_exists, is_dual_encoder, kind_of, read_config
 from ..modeling_tvrn import TVRNModel
 
 __all__ = ["check_finished", "continued"]
@@ -31,19 +31,12 @@ def check_finished(path: str) -> None:
     Raises:
         ValueError: nothing is there (with near matches among local folders), or it is a model of another kind.
     """
-    check_exists(path)
-    try:
-        config, _ = TVRNConfig.get_config_dict(path)
-    except OSError as error:
-        raise ValueError(f"start_from = {path!r}: {str(error).strip().splitlines()[0]}") from error
-    if config.get("model_type") != "tvrn":
-        kind = (config.get("architectures") or [config.get("model_type")])[0]
-        hint = (
-            f"; for a dual encoder write dual_encoder={path}"
-            if {"vision_config", "text_config"} <= set(config)
-            else ""
-        )
-        raise ValueError(f"start_from = {path!r} holds a {kind}; expected a finished TVRN{hint}")
+    expected = "expected a finished TVRN"
+    check_exists(path, expected=expected)
+    config = read_config(path, {"trust_remote_code": False}, expected)
+    if config.model_type != "tvrn":
+        hint = f"; for a dual encoder write dual_encoder={path}" if is_dual_encoder(config) else ""
+        raise ValueError(f"start_from = {path!r} holds a {kind_of(config)}; {expected}{hint}")
 
 
 def continued(path: str, fields: dict[str, Any], trust_remote_code: bool = False) -> TVRNModel:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modeling_tvrn import TVRNModel
 from ..towers_tvrn import load_tower
+from .continuing import continued
 from .optim import PRETRAINED
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def interpolate(model: Any, start: dict[str, Tensor], share: float) -> None:
 def starting_weights(config: TrainingConfig) -> dict[str, Tensor]:
     """The pretrained weights of a run's start, by their names in the model, read again from where they came."""
     if config.start_from is not None:
-        return dict(
-            TVRNModel.from_pretrained(config.start_from, dtype=torch.float32, use_safetensors=True).state_dict()
-        )
+        return dict(continued(config.start_from, {}, config.trust_remote_code).state_dict())
     if config.dual_encoder is not None:
         plain = TVRNModel.from_dual_encoder(config.dual_encoder, use_late_interaction=False, use_reasoning=False)
         return {

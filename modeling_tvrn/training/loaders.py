@@ -84,7 +84,7 @@ def make_loader(
 
 def pixel_format(model: Any) -> torch.memory_format:
     """How pixels lie in memory for the model's vision tower: a convolutional one is faster with the channels last."""
-    tower = model.vision_model if model.dual_encoder is None else model.dual_encoder.vision_model
+    tower = model.tower("vision")
     layers = tower.modules() if tower is not None else ()
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
     return torch.channels_last if convolutions > 1 else torch.contiguous_format  # a transformer has one, of patches

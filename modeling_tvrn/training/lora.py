@@ -27,17 +27,16 @@ def add_adapters(model: Any, config: TrainingConfig) -> int:
         ValueError: peft is not installed, there is no such tower, or none of its layers has a name of `lora_targets`.
     """
     count = 0
-    owner = model if model.dual_encoder is None else model.dual_encoder
-    for name, rank in (("vision_model", config.vision_lora_rank), ("text_model", config.text_lora_rank)):
+    for side, rank in (("vision", config.vision_lora_rank), ("text", config.text_lora_rank)):
         if rank is not None:
-            count += _adapt(getattr(owner, name), name, rank, config)
+            count += _adapt(model.tower(side), side, rank, config)
     return count
 
 
-def _adapt(tower: nn.Module | None, name: str, rank: int, config: TrainingConfig) -> int:
-    key = name.replace("model", "lora_rank")
+def _adapt(tower: nn.Module | None, side: str, rank: int, config: TrainingConfig) -> int:
+    key = f"{side}_lora_rank"
     if tower is None:
-        raise ValueError(f"{key} = {rank}, but this model has no {name}; name a tower, or set {key}=null")
+        raise ValueError(f"{key} = {rank}, but this model has no {side}_model; name a tower, or set {key}=null")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"{key} = {rank} needs peft, which is not installed; pip install peft")
     from peft import LoraConfig, inject_adapter_in_model
