@@ -17,14 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from data_makers import captions, write_row_groups
 from dual_encoder_makers import save_dual_encoder
 from hub_server import HubServer, online
 from teacher_makers import write_caches
-from training_makers import SIZES, TINY_BERT, TINY_VIT, Processes, write_scan
-from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ViTConfig, ViTImageProcessorPil, ViTModel
+from training_makers import SIZES, TINY_BERT, TINY_VIT, Processes, save_text_tower, write_pictures, write_scan
+from transformers import AutoModel, AutoProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
 
-from modeling_tvrn import TVRNProcessor
 from modeling_tvrn.cli import main as tvrn
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.hub import Check, push_to_hub
@@ -40,15 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures in parquet, regions in SCAN's files, two pretrained towers, and caches of both teachers."""
     folder = tmp_path_factory.mktemp("place")
-    write_row_groups(folder / "pictures/train-0.parquet", range(8), group=3)
-    write_row_groups(folder / "pictures/train-1.parquet", range(8, 17), group=3)
-    write_row_groups(folder / "pictures/validation-0.parquet", range(17, 22), group=3)
+    write_pictures(folder / "pictures")
     (folder / "regions").mkdir()
     write_scan(folder / "regions")
     write_caches(folder / "teachers", load_pairs(folder / "pictures", "train"))
-    tokenizer = TVRNProcessor.from_captions(text for number in range(22) for text in captions(number)).tokenizer
-    tokenizer.save_pretrained(folder / "bert")
-    BertModel(BertConfig(**_fields(TINY_BERT), vocab_size=len(tokenizer))).save_pretrained(folder / "bert")
+    save_text_tower(folder / "bert")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
     ViTModel(ViTConfig(**_fields(TINY_VIT))).save_pretrained(folder / "vit")
     save_dual_encoder(folder / "clip")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from data_makers import captions, write_row_groups
 from teacher_makers import write_caches
-from training_makers import TINY_BERT, TINY_VIT, Processes, tiny_config
+from training_makers import TINY_BERT, TINY_VIT, Processes, save_text_tower, tiny_config, write_pictures
 from transformers import AutoTokenizer
 
 from modeling_tvrn.data import ShuffledStream, load_pairs
@@ -33,25 +32,12 @@ PHASES = {  # ends of phases where it is saved, and where it is not
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parquet")
-    write_row_groups(folder / "train-0.parquet", range(8), group=3)
-    write_row_groups(folder / "train-1.parquet", range(8, 17), group=3)
-    write_row_groups(folder / "validation-0.parquet", range(17, 22), group=3)
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("parquet"))
 
 
 @pytest.fixture(scope="module")
 def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertModel
-
-    from modeling_tvrn import TVRNProcessor
-
-    folder = tmp_path_factory.mktemp("tower")
-    tokenizer = TVRNProcessor.from_captions(text for number in range(22) for text in captions(number)).tokenizer
-    tokenizer.save_pretrained(folder)
-    fields = {name: value for name, value in TINY_BERT.items() if name != "model_type"}
-    BertModel(BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder)
-    return folder
+    return save_text_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(scope="module")

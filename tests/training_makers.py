@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data_makers import captions, write_row_groups
 
 from modeling_tvrn.training import TrainingConfig
 
@@ -38,6 +39,27 @@ def write_scan(folder: Path, images: int = 14, captions_per_image: int = 2) -> P
             for number in range(count * captions_per_image)
         ]
         (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_pictures(folder: Path) -> Path:
+    """Parquet files in row groups: 17 pictures to train on in two of them, 5 to validate on."""
+    write_row_groups(folder / "train-0.parquet", range(8), group=3)
+    write_row_groups(folder / "train-1.parquet", range(8, 17), group=3)
+    write_row_groups(folder / "validation-0.parquet", range(17, 22), group=3)
+    return folder
+
+
+def save_text_tower(folder: Path) -> Path:
+    """A tiny BERT that knows the words of those pictures' captions."""
+    from transformers import BertConfig, BertModel
+
+    from modeling_tvrn import TVRNProcessor
+
+    tokenizer = TVRNProcessor.from_captions(text for number in range(22) for text in captions(number)).tokenizer
+    tokenizer.save_pretrained(folder)
+    fields = {name: value for name, value in TINY_BERT.items() if name != "model_type"}
+    BertModel(BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
 
 
