@@ -14,15 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import yaml
 from dual_encoder_makers import save_dual_encoder
 from hub_server import HubServer, online
 from teacher_makers import write_caches
-from training_makers import SIZES, TINY_BERT, TINY_VIT, Processes, save_text_tower, write_pictures, write_scan
+from training_makers import SIZES, TINY_BERT, TINY_VIT, WORDS, Processes, save_text_tower, write_pictures, write_scan
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
 
+from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli import main as tvrn
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.hub import Check, push_to_hub
@@ -46,6 +48,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
     ViTModel(ViTConfig(**_fields(TINY_VIT))).save_pretrained(folder / "vit")
     save_dual_encoder(folder / "clip")
+    for label in ("red", "white"):
+        (folder / "labels" / label).mkdir(parents=True)
+        PIL.Image.new("RGB", (40, 30), label).save(folder / "labels" / label / "1.png")
+    words = TVRNProcessor.from_captions([" ".join(WORDS)])
+    finished = TVRNModel(TVRNConfig(region_feature_size=5, vocab_size=len(words.tokenizer), **SIZES))
+    for part in (finished, words):
+        part.save_pretrained(folder / "finished")
     _warm(folder)
     return folder
 
@@ -117,6 +126,11 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # keys, processes
     "sharded": ({**TEXT_TOWER, "shard": True}, 2),
     "dual encoder, stream of two processes": ({**DUAL, "streaming": True, "max_steps": 4, "epochs": 10}, 2),
     "dual encoder, sharded": ({**DUAL, "shard": True}, 2),
+    "dual encoder, mean of weights, zero-shot": ({
+        **DUAL, "weight_interpolation": 0.5, "zero_shot": "{place}/labels"}, 2),
+    "from a finished model": ({
+        "data": "{place}/regions", "data_options": {"captions_per_image": 2}, "batch_size": 8,
+        "start_from": "{place}/finished"}, 1),
 }  # fmt: skip
 
 
@@ -186,6 +200,10 @@ def test_a_run_leaves_everything_and_ends_with_0(place: Path, tmp_path: Path, mo
     assert "| pair score" in said and results["data"]["validation"]["images"] == validation
     assert streamed or results["data"]["train"]["images"] == train
     assert set(results["teachers"]) == ({"image", "text"} if "cusa" in keys else set())
+    if "zero_shot" in keys:
+        assert results["zero_shot"]["images"] == 2 and results["weight_interpolation"]["share"] == 0.5
+    if "dual_encoder" in keys:
+        assert type(AutoModel.from_pretrained(tmp_path / "out" / "dual_encoder")).__name__ == "CLIPModel"
     if "text_features" in keys:
         cache = CaptionCache.load(tmp_path / "captions")
         # A CPU without bfloat16 instructions would take many times as long, whatever the run computes in.
