@@ -61,8 +61,8 @@ from modeling_tvrn.evaluation import (
     read_image_labels,
 )
 from modeling_tvrn.metrics import paired_bootstrap
+from modeling_tvrn.storage.fingerprints import digest
 from modeling_tvrn.teachers import with_checked_regions
-from modeling_tvrn.teachers.fingerprint import digest
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

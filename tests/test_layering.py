@@ -1,9 +1,9 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
-leaves (losses, metrics, teachers, data, processing, plots, durable, redaction) import none of ours; but processing
-and teachers may read the configuration, teachers write their files with durable, and redaction keeps secrets out of
-what they and data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what
+leaves (losses, metrics, storage, teachers, data, processing, plots, durable, redaction) import none of ours; but
+processing and teachers may read the configuration, teachers write their files with storage and durable, and redaction
+keeps secrets out of what they and data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what
 those require exist.
 """
 
@@ -26,7 +26,7 @@ ALWAYS_REQUIRED = {
     *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
-LEAVES = {"losses", "metrics", "teachers", "data", "processing", "plots", "durable", "redaction"}
+LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "plots", "durable", "redaction"}
 BASE = {"configuration", "modeling", "front_door", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", "front_door", *EVERYTHING_SHIPPED},
@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "processing": {"configuration"},
     "losses": set(),
     "metrics": set(),
-    "teachers": {"configuration", "durable", "redaction"},
+    "storage": set(),
+    "teachers": {"configuration", "storage", "durable", "redaction"},
     "data": {"redaction"},
     "plots": set(),
     "durable": set(),

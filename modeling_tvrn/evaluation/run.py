@@ -26,7 +26,7 @@ from ..scoring import (
     search_then_rerank,
 )
 from ..scoring.plan import DEFAULT_MEMORY_BUDGET
-from ..teachers.fingerprint import weights_digest
+from ..storage.fingerprints import weights_digest
 from .captions import CaptionTable
 from .coco_positives import LIST_SIZE, coco_ids, cxc_metrics, cxc_within_modalities, eccv_metrics, load_eccv
 from .encoding import encode_captions, encode_images

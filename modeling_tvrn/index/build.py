@@ -23,7 +23,7 @@ from ..data.worded import unusable_captions
 from ..encoded_tvrn import EncodedItems
 from ..redaction import redacted
 from ..scoring.models import evaluating
-from ..teachers.fingerprint import digest
+from ..storage.fingerprints import digest
 from ..teachers.shards import Shard, write_shard
 from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments, embeddings_alone

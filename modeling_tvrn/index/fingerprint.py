@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..scoring.finished import ranking_digest
-from ..teachers.fingerprint import (
+from ..storage.fingerprints import (
     StaleStoreError,
     check_fingerprint,
     digest,

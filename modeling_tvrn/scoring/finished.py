@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..encoded_tvrn import ranking_state
-from ..teachers.fingerprint import digest, settings_fingerprint, weights_digest
+from ..storage.fingerprints import digest, settings_fingerprint, weights_digest
 from .models import AveragedGallery, AveragedModel, EmbeddingScore
 from .plan import BlockPlan, gallery_tensors
 from .ragged import RaggedTexts

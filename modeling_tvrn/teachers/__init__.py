@@ -1,10 +1,10 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
+from ..storage.fingerprints import StaleStoreError
 from .caption_cache import CaptionCache, caption_fingerprint
 from .duplicates_page import write_duplicates
 from .extraction import RegionExtraction, resize_only
 from .false_negatives import false_negatives, near_duplicates
-from .fingerprint import StaleStoreError
 from .pooling import pool_boxes
 from .region_records import with_checked_regions, with_regions
 from .regions import RegionCache, region_fingerprint

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..durable import lock
+from ..storage.fingerprints import module_fingerprint, tokenizer_digest
 from .extraction import evaluating
-from .fingerprint import module_fingerprint, tokenizer_digest
 from .shards import LENGTHS
 from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 

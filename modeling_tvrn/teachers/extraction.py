@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .fingerprint import ItemId, module_fingerprint, preprocessor_fingerprint
+from ..storage.fingerprints import ItemId, module_fingerprint, preprocessor_fingerprint
 from .pooling import fractional_boxes, pool_boxes
 
 Regions = tuple[Tensor, Tensor, Tensor]  # features (B, R, F), boxes (B, R, 4), mask (B, R)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .fingerprint import ItemId
+from ..storage.fingerprints import ItemId
 
 
 class IdIndex:

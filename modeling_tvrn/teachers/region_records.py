@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .fingerprint import ItemId
+from ..storage.fingerprints import ItemId
 from .regions import RegionCache, image_ids_of, region_fingerprint
 
 Record = dict[str, Any]

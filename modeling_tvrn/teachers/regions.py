@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..storage.fingerprints import ItemId, items_fingerprint, plain_id
 from .extraction import ImagePreparation, RegionExtraction
-from .fingerprint import ItemId, items_fingerprint, plain_id
 from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)

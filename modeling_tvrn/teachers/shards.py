@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from ..durable import publish
-from .fingerprint import ItemId
+from ..storage.fingerprints import ItemId
 
 _DTYPES = {
     "F16": "float16",

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..durable import publish
 from ..redaction import redacted
-from .fingerprint import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
+from ..storage.fingerprints import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
 from .id_index import IdIndex
 from .shards import LENGTHS, BrokenShardError, MappedShard, Shard, shard_name, write_shard
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..storage.fingerprints import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
 from ..trust_tvrn import MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, without_code
-from .fingerprint import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
 from .vector_pooling import POOLINGS, choose_pooling, pool, prefix_tokens
 
 logger = logging.getLogger(__name__)

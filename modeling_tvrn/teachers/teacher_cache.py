@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fingerprint import ItemId, StaleStoreError, items_fingerprint
+from ..storage.fingerprints import ItemId, StaleStoreError, items_fingerprint
 from .regions import RegionCache
 from .shards import shard_name
 from .store import ArrayStore, StoreWriter, finished_store, read_manifest

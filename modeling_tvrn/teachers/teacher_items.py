@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .fingerprint import ItemId, StaleStoreError, plain_id
+from ..storage.fingerprints import ItemId, StaleStoreError, plain_id
 from .regions import RegionCache
 from .store import ArrayStore, StoreWriter
 from .teacher import PicturePreparation, Teacher, TextPreparation
