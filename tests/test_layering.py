@@ -3,8 +3,8 @@
 Layers: configuration ← modeling ← {scoring, explain, hub} ← {evaluation, index} ← training ← cli and examples. The
 leaves (losses, metrics, storage, teachers, data, processing, plots, durable, redaction) import none of ours; but
 processing and teachers may read the configuration, teachers write their files with storage and durable, and redaction
-keeps secrets out of what they and data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what
-those require exist.
+keeps secrets out of what they and data write. Shipped files are copied flat beside a checkpoint, where only torch,
+transformers and what those require exist.
 """
 
 import ast
