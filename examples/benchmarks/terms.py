@@ -3,8 +3,8 @@
     python examples/benchmarks/terms.py runs/flickr8k --data flickr8k --split validation --regions regions/validation
 
 Scores every image against every caption once (bfloat16 unless --float32) and prints R@K and rSum, percent, of every
-sum of components, weighted as the model has learned to, with a paired bootstrap of what the reasoning adds to the
-other two.
+sum of components, weighted as the model has learned to, and by paired bootstrap what the whole has beyond the first
+stage alone, and beyond the whole without each component.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--regions", help="a region cache of the split, instead of its pictures")
     parser.add_argument("--images", type=int, help="the first N images only (default: all)")
     parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser.parse_args()
 
@@ -40,17 +41,19 @@ def parse_arguments() -> argparse.Namespace:
 @torch.no_grad()
 def score_components(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], list[int]]:
     """Each component's matrix (I, T), and each caption's image row."""
-    model = TVRNModel.from_pretrained(arguments.checkpoint).eval()
+    model = TVRNModel.from_pretrained(arguments.checkpoint).eval().to(arguments.device)
     processor = TVRNProcessor.from_pretrained(arguments.checkpoint)
     records = load_pairs(arguments.data, split=arguments.split)
     if arguments.images is not None:
         records = records.select(range(arguments.images))
     if arguments.regions:
         records = with_checked_regions(records, arguments.regions, model, processor)
-    half = nullcontext() if arguments.float32 else torch.autocast("cpu", torch.bfloat16)
+    weights = {name: float(model.pair.weight(name)) for name in model.config.components}
+    print("weights: " + ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()))
+    half = nullcontext() if arguments.float32 else torch.autocast(arguments.device, torch.bfloat16)
     with half:
         images, texts, rows = encode_dataset(model, processor, records)
-        return match_blocks(model, images, texts), rows.tolist()
+        return match_blocks(model, images.to(arguments.device), texts.to(arguments.device)), rows.tolist()
 
 
 def match_blocks(model: TVRNModel, images, texts, level: str = "full") -> dict[str, Tensor]:
@@ -73,10 +76,13 @@ def main() -> None:
     for names, found in metrics.items():
         recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
         print(f"{' + '.join(names):44}" + "".join(f"{value:7.1f}" for value in recalls) + f"{found.rsum:8.1f}")
-    whole, others = tuple(components), tuple(name for name in components if name != "reasoning")
-    if others and others != whole:
-        print("what the reasoning adds:")
-        print(paired_bootstrap(metrics[whole], metrics[others], seed=arguments.seed).table())
+    whole = tuple(components)
+    beside = {"the first stage alone": ("first_stage",)} if "first_stage" in whole[:-1] else {}
+    if len(whole) > 2:
+        beside |= {f"all without {name}": tuple(other for other in whole if other != name) for name in whole}
+    for name, names in beside.items():
+        print(f"the whole beside {name}:")
+        print(paired_bootstrap(metrics[whole], metrics[names], seed=arguments.seed).table())
     print(f"{time.process_time() - started:.0f} CPU s")
 
 
