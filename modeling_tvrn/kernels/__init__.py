@@ -39,6 +39,7 @@ import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -53,23 +54,38 @@ from ..pair_tvrn import PairStage
 __all__ = ["FusedPairs", "available", "enable", "fused_late_interaction", "fused_reasoning"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# How the reasoning is cut in half precision; benchmarks try others.
+FAST = {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3}
+# Fewer pairs than this aren't worth the seconds that a program's first use takes to compile.
+LEAST_PAIRS = 1024
 MAX_WORDS, MAX_REGIONS, MAX_SIMILARITY = 64, 128, 512
 
 
 def available(device: torch.device | str) -> bool:
     """Whether the programs can run there: Triton is installed, and it is a CUDA device (or Triton interprets)."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return find_spec("triton") is not None and (interpreted or torch.device(device).type == "cuda")
+    return (interpreted or torch.device(device).type == "cuda") and _has_triton()
 
 
-def enable(model: Any) -> bool:
-    """Let a model's pair stage use the programs wherever they apply, and say whether it does."""
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def enable(model: Any, least_pairs: int = LEAST_PAIRS) -> bool:
+    """Let a model's pair stage use the programs wherever they apply, and say whether it does.
+
+    Args:
+        model: A `TVRNModel`; anything else is left as it is.
+        least_pairs: Blocks of fewer pairs are left to the plain path: a program takes seconds to compile on its first
+            use (Triton keeps it on disk).
+    """
     pair = getattr(model, "pair", None)
     # By what it has, not by its class: a model loaded by a checkpoint's own code has another one.
     if pair is None or not hasattr(pair, "fused") or not available(model.logit_scale.device):
         return False
     if pair.fused is None:
-        pair.fused = FusedPairs()
+        pair.fused = FusedPairs(least_pairs)
     return True
 
 
@@ -100,8 +116,13 @@ def fused_late_interaction(model: PairMatching, images: EncodedImages, texts: En
 class FusedPairs:
     """What a `PairStage` asks first: scores of a block, or None where the plain path is to compute them."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_pairs: int = LEAST_PAIRS) -> None:
+        self.least_pairs = least_pairs
         self.failed: set[str] = set()
+
+    def _worth_it(self, name: str, images: EncodedImages, texts: EncodedTexts) -> bool:
+        pairs = len(images) * (0 if texts.word_mask is None else texts.word_mask.shape[-2])
+        return pairs >= self.least_pairs and name not in self.failed
 
     def reasoning(
         self,
@@ -112,7 +133,7 @@ class FusedPairs:
         refinement: Gate | Recurrence | None,
     ) -> Tensor | None:
         """(i, t) or None, as `PairStage.forward`."""
-        if "reasoning" in self.failed or unsupported_reasoning(pair, images, texts, refinement):
+        if not self._worth_it("reasoning", images, texts) or unsupported_reasoning(pair, images, texts, refinement):
             return None
         try:
             return reasoning(pair, images, texts, attention, refinement)
@@ -122,7 +143,7 @@ class FusedPairs:
 
     def late_interaction(self, pair: PairStage, images: EncodedImages, texts: EncodedTexts) -> Tensor | None:
         """(i, t) or None, as `PairStage.late_interaction`."""
-        if "late interaction" in self.failed or unsupported_late_interaction(pair, images, texts):
+        if not self._worth_it("late interaction", images, texts) or unsupported_late_interaction(pair, images, texts):
             return None
         try:
             return late_interaction(pair, images, texts)
@@ -223,7 +244,8 @@ def reasoning(
         regions, region_mask = images.context_keys.shape[1], images.region_mask
         values, gram, gates = images.context_values, images.context_gram.float(), texts.gates
         scores = affinities(images.context_keys, texts.context_queries)
-    tile = Tile.of_reasoning(words.dtype, word_count, max(regions, tokens), config.similarity_size)
+    strides = (scores.stride(0), scores.stride(1)) if not own else (scores.stride(1), scores.stride(0))
+    tile = Tile.of_reasoning(words.dtype, captions, word_count, max(regions, tokens), config.similarity_size)
     overall = words.new_empty(image_count, captions, size)
     numbers = 2 if saf else 1 + word_count
     nodes = words.new_empty(0 if saf else (image_count * captions), numbers, config.similarity_size)
@@ -239,7 +261,7 @@ def reasoning(
     with _on(words):
         programs.reasoning[grid](
             *(value.detach().contiguous() for value in given),
-            *(overall, nodes, weights, int(own), captions, word_count),
+            *(overall, nodes, weights, int(own), captions, word_count, *strides),
             *(float(config.attention_scale), float(config.leaky_slope), floor),
             D=size,
             S=config.similarity_size,
@@ -284,10 +306,13 @@ def late_interaction(pair: PairStage, images: EncodedImages, texts: EncodedTexts
 
 
 def affinities(keys: Tensor, queries: Tensor) -> Tensor:
-    """Of every region with every word: (i, R, D), (t, W, D) or (i, t, W, D) -> (i, R, t·W)."""
+    """Of every word with every region, the regions last: (i, R, D), (t, W, D) -> (t·W, i, R).
+
+    Where each image has its own captions: (i, R, D), (i, t, W, D) -> (i, t·W, R).
+    """
     if queries.ndim == 4:
-        return keys @ queries.flatten(1, 2).transpose(1, 2)
-    return (keys.flatten(0, 1) @ queries.flatten(0, 1).T).view(*keys.shape[:2], -1)
+        return queries.flatten(1, 2) @ keys.transpose(1, 2)
+    return (queries.flatten(0, 1) @ keys.flatten(0, 1).T).unflatten(1, keys.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -304,13 +329,17 @@ class Tile:
     settings: dict[str, Any]
 
     @classmethod
-    def of_reasoning(cls, dtype: torch.dtype, words: int, regions: int, similarity: int) -> "Tile":
-        """64 rows, whose similarity vectors fill the registers of four warps at S = 256."""
-        columns = _power_of_two(similarity, 16)
-        exact = dtype == torch.float32
-        captions, settings = _rows(dtype, words, 32 if exact or columns > 256 else 64)
-        settings |= {"N": _power_of_two(regions, 16), "SIMILARITY": columns, "COLUMNS": 32}
-        return cls(captions, 1, settings | {"num_warps": 8 if exact else 4, "num_stages": 2})
+    def of_reasoning(cls, dtype: torch.dtype, captions: int, words: int, regions: int, similarity: int) -> "Tile":
+        """128 rows fill the registers of eight warps with their similarity vectors at S = 256."""
+        width, similar = _power_of_two(regions, 16), _power_of_two(similarity, 16)
+        cut = dict(FAST)
+        if dtype == torch.float32:
+            cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2}
+        elif width > 64 or similar > 256 or captions * _power_of_two(words, 4) <= 64:
+            cut = {"rows": 64, "columns": 32, "num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
+        count, settings = _rows(dtype, words, cut.pop("rows"))
+        settings |= {"N": width, "SIMILARITY": similar, "COLUMNS": cut.pop("columns")}
+        return cls(count, 1, settings | cut)
 
     @classmethod
     def of_late_interaction(cls, dtype: torch.dtype, words: int, regions: int, own: bool) -> "Tile":
@@ -323,6 +352,7 @@ class Tile:
 
 
 def _rows(dtype: torch.dtype, words: int, rows: int) -> tuple[int, dict[str, Any]]:
+    """Captions of a program of about so many rows, and the constants that follow."""
     padded = _power_of_two(words, 4)
     captions = max(rows // padded, 1)
     return captions, {

@@ -64,13 +64,21 @@ def refined_words(
     return refined
 
 
-@triton.jit(do_not_specialize=["own_captions", "captions", "words_count"])
+# What lies at odd addresses in a part of a gallery, and would compile the program again for every mixture of these.
+UNALIGNED = ["word_mask", "word_weights", "context_gram", "region_mask"]
+UNALIGNED += ["refined_gram", "refined_saliency", "refined_mask"]
+
+
+@triton.jit(
+    do_not_specialize=["own_captions", "captions", "words_count", "score_row", "score_image"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def reasoning(
     words,  # (T, W, D)
     gates,  # (T, W, D)
     word_mask,  # (T, W)
     word_weights,  # (T, W) float32
-    scores,  # (I, R, t·W) keys · queries
+    scores,  # queries · keys: (t·W, I, R), or (I, t·W, R) where each image has its own captions
     values,  # (I, R, 2D)
     context_gram,  # (I, R, R) float32
     region_mask,  # (I, R)
@@ -88,6 +96,8 @@ def reasoning(
     own_captions,  # 1 where each image has its own t captions, else 0
     captions,  # t
     words_count,  # W
+    score_row,  # the strides of `scores`
+    score_image,
     scale,
     slope,
     floor,
@@ -126,7 +136,7 @@ def reasoning(
     if REFINED:
         is_region = tl.load(region_mask + image * REGIONS + n, mask=n < REGIONS, other=0) != 0
         column = caption * words_count + word
-        looked = (image * REGIONS + n)[None, :] * (captions * words_count) + column[:, None]
+        looked = (column * score_row + image * score_image)[:, None] + n[None, :]
         affinity = tl.load(scores + looked, mask=here[:, None] & (n < REGIONS)[None, :], other=0.0).to(tl.float32)
         bias = tl.zeros((N,), tl.float32)
         looks = attention(affinity, in_caption, is_region, bias, scale, slope, CAPTIONS, WORDS)
@@ -202,7 +212,10 @@ def reasoning(
         tl.store(nodes + node[:, None] * S + similar[None, :], found, mask=there)
 
 
-@triton.jit(do_not_specialize=["own_captions", "images", "captions", "words_count"])
+@triton.jit(
+    do_not_specialize=["own_captions", "images", "captions", "words_count"],
+    do_not_specialize_on_alignment=["word_weights", "region_mask"],
+)
 def late_interaction(
     words,  # (T, W, D)
     word_weights,  # (T, W) float32
