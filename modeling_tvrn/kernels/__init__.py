@@ -55,7 +55,7 @@ __all__ = ["FusedPairs", "available", "enable", "fused_late_interaction", "fused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # How the reasoning is cut in half precision; benchmarks try others.
-FAST = {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3}
+FAST = {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3, "KEPT": False}
 # Fewer pairs than this aren't worth the seconds that a program's first use takes to compile.
 LEAST_PAIRS = 1024
 MAX_WORDS, MAX_REGIONS, MAX_SIMILARITY = 64, 128, 512
@@ -254,14 +254,18 @@ def reasoning(
     if saf:
         head, bias = torch.cat([reader.gate.weight, reader.logit.weight]).float(), reader.gate.bias.float()
     floor = 1e-8 if words.dtype == torch.float16 else 1e-16
-    grid = (-(-captions // tile.captions), image_count)
+    programs_count = -(-captions // tile.captions) * image_count
+    rows = tile.captions * tile.settings["WORDS"]
+    if tile.settings["KEPT"]:
+        programs_count = min(programs_count, _programs_at_once(words.device))
+    kept = words.new_empty(programs_count if tile.settings["KEPT"] else 0, rows, size)
     given = [words, gates, mask, texts.word_weights.float(), scores, values, gram, region_mask, images.refined_regions]
     given += [images.refined_region_gram.float(), images.refined_region_saliency.float(), images.refined_region_mask]
     given += [images.global_vector, pair.local_similarity.weight.to(words.dtype), head, bias]
     with _on(words):
-        programs.reasoning[grid](
+        programs.reasoning[(programs_count,)](
             *(value.detach().contiguous() for value in given),
-            *(overall, nodes, weights, int(own), captions, word_count, *strides),
+            *(overall, nodes, weights, kept, int(own), image_count, captions, word_count, *strides),
             *(float(config.attention_scale), float(config.leaky_slope), floor),
             D=size,
             S=config.similarity_size,
@@ -332,11 +336,11 @@ class Tile:
     def of_reasoning(cls, dtype: torch.dtype, captions: int, words: int, regions: int, similarity: int) -> "Tile":
         """128 rows fill the registers of eight warps with their similarity vectors at S = 256."""
         width, similar = _power_of_two(regions, 16), _power_of_two(similarity, 16)
-        cut = dict(FAST)
+        cut: dict[str, Any] = dict(FAST)
         if dtype == torch.float32:
-            cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2}
+            cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2, "KEPT": False}
         elif width > 64 or similar > 256 or captions * _power_of_two(words, 4) <= 64:
-            cut = {"rows": 64, "columns": 32, "num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
+            cut |= {"rows": 64, "num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
         count, settings = _rows(dtype, words, cut.pop("rows"))
         settings |= {"N": width, "SIMILARITY": similar, "COLUMNS": cut.pop("columns")}
         return cls(count, 1, settings | cut)
@@ -365,6 +369,13 @@ def _rows(dtype: torch.dtype, words: int, rows: int) -> tuple[int, dict[str, Any
 
 def _power_of_two(value: int, least: int) -> int:
     return max(1 << (value - 1).bit_length(), least)
+
+
+def _programs_at_once(device: torch.device) -> int:
+    """About as many as the device has room for: each keeps its rows of T̃ in the L2 cache."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if FAST["rows"] <= 64 else 1)
 
 
 def _on(value: Tensor) -> AbstractContextManager[Any]:
