@@ -5,6 +5,8 @@ side only was computed when the item was encoded, linear maps were moved in fron
 and a Gram matrix gives a context's norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +84,12 @@ class PairStage(nn.Module):
 
     `attention` and `refinement` are shared with the one-sided layers and handed in at call time by the model, so that
     each parameter has one owner.
+
+    Attributes:
+        fused: What is asked first for a block's scores: `modeling_tvrn.kernels.enable` sets it, shipped files do not.
     """
+
+    fused: Any = None
 
     def __init__(self, config: TVRNConfig):
         super().__init__()
@@ -112,6 +119,9 @@ class PairStage(nn.Module):
 
         Where the captions' tensors have one more dimension in front, (i, t, W, …), each image has its own t captions.
         """
+        found = None if self.fused is None else self.fused.reasoning(self, images, texts, attention, refinement)
+        if found is not None:
+            return found
         nodes, weights = self.nodes(images, texts, attention, refinement)
         assert images.refined_regions is not None and texts.word_mask is not None
         return self.head(nodes, weights).view(images.refined_regions.shape[0], texts.word_mask.shape[-2])
@@ -161,6 +171,9 @@ class PairStage(nn.Module):
         Words and regions as they are before any refinement: refined regions learn the training set faster than what
         holds beyond it. Neither side sees the other before the product, so this costs a tenth of the reasoning.
         """
+        found = None if self.fused is None else self.fused.late_interaction(self, images, texts)
+        if found is not None:
+            return found
         assert images.regions is not None and images.region_mask is not None
         assert texts.words is not None and texts.word_mask is not None and texts.word_weights is not None
         captions, words = texts.word_mask.shape[-2:]

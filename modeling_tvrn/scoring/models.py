@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .. import kernels
+
 
 @runtime_checkable
 class Gallery(Protocol):
@@ -185,6 +187,8 @@ def evaluating(model: Any) -> Iterator[None]:
     """No gradients, and no dropout: a model that is training is put into evaluation mode and back."""
     models = model.models if isinstance(model, AveragedModel) else [model]
     training = [each for each in models if isinstance(each, torch.nn.Module) and each.training]
+    for each in models:
+        kernels.enable(each)  # fused programs, on a CUDA device with Triton
     try:
         for each in training:
             each.eval()
