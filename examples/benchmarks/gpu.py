@@ -529,7 +529,7 @@ def fused(bench: Bench) -> dict[str, Any]:
 
 
 def _both_ways(model: TVRNModel, sides: tuple) -> list[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Reasoning and late interaction of all pairs in `match`'s blocks of captions sorted by length: plain and fused."""
+    """Reasoning and late interaction of all pairs, plain and fused, captions in blocks of like lengths as in `match`."""
     images, texts = sides
     order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
 
@@ -551,7 +551,7 @@ def _both_ways(model: TVRNModel, sides: tuple) -> list[tuple[str, Callable[[], T
 
 
 def _fused_errors(bench: Bench, label: str, model: TVRNModel, sides: tuple, dtype: torch.dtype) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     with autocast(bench.device, dtype):
         for part, plain, quick in _both_ways(model, sides):
             error = relative(quick(), plain())
