@@ -529,7 +529,7 @@ def fused(bench: Bench) -> dict[str, Any]:
 
 
 def _both_ways(model: TVRNModel, sides: tuple) -> list[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Reasoning and late interaction of all pairs, plain and fused, captions in blocks of like lengths as in `match`."""
+    """Reasoning and late interaction of all pairs, plain and fused; captions in blocks of like lengths, as `match`."""
     images, texts = sides
     order = torch.argsort(texts.word_mask.sum(dim=1), stable=True)
 
