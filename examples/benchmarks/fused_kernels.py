@@ -4,12 +4,17 @@
 
 At the paper's sizes on random features: `match` plain and fused, in float32, float16 and bfloat16, for several chunk
 sizes; then a block of 32 captions alone, cut in several ways (`modeling_tvrn.kernels.FAST`). Errors are the largest
-difference from the plain path in float32; the programs should have no more than the plain path in the same dtype. The
-first call of each program compiles it, which takes seconds and is not counted.
+difference from the plain path in float32; the programs should have no more than the plain path in the same dtype.
+
+The first call of each program compiles it, which takes ten seconds and is not counted: `--warm` lets a process for
+each setting do so at once beforehand, and Triton's cache on disk hands the programs over.
 """
 
 import argparse
+import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +45,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--words", type=int, default=14, help="mean length, between half and 1.5 times as many")
-    parser.add_argument("--heads", nargs="+", default=["saf", "sgr"])
+    parser.add_argument("--heads", nargs="*", default=["saf", "sgr"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--chunk-sizes", nargs="+", type=int, default=[0, 65536], help="0: the model's own choice")
+    parser.add_argument("--cuts", nargs="*", type=int, default=list(range(len(CUTS))), help="numbers of CUTS")
+    parser.add_argument("--warm", action="store_true", help="compile in parallel first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="JSON")
     return parser.parse_args()
@@ -120,32 +127,48 @@ def measure_match(head: str, arguments: argparse.Namespace) -> list[dict[str, An
 @torch.inference_mode()
 def measure_cuts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, images, texts = build("saf", arguments)
-    exact = model.pair(images, texts.select(slice(0, 32)), model.attention, model.textual_refinement)
+    # Sixteen words in every caption, which pad nothing.
+    block = texts.select(slice(0, 32))
+    kept = {name: value[:, :16] for name, value in block.tensors().items() if name != "embeds"}
+    block = dataclasses.replace(block, **kept | {"word_mask": torch.ones_like(kept["word_mask"])})
+    exact = model.pair(images, block, model.attention, model.textual_refinement)
     model.to(torch.bfloat16)
-    images, texts = images.to(torch.bfloat16), texts.to(torch.bfloat16)
-    rows = []
-    for words in (None, 16):
-        # All lengths, padded to the longest; and 16 words each, which pad nothing.
-        block = texts.select(slice(0, 32)).trim()
-        if words is not None:
-            block = block._map(lambda value: value[:, :16] if value.ndim > 1 and value.shape[1] > 16 else value)
-            block.embeds = texts.embeds[:32]
-            block.word_mask = torch.ones_like(block.word_mask)
-        for cut in CUTS:
-            row = {"cut": cut, "words": block.word_mask.shape[1]}
-            kernels.FAST.clear()
-            kernels.FAST.update(cut)
-            try:
-                taken = seconds(lambda own=block: kernels.fused_reasoning(model, images, own), 2 * arguments.repeats)
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:300]
-            else:
-                row["ns"] = 1e9 * taken / (len(images) * 32)
-                if words is None:
-                    row["error"] = (kernels.fused_reasoning(model, images, block) - exact).abs().max().item()
-            rows.append(row)
-            show(row)
+    images, block = images.to(torch.bfloat16), block.to(torch.bfloat16)
+    plain = seconds(lambda: model.pair(images, block, model.attention, model.textual_refinement), arguments.repeats)
+    rows: list[dict[str, Any]] = [{"cut": None, "ns": 1e9 * plain / (len(images) * 32)}]
+    show(rows[0])
+    default = dict(kernels.FAST)
+    for cut in (CUTS[number] for number in arguments.cuts):
+        row: dict[str, Any] = {"cut": cut}
+        kernels.FAST.clear()
+        kernels.FAST.update(cut)
+        try:
+            taken = seconds(lambda: kernels.fused_reasoning(model, images, block), 3 * arguments.repeats)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        else:
+            row["ns"] = 1e9 * taken / (len(images) * 32)
+            row["error"] = (kernels.fused_reasoning(model, images, block) - exact).abs().max().item()
+        rows.append(row)
+        show(row)
+    kernels.FAST.clear()
+    kernels.FAST.update(default)
     return rows
+
+
+def warm(arguments: argparse.Namespace) -> None:
+    """A process for every setting, on few images: what they compile is then in Triton's cache."""
+    settings = [["--cuts", str(number), "--heads"] for number in arguments.cuts]
+    settings += [
+        ["--cuts", "--heads", head, "--dtypes", dtype] for head in arguments.heads for dtype in arguments.dtypes
+    ]
+    few = ["--images", "40", "--captions", str(arguments.captions), "--chunk-sizes", "0", "--repeats", "1"]
+    start = time.perf_counter()
+    command = [sys.executable, __file__, *few]
+    running = [subprocess.Popen(command + each, stdout=subprocess.DEVNULL) for each in settings]
+    for process in running:
+        process.wait()
+    print(f"warm after {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -154,12 +177,9 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    cuts = measure_cuts(arguments)
-    best = min((row for row in cuts if "ns" in row), key=lambda row: row["ns"], default=None)
-    if best is not None:
-        kernels.FAST.clear()
-        kernels.FAST.update(best["cut"])
-        print("cut for what follows:", best["cut"], flush=True)
+    if arguments.warm:
+        warm(arguments)
+    cuts = measure_cuts(arguments) if arguments.cuts else []
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuts": cuts}
     found["match"] = [row for head in arguments.heads for row in measure_match(head, arguments)]
     if arguments.output:
