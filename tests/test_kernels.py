@@ -37,7 +37,8 @@ def test_the_programs_on_the_gpu():
     run_checks()
 
 
-def test_no_programs_on_a_cpu():
+def test_no_programs_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = tiny_model()
     assert not kernels.enable(model) and model.pair.fused is None
     assert not kernels.enable(object())

@@ -279,8 +279,8 @@ def reasoning(
         stop = groups * images - own
         step = tl.num_programs(0)
     else:  # a loop of constant bounds costs no registers
-        stop: tl.constexpr = 1
-        step: tl.constexpr = 1
+        stop = 1
+        step = 1
     for other in range(0, stop, step):
         block = own + other
         reason(
