@@ -148,7 +148,8 @@ def probe(model: Any) -> ProbedSizes:
     """
     kind = type(model).__name__
     pixels, ids = _probe_inputs(model.config, kind)
-    pixels = pixels.to(next(model.parameters()).dtype)
+    weight = next(model.parameters())
+    pixels, ids = pixels.to(weight), ids.to(weight.device)
     try:
         image, text = model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=ids)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:

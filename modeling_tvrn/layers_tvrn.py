@@ -37,9 +37,9 @@ def normalize(x: Tensor, dim: int = -1) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of the valid rows: (B, N, D), (B, N) -> (B, D)."""
-    weights = mask.to(x.dtype)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):  # which on a GPU, not on a CPU, would sum in float32
+        weights = mask.to(x.dtype)
+        weights = weights / weights.sum(dim=1, keepdim=True)
         return (weights.unsqueeze(1) @ x).squeeze(1)
 
 

@@ -173,7 +173,8 @@ def region_feature_size(tower: nn.Module) -> int:
     """Channels of a tower's map, found by running it once on an empty picture."""
     size = getattr(tower.config, "image_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    pixels = torch.zeros(1, getattr(tower.config, "num_channels", 3), height, width)
+    weight = next(tower.parameters())
+    pixels = torch.zeros(1, getattr(tower.config, "num_channels", 3), height, width).to(weight)
     was_training = tower.training
     features = region_map(tower.eval()(pixel_values=pixels), pixels, tower.config)
     tower.train(was_training)

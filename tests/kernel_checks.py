@@ -37,7 +37,7 @@ def fail_loudly(model: TVRNModel) -> TVRNModel:
     def give_up(name: str, error: Exception) -> None:
         raise error
 
-    assert kernels.enable(model, least_pairs=1)
+    assert kernels.enable(model, least_pairs=1, dtypes=kernels.DTYPES)
     model.pair.fused._give_up = give_up
     return model
 

@@ -57,7 +57,7 @@ def test_a_failure_is_said_once_and_the_plain_path_goes_on(monkeypatch):
         monkeypatch.setattr(kernels, "available", lambda device: True)
         monkeypatch.setattr(kernels, "reasoning", fail)
         monkeypatch.setattr(kernels, "late_interaction", fail)
-        assert kernels.enable(model, least_pairs=1)
+        assert kernels.enable(model, least_pairs=1, dtypes=kernels.DTYPES)
         with pytest.warns(
             UserWarning, match=r"fused .* failed \(RuntimeError: out of resource: shared memory\)"
         ) as said:

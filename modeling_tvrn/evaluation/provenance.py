@@ -32,7 +32,13 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that decide the numbers."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a run that is finished is not lost for it
+            found[name] = "not installed"
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -53,9 +53,10 @@ from ..pair_tvrn import PairStage
 
 __all__ = ["FusedPairs", "available", "enable", "fused_late_interaction", "fused_reasoning"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
 # How the reasoning is cut in half precision; benchmarks try others.
-FAST = {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3, "KEPT": False}
+FAST = {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3, "KEPT": False}
 # Fewer pairs than this aren't worth the seconds that a program's first use takes to compile.
 LEAST_PAIRS = 1024
 MAX_WORDS, MAX_REGIONS, MAX_SIMILARITY = 64, 128, 512
@@ -72,20 +73,22 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def enable(model: Any, least_pairs: int = LEAST_PAIRS) -> bool:
+def enable(model: Any, least_pairs: int = LEAST_PAIRS, dtypes: tuple[torch.dtype, ...] = HALVES) -> bool:
     """Let a model's pair stage use the programs wherever they apply, and say whether it does.
 
     Args:
         model: A `TVRNModel`; anything else is left as it is.
         least_pairs: Blocks of fewer pairs are left to the plain path: a program takes seconds to compile on its first
             use (Triton keeps it on disk).
+        dtypes: Of the items. In float32, without tensor cores, the programs take three times as long as the plain path
+            (H100): it is left out unless named.
     """
     pair = getattr(model, "pair", None)
     # By what it has, not by its class: a model loaded by a checkpoint's own code has another one.
     if pair is None or not hasattr(pair, "fused") or not available(model.logit_scale.device):
         return False
     if pair.fused is None:
-        pair.fused = FusedPairs(least_pairs)
+        pair.fused = FusedPairs(least_pairs, dtypes)
     return True
 
 
@@ -116,13 +119,14 @@ def fused_late_interaction(model: PairMatching, images: EncodedImages, texts: En
 class FusedPairs:
     """What a `PairStage` asks first: scores of a block, or None where the plain path is to compute them."""
 
-    def __init__(self, least_pairs: int = LEAST_PAIRS) -> None:
-        self.least_pairs = least_pairs
+    def __init__(self, least_pairs: int = LEAST_PAIRS, dtypes: tuple[torch.dtype, ...] = HALVES) -> None:
+        self.least_pairs, self.dtypes = least_pairs, dtypes
         self.failed: set[str] = set()
 
     def _worth_it(self, name: str, images: EncodedImages, texts: EncodedTexts) -> bool:
-        pairs = len(images) * (0 if texts.word_mask is None else texts.word_mask.shape[-2])
-        return pairs >= self.least_pairs and name not in self.failed
+        if texts.words is None or texts.words.dtype not in self.dtypes or name in self.failed:
+            return False
+        return len(images) * texts.words.shape[-3] >= self.least_pairs
 
     def reasoning(
         self,
@@ -334,13 +338,13 @@ class Tile:
 
     @classmethod
     def of_reasoning(cls, dtype: torch.dtype, captions: int, words: int, regions: int, similarity: int) -> "Tile":
-        """128 rows fill the registers of eight warps with their similarity vectors at S = 256."""
+        """64 rows fill the registers of four warps with their similarity vectors at S = 256."""
         width, similar = _power_of_two(regions, 16), _power_of_two(similarity, 16)
         cut: dict[str, Any] = dict(FAST)
         if dtype == torch.float32:
             cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2, "KEPT": False}
-        elif width > 64 or similar > 256 or captions * _power_of_two(words, 4) <= 64:
-            cut |= {"rows": 64, "num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
+        elif width > 64 or similar > 256:
+            cut |= {"num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
         count, settings = _rows(dtype, words, cut.pop("rows"))
         settings |= {"N": width, "SIMILARITY": similar, "COLUMNS": cut.pop("columns")}
         return cls(count, 1, settings | cut)
