@@ -389,7 +389,10 @@ def gradients(
     captions = {key: value[: len(images["region_mask"])] for key, value in texts.items()}
 
     def gradient(device: str, dtype: torch.dtype, weights: torch.dtype) -> Tensor:
-        own = copy.deepcopy(model).to(device, weights)
+        own = copy.deepcopy(model).to(device, weights).train()  # a GPU's recurrent layers go back in no other mode
+        for module in own.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         own.config.matching_loss_weight, own.config.pair_contrastive_loss_weight = 0.0, 1.0
         given = moved(images | captions, device)
         given["region_features"] = given["region_features"].to(weights)
