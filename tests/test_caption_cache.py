@@ -1,6 +1,5 @@
 """A caption cache gives back what the tower says, is never stale or half, and grows with what runs ask for."""
 
-import json
 import logging
 import os
 import pickle
@@ -17,6 +16,8 @@ from dual_encoder_makers import WORDS, save_dual_encoder
 from training_makers import TINY_BERT, Processes
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
+from modeling_tvrn.storage.arrays import FORMAT
+from modeling_tvrn.storage.files import read_json, write_json
 from modeling_tvrn.teachers import CaptionCache, StaleStoreError, caption_fingerprint
 from modeling_tvrn.training.text_cache import CachedTextProcessor
 
@@ -112,8 +113,8 @@ def test_a_stale_cache_is_refused_with_what_differs(
 ) -> None:
     build(tmp_path)
     if not finished:
-        manifest = json.loads((tmp_path / "manifest.json").read_text())
-        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+        path = tmp_path / "manifest.json"
+        write_json(path, FORMAT, {**read_json(path, FORMAT), "complete": False})
     model, processor = made(change.get("seed", 0))
     tokens = TVRNProcessor.from_captions(change["words"]) if "words" in change else processor
     other = TVRNProcessor(tokenizer=tokens.tokenizer, max_text_length=change.get("longest", 64))
@@ -177,7 +178,7 @@ def test_kill_9_leaves_no_half_cache_and_the_next_build_goes_on(
     if begun:
         assert len(CaptionCache.load(tmp_path)) == 1
     else:
-        with pytest.raises(ValueError, match="is not finished"):
+        with pytest.raises(ValueError, match="is unfinished"):
             CaptionCache.load(tmp_path)
     kept = sorted(tmp_path.glob("shard-*.safetensors"))
     times = [path.stat().st_mtime_ns for path in kept]
@@ -195,7 +196,7 @@ def test_a_broken_file_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(ValueError, match="half-written"):
         CaptionCache.load(tmp_path)
     torch.testing.assert_close(build(tmp_path)[CAPTIONS], whole, atol=2e-3, rtol=0)
-    assert "building what is missing" in caplog.text
+    assert "Building what is missing" in caplog.text
 
 
 def build_slowly(folder: str) -> list[int]:

@@ -21,7 +21,8 @@ from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.index import Hits, ImageTextIndex, IndexBusyError, OtherModelError
 from modeling_tvrn.index import build as building_module
 from modeling_tvrn.index.vectors import VectorSearch
-from modeling_tvrn.index.versions import building
+from modeling_tvrn.index.versions import LOCK
+from modeling_tvrn.storage.files import locked
 
 CAPTIONS = ["two dogs run in snow", "a red kite over the sea", "a man on a skateboard", "children play football"]
 COUNT = 23
@@ -235,7 +236,7 @@ def test_saved_and_loaded_it_answers_the_same(processor: TVRNProcessor, tmp_path
     first, second = (each.search(text=CAPTIONS[0], shortlist_size=COUNT) for each in (index, loaded))
     assert list(first) == list(second) and repr(loaded) == repr(index)
     suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
-    assert suffixes <= {".safetensors", ".parquet", ".json"}, "nothing that runs code when it is read"
+    assert suffixes <= {".safetensors", ".sqlite", ".json"}, "nothing that runs code when it is read"
 
 
 def test_another_model_is_refused_with_both_values(processor: TVRNProcessor, tmp_path: Path) -> None:
@@ -362,7 +363,7 @@ def test_a_build_that_fails_leaves_the_old_index_and_what_it_encoded(
 
 def test_two_builders_at_once_and_a_folder_that_changes_meanwhile(seeing: Any, tmp_path: Path) -> None:
     folder, home = photographs(tmp_path / "photos"), tmp_path / "index"
-    with building(home), pytest.raises(IndexBusyError, match=f"process {os.getpid()}"):
+    with locked(home / LOCK), pytest.raises(IndexBusyError, match=f"process {os.getpid()}"):
         build(*seeing, folder, home)
 
     class Vanishing:
@@ -388,7 +389,7 @@ def test_two_builders_at_once_and_a_folder_that_changes_meanwhile(seeing: Any, t
     settings = building_module.BuildSettings(progress=False)
     report = building_module.build_version(*seeing, Vanishing(), home, settings)
     assert report.items == 8 and dict(report.skipped) == {"missing image": 1}
-    row = next(row for row in ImageTextIndex.load(home).backend.table.table.to_pylist() if row["id"] == "2.png")
+    row = next(row for row in ImageTextIndex.load(home).backend.table if row["id"] == "2.png")
     assert row["size"] == (folder / "2.png").stat().st_size
     assert build(*seeing, folder, home).report.encoded == 0
 

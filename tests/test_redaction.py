@@ -217,7 +217,7 @@ def test_a_token_is_in_nothing_that_a_run_writes_says_or_pushes(
     assert codes == ["code 0", "code 0", "code 2"], said
     assert "going on from" in said and "Traceback" not in said and not is_planted(said.encode()), said
     assert spilled(out) == [] and list(out.rglob("events.out.tfevents.*")) and (out / "curve.png").is_file()
-    assert len(list(out.glob("checkpoints/*/state.json"))) == 1
+    assert len(list(out.glob("checkpoints/*/manifest.json"))) == 1
     assert {"README.md", "results.json", "model.safetensors"} <= set(pushed)
     assert not [name for name, content in pushed.items() if is_planted(content)]
     for place in ((out / "results.json").read_text(), (out / "README.md").read_text("utf-8")):

@@ -352,7 +352,7 @@ def test_a_shard_damaged_later_is_extracted_again(towers, records, tmp_path):
     build(towers, records, tmp_path, shard_size=2)
     shard = tmp_path / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="shard-00002.safetensors is half-written"):
+    with pytest.raises(ValueError, match="shard-00002.safetensors is damaged, half-written"):
         RegionCache.load(tmp_path)
     again = Counted(records)
     build(towers, again, tmp_path, shard_size=2)

@@ -79,7 +79,8 @@ def assert_equal_bits(first: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
     """Go on with a run, and kill -9 this process at the count-th event of a kind."""
-    from modeling_tvrn.training import best_model, objective, snapshots
+    from modeling_tvrn.storage import files
+    from modeling_tvrn.training import objective, snapshots
 
     left = [count]
 
@@ -97,12 +98,12 @@ def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
     elif event == "update":
         torch.optim.AdamW.step = watched(torch.optim.AdamW.step)  # type: ignore[method-assign]
     elif event == "write":
-        snapshots.save_file = watched(snapshots.save_file)  # type: ignore[assignment]
+        snapshots.write_tensors = watched(snapshots.write_tensors)  # type: ignore[assignment]
     elif event == "remove":
         shutil.rmtree = watched(shutil.rmtree)  # type: ignore[assignment]
     else:
         setattr(os, event, watched(getattr(os, event)))
-    assert best_model.os is os
+    assert files.os is os
     return fit(config)
 
 
@@ -174,7 +175,7 @@ def test_the_newest_are_kept_and_a_former_run_s_go(
     fit(config)
     snapshots = Snapshots(Path(config.output_dir) / "checkpoints")
     assert snapshots.steps() == [9, STEPS]
-    state = json.loads((snapshots.path(9) / "state.json").read_text())
+    state = json.loads((snapshots.path(9) / "manifest.json").read_text())["state"]
     assert state["config_hash"] and state["counters"]["step"] == 9
     assert {path.suffix for path in snapshots.path(9).iterdir()} == {".json", ".safetensors"}
     with caplog.at_level(logging.WARNING, "modeling_tvrn"):
@@ -220,7 +221,7 @@ def test_another_model_or_data_is_refused(configure: Callable[..., TrainingConfi
         Training(configure(max_steps=2, resume="auto", resume_changed=True, model={"similarity_size": 5}))
     with pytest.raises(ValueError, match="training data's images or captions are others"):
         Training(configure(max_steps=2, resume="auto", max_train_images=13))
-    with pytest.raises(ValueError, match="no whole checkpoint: manifest.json"):
+    with pytest.raises(ValueError, match=r"nowhere is no whole checkpoint: it has no manifest.json; give a folder"):
         Training(configure(resume="nowhere"))
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..durable import publish
 from ..modeling_tvrn import TVRNModel
 from ..pixels_tvrn import pixel_table
+from ..storage.files import publish_folder, replacing
 from ..words_tvrn import check_length, special_ids, tokenize
 from .graphs import Graph, exportable, image_graph, pair_graph, text_graph
 from .parity import compare
@@ -87,9 +86,7 @@ def export_onnx(
         _check_parity(parity, tolerance)
         manifest["largest_difference"] = max(each.worst for each in parity)
         write_manifest(whole, manifest)
-        if target.exists():
-            shutil.rmtree(target)
-        whole.replace(target)
+        publish_folder(whole, target)
     sizes = {name: megabytes(target, name) for name in manifest["files"]["float32"].values()}
     return ExportReport(target, sizes, parity, manifest["pixels"] is not None, manifest["tokens"] is not None)
 
@@ -309,9 +306,8 @@ def _write_beside(folder: Path, processor: Any, manifest: dict[str, Any]) -> Non
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Put the manifest in its place, whole."""
-    partial = folder / f"{MANIFEST}.part"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    publish(partial, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
 
 def _check_parity(parity: tuple[Parity, ...], tolerance: float) -> None:

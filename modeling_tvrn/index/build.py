@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +23,20 @@ from ..data.worded import unusable_captions
 from ..encoded_tvrn import EncodedItems
 from ..redaction import redacted
 from ..scoring.models import evaluating
+from ..storage.files import StorageError, check_file, file_entry, locked
 from ..storage.fingerprints import digest
-from ..teachers.shards import Shard, write_shard
+from ..storage.tables import Table, write_table
+from ..storage.tensors import write_tensors
 from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments, embeddings_alone
-from .sources import Item, Loaded, Source, check_name
-from .table import ItemTable
-from .vectors import VectorSearch
-from .versions import building, current, drop_old_versions, next_version, switch_to
+from .sources import RESERVED, Item, Loaded, Source, check_name
+from .vectors import GRAPH, VectorSearch
+from .versions import LOCK, SEGMENTS, current, drop_old_versions, next_version, read_version, rebuild, switch_to
 
 logger = logging.getLogger(__name__)
 
-SEGMENTS, ITEMS, VECTORS, MANIFEST = "segments", "items.parquet", "vectors.safetensors", "manifest.json"
+ITEMS, VECTORS = "items.sqlite", "vectors.safetensors"
+Known = dict[str, tuple[int, int, str]]  # id -> size, mtime_ns, key: what tells whether a file has changed
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,18 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
     """Bring the index in `directory` up to date with the source.
 
     Raises:
-        IndexBusyError: If another process is at it.
+        BusyError: If another process is at it.
         ValueError: If there is nothing to index.
     """
     settings.check()
     started = time.perf_counter()
-    with building(directory):
+    with locked(directory / LOCK):
         fingerprint = index_fingerprint(model, processor)
         build = digest({"model": fingerprint, "side": source.side, "features": settings.features})
         segments = Segments(directory / SEGMENTS, build, source.side)
         segments.scan()
-        before = _version_before(directory)
         report = BuildReport(precision=settings.precision)
-        known = before.known() if before is not None else {}
+        known = _known_before(directory)
         cut_before = getattr(processor, "truncated_captions", 0)
         items, keys = _Encoder(model, processor, segments, settings, report).run(source, known)
         report.truncated_captions = getattr(processor, "truncated_captions", 0) - cut_before
@@ -132,10 +133,10 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         if not items:
             raise ValueError(f"{printable(source.name)} holds nothing to index (skipped: {report.skipped})")
         version = next_version(directory)
-        _write_search(version, segments.embeds(keys), settings, report)
-        ItemTable.of(items, keys).save(version / ITEMS)
-        names = sorted({segments.place[key][0] for key in keys})
-        report.feature_bytes = sum((segments.directory / name).stat().st_size for name in names)
+        files = {ITEMS: write_table(version / ITEMS, _columns(items, keys))}
+        files |= _write_search(version, segments.embeds(keys), settings, report)
+        used = {name: segments.files[name].entry for name in sorted({segments.place[key][0] for key in keys})}
+        report.feature_bytes = sum(entry["bytes"] for entry in used.values())
         report.seconds = time.perf_counter() - started
         manifest = {
             "side": source.side,
@@ -146,11 +147,11 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
             "engine": report.engine,
             "features": settings.features,
             "model_fingerprint": model.fingerprint() if hasattr(model, "fingerprint") else None,
-            "segments": names,
+            "segments": used,
+            "files": files,
             "report": report.as_dict(),
         }
-        (version / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-        switch_to(directory, version)
+        switch_to(directory, version, manifest)
         _clean(directory, segments)
     report.skipped.warn(printable(source.name))
     logger.info("%s: %s", directory, report)
@@ -168,7 +169,7 @@ class _Encoder:
         self.encoded: list[EncodedItems] = []
         self.encoded_keys: list[str] = []
 
-    def run(self, source: Source, known: dict[str, tuple[int, int, str]]) -> tuple[list[Item], list[str]]:
+    def run(self, source: Source, known: Known) -> tuple[list[Item], list[str]]:
         """All items that can be used, with their keys."""
         items, keys = [], []
         with (
@@ -187,9 +188,7 @@ class _Encoder:
             self._write(everything=True)
         return items, keys
 
-    def _loaded(
-        self, source: Iterable[Item], known: dict[str, tuple[int, int, str]]
-    ) -> Iterator[tuple[Item, Loaded | Unusable]]:
+    def _loaded(self, source: Iterable[Item], known: Known) -> Iterator[tuple[Item, Loaded | Unusable]]:
         """Items with their content, in their order; files are read and decoded by threads, a few batches ahead."""
         ahead: deque[tuple[Item, Future]] = deque()
         with ThreadPoolExecutor(self.settings.num_workers) as pool:
@@ -291,30 +290,65 @@ def encode(model: Any, processor: Any, contents: list[Any], side: str) -> Encode
     return model.encode_images(**{name: value.to(device) for name, value in inputs.items()})
 
 
-def _write_search(version: Path, embeds: np.ndarray, settings: BuildSettings, report: BuildReport) -> None:
-    """Vectors and search of a version; its recall against an exact scan goes into the report."""
+def _columns(items: list[Item], keys: list[str]) -> dict[str, list[Any]]:
+    """The table of some items, in the order of the vectors: names, paths, what tells a change, and metadata.
+
+    Raises:
+        ValueError: If two items have one id, or metadata use a name of the table's own.
+    """
+    counts = Counter(item.id for item in items)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"the id {twice[0]!r} comes twice; every item of an index needs an id of its own")
+    names = list(dict.fromkeys(name for item in items for name in item.metadata))
+    if taken := sorted({*names} & {*RESERVED}):
+        raise ValueError(f"metadata use the names {taken}, which are the table's own; rename them")
+    columns = {name: [getattr(item, name) for item in items] for name in RESERVED if name != "key"}
+    return columns | {"key": keys} | {name: [item.metadata.get(name) for item in items] for name in names}
+
+
+def _write_search(
+    version: Path, embeds: np.ndarray, settings: BuildSettings, report: BuildReport
+) -> dict[str, dict[str, Any]]:
+    """Vectors and search of a version, as its manifest lists them; its recall goes into the report."""
     started = time.perf_counter()
-    write_shard(version / VECTORS, list(range(len(embeds))), "vectors", {"embeds": embeds.astype(np.float32)})
-    search = VectorSearch(read_vectors(version), settings.precision, settings.engine)
+    vectors = write_tensors(version / VECTORS, {"embeds": embeds.astype(np.float32)})
+    search = VectorSearch(vectors.mapped().arrays["embeds"], settings.precision, settings.engine)
     search.train()
     search.save(version)
     report.search_seconds = time.perf_counter() - started
     if (settings.precision, search.engine) != ("float32", "exact"):
         report.recall_at_10 = search.recall()
     report.items, report.vector_bytes, report.engine = len(embeds), search.bytes, search.engine
+    graph = {} if search.graph is None else {GRAPH: file_entry(version / GRAPH)}
+    return {VECTORS: vectors.entry, **graph}
 
 
-def read_vectors(version: Path) -> np.ndarray:
-    """(n, P) float32, mapped."""
-    return Shard.open(version / VECTORS).arrays()["embeds"]
-
-
-def _version_before(directory: Path) -> ItemTable | None:
+def _known_before(directory: Path) -> Known:
+    """Of the items of the version before; nothing where there is none that can be read."""
     version = current(directory)
-    return None if version is None else ItemTable.load(version / ITEMS)
+    if version is None:
+        return {}
+    try:
+        table = open_table(version, read_version(version))
+    except StorageError as error:
+        logger.warning("%s. Every file is read again", error)
+        return {}
+    names, *columns = (table.column(name) for name in ("id", "size", "mtime_ns", "key"))
+    return dict(zip(names, zip(*columns, strict=True), strict=True))
 
 
-def _compare(report: BuildReport, now: dict[str, str], known: dict[str, tuple[int, int, str]]) -> None:
+def open_table(version: Path, manifest: Mapping[str, Any]) -> Table:
+    """The items of a version, checked whole.
+
+    Raises:
+        StorageError: If their file is missing or damaged.
+    """
+    fix = rebuild(version.parents[1])
+    check_file(version / ITEMS, manifest["files"][ITEMS], fix)
+    return Table(version / ITEMS, fix)
+
+
+def _compare(report: BuildReport, now: dict[str, str], known: Known) -> None:
     report.added = len(now.keys() - known.keys())
     report.deleted = len(known.keys() - now.keys())
     report.changed = sum(1 for name, key in now.items() if name in known and known[name][2] != key)
@@ -324,5 +358,6 @@ def _clean(directory: Path, segments: Segments) -> None:
     """Remove what neither this version nor the one before refers to."""
     used: set[str] = set()
     for version in drop_old_versions(directory):
-        used |= set(json.loads((version / MANIFEST).read_text("utf-8"))["segments"])
+        with contextlib.suppress(StorageError):  # a version that can't be read has no use for its segments
+            used |= set(read_version(version)["segments"])
     segments.drop_unused(used)

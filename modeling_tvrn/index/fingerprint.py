@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..scoring.finished import ranking_digest
 from ..storage.fingerprints import (
     StaleStoreError,
     check_fingerprint,
-    digest,
+    module_fingerprint,
     preprocessor_fingerprint,
-    settings_fingerprint,
-)
-
-# Settings of training, of speed, or of where a tower came from: scores do not depend on them.
-_UNRELATED = (
-    "loss",
-    "dropout",
-    "init",
-    "margin",
-    "freeze",
-    "chunk",
-    "smoothing",
-    "matching_temperature",
-    "distillation_temperature",
+    tokenizer_digest,
 )
 
 
@@ -34,17 +20,12 @@ class OtherModelError(ValueError):
 
 def index_fingerprint(model: Any, processor: Any) -> dict[str, Any]:
     """What an index depends on, as nested JSON values that can be compared field by field."""
-    settings = settings_fingerprint(model.config.to_dict())
-    plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
-    found: dict[str, Any] = {
-        "weights_sha256": ranking_digest(model),
-        "config": {k: v for k, v in plain.items() if not any(part in k for part in _UNRELATED)},
-    }
+    found = module_fingerprint(model, defaults=True)
     if getattr(processor, "image_processor", None) is not None:
         found["pixels"] = preprocessor_fingerprint(processor)
     if getattr(processor, "tokenizer", None) is not None:
         found["words"] = {
-            "vocabulary_sha256": digest(processor.tokenizer.get_vocab()),
+            "tokenizer_sha256": tokenizer_digest(processor.tokenizer),
             "max_text_length": processor.max_text_length,
         }
     return found
@@ -56,14 +37,9 @@ def check_model(stored: Mapping[str, Any], model: Any, processor: Any, where: st
     Raises:
         OtherModelError: Naming every field that differs, with both values.
     """
-    expected = index_fingerprint(model, processor)
-    # A setting that another release added or dropped says nothing: the weights tell whether the model is the same.
-    common = stored["config"].keys() & expected["config"].keys()
-    stored, expected = (
-        {**each, "config": {name: each["config"][name] for name in common}} for each in (stored, expected)
-    )
     try:
-        check_fingerprint(stored, expected, where)
+        # A setting that another release added or dropped says nothing: the weights tell whether the model is the same.
+        check_fingerprint(stored, index_fingerprint(model, processor), where, shared="config.")
     except StaleStoreError as error:
         differing = "\n".join(str(error).splitlines()[1:-1])
         raise OtherModelError(

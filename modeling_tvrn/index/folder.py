@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..encoded_tvrn import EncodedItems
-from .build import ITEMS, MANIFEST, SEGMENTS, read_vectors
+from ..storage.files import StorageError, check_file
+from ..storage.tables import Where
+from ..storage.tensors import TensorFile, broken_files
+from .build import VECTORS, open_table
 from .segments import Segments
-from .table import ItemTable, Where
-from .vectors import VectorSearch
-from .versions import current
+from .vectors import GRAPH, VectorSearch
+from .versions import SEGMENTS, current, read_version, rebuild
 
 OPEN_TRIES = 5  # of a version that a builder replaces while it is opened
 
@@ -27,13 +28,19 @@ class FolderBackend:
         if version is None:
             raise FileNotFoundError(f"there is no finished index in {str(directory)!r}: build it there first")
         self.directory, self.version = directory, version
-        self.manifest: dict[str, Any] = json.loads((version / MANIFEST).read_text("utf-8"))
-        self.table = ItemTable.load(version / ITEMS)
-        self.keys = self.table.keys
-        self.search = VectorSearch(read_vectors(version), self.manifest["precision"], self.manifest["engine"])
+        self.manifest: dict[str, Any] = read_version(version)
+        fix, files = rebuild(directory), self.manifest["files"]
+        self.table = open_table(version, self.manifest)
+        self.keys = self.table.column("key")
+        self.vectors = TensorFile.open(version / VECTORS, fix)
+        self.vectors.check(files[VECTORS])
+        if GRAPH in files:
+            check_file(version / GRAPH, files[GRAPH], fix)
+        vectors = self.vectors.mapped().arrays["embeds"]
+        self.search = VectorSearch(vectors, self.manifest["precision"], self.manifest["engine"])
         self.search.load(version)
         self.segments = Segments(directory / SEGMENTS, self.manifest["build"], self.manifest["side"])
-        self.segments.open(self.manifest["segments"])
+        self.segments.open(self.manifest["segments"], fix)
 
     @classmethod
     def open(cls, directory: Path) -> FolderBackend:
@@ -46,6 +53,10 @@ class FolderBackend:
                 if current(directory) == before:
                     raise
         return cls(directory)
+
+    def broken_files(self) -> list[StorageError]:
+        """What is wrong with the vectors and features, whose content opening does not read."""
+        return broken_files([self.vectors, *self.segments.files.values()])
 
     def __len__(self) -> int:
         return len(self.table)

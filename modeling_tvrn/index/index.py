@@ -17,12 +17,13 @@ import torch
 from ..encoded_tvrn import EncodedItems
 from ..explain.scene import read_scene
 from ..scoring.models import evaluating
-from .build import SEGMENTS, BuildReport, BuildSettings, build_version
+from ..storage.files import flush
+from ..storage.tables import Where
+from .build import BuildReport, BuildSettings, build_version
 from .fingerprint import check_model
 from .folder import FolderBackend
 from .sources import RESERVED, open_source
-from .table import Where
-from .versions import next_version, switch_to
+from .versions import SEGMENTS, next_version, switch_to
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class ImageTextIndex:
         model: Any = None,
         processor: Any = None,
         *,
+        verify: bool = False,
         url: str | None = None,
         collection: str = "tvrn",
         **server: Any,
@@ -182,11 +184,13 @@ class ImageTextIndex:
         Args:
             directory: The index's folder.
             model: The model it was built with, and its `processor`; without them only `search_vector` works.
+            verify: Compare the checksums of the vectors and features in a folder too, which reads them.
             url: Of a Qdrant server; `server`: what `qdrant_client.QdrantClient` takes besides.
             collection: Its name there.
 
         Raises:
             FileNotFoundError: If there is none.
+            StorageError: If a file of the folder is damaged or missing, or it is of another format.
             OtherModelError: If it was built with another model; every difference is named with both values.
         """
         backend: Backend
@@ -198,6 +202,8 @@ class ImageTextIndex:
             backend = QdrantBackend(connect(url, **server), collection)
         else:
             backend = FolderBackend.open(Path(os.fspath(directory or "")))
+            for broken in backend.broken_files() if verify else ():
+                raise broken
         if model is not None:
             where = f"the collection {collection!r}" if directory is None else repr(os.fspath(directory))
             check_model(backend.manifest["fingerprint"], model, processor, where)
@@ -217,9 +223,12 @@ class ImageTextIndex:
         (target / SEGMENTS).mkdir(parents=True, exist_ok=True)
         for name in self.backend.manifest["segments"]:
             shutil.copyfile(self.backend.segments.directory / name, target / SEGMENTS / name)
+            flush(target / SEGMENTS / name)
         version = next_version(target)
-        shutil.copytree(self.backend.version, version, dirs_exist_ok=True)
-        switch_to(target, version)
+        for name in self.backend.manifest["files"]:
+            shutil.copyfile(self.backend.version / name, version / name)
+            flush(version / name)
+        switch_to(target, version, self.backend.manifest)
         return target
 
     def search(

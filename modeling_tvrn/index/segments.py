@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from ..encoded_tvrn import EncodedImages, EncodedItems, EncodedTexts
-from ..teachers.shards import BrokenShardError, Shard, write_shard
+from ..storage.arrays import shard_ids, write_shard
+from ..storage.files import StorageError
+from ..storage.tensors import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class Segments:
 
     def __init__(self, directory: Path, build: str, side: str) -> None:
         self.directory, self.build, self.side = directory, build, side
-        self.shards: dict[str, Shard] = {}
+        self.files: dict[str, TensorFile] = {}
         self.place: dict[str, tuple[str, int]] = {}  # key -> segment, row
         self._mapped: dict[str, dict[str, np.ndarray]] = {}
 
@@ -39,23 +41,29 @@ class Segments:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
-                shard = Shard.open(path)
-            except BrokenShardError as error:
-                logger.warning("%s: its items are encoded again", error)
+                file = TensorFile.open(path)
+            except StorageError as error:
+                logger.warning("%s. Its items are encoded again", error)
                 continue
-            if shard.build == self.build:
-                self._take(shard)
+            if file.about.get("build") == self.build:
+                self._take(file)
 
-    def open(self, names: Iterable[str]) -> None:
-        """Open and map the given segments, so that they stay readable when a later build removes their files."""
-        for name in names:
-            self._take(Shard.open(self.directory / name))
+    def open(self, listed: Mapping[str, Any], fix: str) -> None:
+        """Open and map the listed segments, so that they stay readable when a later build removes their files.
+
+        Raises:
+            StorageError: If one is missing, damaged in size or header, or another; says the `fix`.
+        """
+        for name, entry in listed.items():
+            file = TensorFile.open(self.directory / name, fix)
+            file.check(entry)
+            self._take(file)
             self._arrays(name)
 
-    def _take(self, shard: Shard) -> None:
-        self.shards[shard.path.name] = shard
-        for row, key in enumerate(shard.ids):
-            self.place.setdefault(str(key), (shard.path.name, row))
+    def _take(self, file: TensorFile) -> None:
+        self.files[file.path.name] = file
+        for row, key in enumerate(shard_ids(file)):
+            self.place.setdefault(str(key), (file.path.name, row))
 
     def write(self, keys: Sequence[str], encoded: EncodedItems) -> None:
         """A new segment; it has its name only once it is whole on the disk."""
@@ -64,7 +72,7 @@ class Segments:
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
         if name not in self._mapped:
-            self._mapped[name] = self.shards[name].arrays()
+            self._mapped[name] = self.files[name].mapped().arrays
         return self._mapped[name]
 
     def embeds(self, keys: Sequence[str]) -> np.ndarray:
@@ -79,11 +87,6 @@ class Segments:
             tensors = {field: _tensor(array[row : row + 1]) for field, array in self._arrays(name).items()}
             parts.append(SIDES[self.side](**tensors, model_fingerprint=model_fingerprint))
         return SIDES[self.side].cat(parts)
-
-    @property
-    def bytes(self) -> int:
-        """Of all segments in use."""
-        return sum(shard.path.stat().st_size for shard in self.shards.values() if shard.path.exists())
 
     def drop_unused(self, used: set[str]) -> None:
         """Remove the files of segments that no kept version refers to."""

@@ -20,6 +20,7 @@ OVERSAMPLE = {"float32": 1, "int8": 4, "binary": 16}
 BLOCK = 65_536  # vectors of a scan that are held as float32 at a time
 LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 200, 128  # of the graph
 RECALL_QUERIES = 200
+GRAPH = "graph.faiss"
 
 
 class Codes(Protocol):
@@ -105,14 +106,14 @@ class VectorSearch:
         if self.graph is not None:
             faiss = import_faiss()
             write = faiss.write_index_binary if self.precision == "binary" else faiss.write_index
-            write(self.graph, str(directory / "graph.faiss"))
+            write(self.graph, str(directory / GRAPH))
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
         if self.engine == "hnsw":
             faiss = import_faiss()
             read = faiss.read_index_binary if self.precision == "binary" else faiss.read_index
-            self.graph = read(str(directory / "graph.faiss"))
+            self.graph = read(str(directory / GRAPH))
         else:
             self.train()
 

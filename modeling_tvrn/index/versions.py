@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..durable import lock, publish
+from ..storage.files import flush, read_json, write_json
 
-POINTER, LOCK, VERSIONS = "current.json", "build.lock", "versions"
-FORMAT, FORMAT_VERSION = "tvrn-index", 1
-
-
-class IndexBusyError(OSError):
-    """Another process is building the same index."""
+POINTER, LOCK, VERSIONS, SEGMENTS, MANIFEST = "current.json", "build.lock", "versions", "segments", "manifest.json"
+FORMAT = ("tvrn-index", 2)
 
 
-@contextlib.contextmanager
-def building(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        IndexBusyError: If another process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            lock(file)
-        except OSError as error:
-            file.seek(0)
-            raise IndexBusyError(
-                f"another build of the index in {directory} is running (process {file.read().strip() or 'unknown'}); "
-                "wait until it is done, or build into another folder"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def rebuild(directory: Path) -> str:
+    """What makes a damaged file of an index anew."""
+    return f"delete it and run `tvrn index MODEL SOURCE {directory}`, which makes anew what is missing alone"
 
 
 def current(directory: Path) -> Path | None:
     """The folder of the current version; None where nothing was finished yet.
 
     Raises:
-        ValueError: If the pointer is of something else, or of a newer release.
+        StorageError: If the pointer is damaged, of something else, or of another format.
     """
     path = directory / POINTER
     if not path.exists():
         return None
-    try:
-        pointer = json.loads(path.read_text("utf-8"))
-        found = (pointer["format"], pointer["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the pointer of an index ({type(error).__name__}: {error})") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"{path} is {found[0]!r} version {found[1]!r}; this release reads {FORMAT!r} {FORMAT_VERSION}"
-        )
-    return directory / VERSIONS / str(pointer["version"])
+    fix = f"delete {directory} and run `tvrn index MODEL SOURCE {directory}`"
+    return directory / VERSIONS / str(read_json(path, FORMAT, fix)["version"])
 
 
 def next_version(directory: Path) -> Path:
@@ -74,12 +40,21 @@ def next_version(directory: Path) -> Path:
     return path
 
 
-def switch_to(directory: Path, version: Path) -> None:
+def switch_to(directory: Path, version: Path, manifest: dict[str, Any]) -> None:
     """Make a version the current one. Whoever opens the folder sees the old one whole, or the new one whole."""
-    pointer: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "version": version.name}
-    temporary = directory / f"{POINTER}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(pointer) + "\n", "utf-8")
-    publish(temporary, directory / POINTER)
+    write_json(version / MANIFEST, FORMAT, manifest)
+    for folder in (version.parent, directory):  # their names last through a power cut before the pointer names them
+        flush(folder)
+    write_json(directory / POINTER, FORMAT, {"version": version.name})
+
+
+def read_version(version: Path) -> dict[str, Any]:
+    """The manifest of a version.
+
+    Raises:
+        StorageError: If it is damaged.
+    """
+    return read_json(version / MANIFEST, FORMAT, rebuild(version.parents[1]))
 
 
 def drop_old_versions(directory: Path, keep: int = 2) -> list[Path]:

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..encoded_tvrn import ranking_state
-from ..storage.fingerprints import digest, settings_fingerprint, weights_digest
+from ..storage.files import StorageError, read_json, write_json
+from ..storage.fingerprints import digest, module_fingerprint, weights_digest
+from ..storage.tensors import TensorFile, write_tensors
 from .models import AveragedGallery, AveragedModel, EmbeddingScore
 from .plan import BlockPlan, gallery_tensors
 from .ragged import RaggedTexts
 
 logger = logging.getLogger(__name__)
 
-FORMAT = {"format": "tvrn-score-blocks", "format_version": 1}
+FORMAT = ("tvrn-score-blocks", 2)
 
 
 class FinishedBlocks:
     """Scores of blocks in files of their own, named by place; what they are scores of stands in `manifest.json`.
 
-    A block is complete or absent: it is written beside its place and then moved there. Several processes, on one
-    machine or on a common file system, may use a folder at once.
+    A block is complete or absent. Several processes, on one machine or on a common file system, may use a folder at
+    once.
 
     Args:
         folder: Made where it is missing.
@@ -41,6 +38,7 @@ class FinishedBlocks:
     Raises:
         ValueError: If the folder holds blocks of another model, other galleries or another precision: each
             difference is named.
+        StorageError: If its manifest is damaged, of something else, or of another format.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str], plan: BlockPlan):
@@ -48,21 +46,21 @@ class FinishedBlocks:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "manifest.json"
         wanted = dict(fingerprint) | {"caption order": plan.order_digest}
-        shape = {"block_images": plan.block_images, "block_captions": plan.block_captions}
         if not path.exists():
-            _write(path, json.dumps(FORMAT | {"fingerprint": wanted, "plan": shape}, indent=2) + "\n")
-        manifest = self._read(path)
-        _check(manifest["fingerprint"], wanted, self.folder)
+            shape = {"block_images": plan.block_images, "block_captions": plan.block_captions}
+            write_json(path, FORMAT, {"fingerprint": wanted, "plan": shape})
+        fix = f"give another folder, or delete {self.folder} and run the same command again"
+        manifest = read_json(path, FORMAT, fix)
+        stored = manifest["fingerprint"]
+        different = [name for name in wanted if stored.get(name) != wanted[name]]
+        if different:
+            lines = [f"  {name}: there {stored.get(name)}, here {wanted[name]}" for name in different]
+            raise ValueError(
+                f"The finished blocks in {str(folder)!r} are those of another run:\n"
+                + "\n".join(lines)
+                + "\nGive this run a folder of its own, or delete that one."
+            )
         self.plan = BlockPlan(plan.image_count, plan.order, **manifest["plan"])
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON ({error}); expected a folder of finished blocks, or none.") from error
-        if {name: manifest.get(name) for name in FORMAT} != FORMAT:
-            raise ValueError(f"{path} says {manifest.get('format')!r}; expected {FORMAT}: give another folder.")
-        return manifest
 
     def load(self, block: tuple[int, int]) -> Tensor | None:
         """The scores of a block, None where they are still to be computed."""
@@ -71,21 +69,17 @@ class FinishedBlocks:
             return None
         shape = (len(self.plan.rows(block[0])), len(self.plan.columns(block[1])))
         try:
-            scores = load_file(path)["scores"]
-        except (SafetensorError, KeyError) as error:
-            logger.warning("%s cannot be read (%s): the block is scored again", path, error)
-            return None
-        if tuple(scores.shape) != shape:
-            logger.warning("%s has shape %s, not %s: the block is scored again", path, tuple(scores.shape), shape)
+            scores = TensorFile.open(path).read()["scores"]
+            if tuple(scores.shape) != shape:
+                raise StorageError(path, f"damaged: it has shape {tuple(scores.shape)}, not {shape}")
+        except StorageError as error:
+            logger.warning("%s is %s: the block is scored again", path, error.problem)
             return None
         return scores
 
     def save(self, block: tuple[int, int], scores: Tensor) -> None:
         """Keep a block's scores."""
-        path = self._path(block)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"scores": scores.detach().cpu().contiguous()}, partial)
-        os.replace(partial, path)
+        write_tensors(self._path(block), {"scores": scores})
 
     def _path(self, block: tuple[int, int]) -> Path:
         return self.folder / f"block-{block[0]:06d}-{block[1]:06d}.safetensors"
@@ -106,7 +100,7 @@ def run_fingerprint(model: Any, images: Any, texts: Any, dtype: torch.dtype | No
 
 
 def model_digest(model: Any) -> str:
-    """SHA-256 of a model's class, settings and weights.
+    """SHA-256 of what decides a model's scores: its fingerprint and the precision of its weights.
 
     Raises:
         ValueError: If it has no weights to read.
@@ -121,16 +115,8 @@ def model_digest(model: Any) -> str:
             f"The weights of a {type(model).__name__} cannot be read, so its finished blocks could be taken for"
             " another model's; expected a torch module, or score without a folder."
         )
-    config = getattr(model, "config", None)
-    settings = settings_fingerprint(config.to_dict()) if config is not None else {}
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values()})
-    return digest([type(model).__name__, settings, dtypes, ranking_digest(model)])
-
-
-def ranking_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of the weights that pair logits depend on; calibration is not among them."""
-    weights: Any = SimpleNamespace(state_dict=lambda: ranking_state(model))
-    return weights_digest(weights)
+    return digest([module_fingerprint(model), dtypes])
 
 
 def gallery_digest(gallery: Any) -> str:
@@ -152,20 +138,3 @@ def gallery_digest(gallery: Any) -> str:
         total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def _check(stored: Mapping[str, str], wanted: Mapping[str, str], folder: Path) -> None:
-    different = [name for name in wanted if stored.get(name) != wanted[name]]
-    if different:
-        lines = [f"  {name}: there {stored.get(name)}, here {wanted[name]}" for name in different]
-        raise ValueError(
-            f"The finished blocks in {str(folder)!r} are those of another run:\n"
-            + "\n".join(lines)
-            + "\nGive this run a folder of its own, or delete that one."
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -12,6 +12,14 @@ from torch import nn
 
 ItemId = int | str
 
+# Settings of training, or of speed: what a network computes from its weights does not depend on them.
+_OF_TRAINING = {
+    *("dropout", "pdrop", "layerdrop", "drop", "loss", "init", "initializer", "freeze", "smoothing", "checkpoint"),
+}
+_OF_TRAINING_WHOLE = {
+    *("margin", "matching_temperature", "distillation_temperature", "pair_chunk_size", "chunk_size_feed_forward"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "gradient_checkpointing"),
+}
 # Fields that say where an object came from or how it is displayed, not what it computes.
 _VOLATILE = {
     "_name_or_path",
@@ -94,15 +102,34 @@ def weights_digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
     return total.hexdigest()
 
 
-def module_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Class, weights (but those `without`) and, of a transformers model, configuration of a frozen network."""
-    found: dict[str, Any] = {"class": type(module).__name__, "weights_sha256": weights_digest(module, without)}
+def module_fingerprint(module: nn.Module, without: tuple[str, ...] = (), defaults: bool = False) -> dict[str, Any]:
+    """What decides the outputs of a network that is not in training: class, weights and, of transformers, settings.
+
+    Settings of training, such as dropout and the weights of losses, are left out, and so is a model's calibration,
+    which changes no logit: models that score alike have one fingerprint.
+
+    Args:
+        module: The network.
+        without: What the names of other weights that do not count begin with.
+        defaults: Name settings at their defaults too. Without them a newer transformers that adds a field leaves old
+            stores valid.
+    """
+    weights = weights_digest(module, ("calibration_", *without))
+    found: dict[str, Any] = {"class": type(module).__name__, "weights_sha256": weights}
     config = getattr(module, "config", None)
     if config is not None:
-        # Only what differs from the defaults: a newer transformers that adds a field leaves old stores valid.
-        to_dict = getattr(config, "to_diff_dict", None) or config.to_dict
-        found["config"] = settings_fingerprint(to_dict())
+        to_dict = config.to_dict if defaults else getattr(config, "to_diff_dict", None) or config.to_dict
+        found["config"] = _without_training(settings_fingerprint(to_dict()))
     return found
+
+
+def _without_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that count, of the configurations inside (those of towers) as well."""
+    return {
+        name: _without_training(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in _OF_TRAINING_WHOLE | _VOLATILE and not _OF_TRAINING & set(name.split("_"))
+    }
 
 
 def preprocessor_fingerprint(processor: Any) -> dict[str, Any]:
@@ -153,8 +180,12 @@ def _as_json(value: Any) -> Any:
     return str(value)
 
 
-def check_fingerprint(stored: Mapping[str, Any], expected: Mapping[str, Any], directory: str | os.PathLike) -> None:
+def check_fingerprint(
+    stored: Mapping[str, Any], expected: Mapping[str, Any], directory: str | os.PathLike, shared: str | None = None
+) -> None:
     """Refuse a store made from something else; only the sections that `expected` names are compared.
+
+    Fields whose names begin with `shared` are compared where both have them.
 
     Raises:
         StaleStoreError: Naming every field that differs, with both values.
@@ -165,6 +196,7 @@ def check_fingerprint(stored: Mapping[str, Any], expected: Mapping[str, Any], di
         f"  {name}: stored {stored_fields.get(name, 'nothing')!r}, expected {expected_fields.get(name, 'nothing')!r}"
         for name in sorted(stored_fields.keys() | expected_fields.keys())
         if stored_fields.get(name) != expected_fields.get(name)
+        and not (shared and name.startswith(shared) and (name not in stored_fields or name not in expected_fields))
     ]
     if lines:
         raise StaleStoreError(

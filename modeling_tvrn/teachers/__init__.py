@@ -1,5 +1,7 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
+from ..storage.arrays import ArrayStore, StoreWriter
+from ..storage.files import StorageError
 from ..storage.fingerprints import StaleStoreError
 from .caption_cache import CaptionCache, caption_fingerprint
 from .duplicates_page import write_duplicates
@@ -8,18 +10,16 @@ from .false_negatives import false_negatives, near_duplicates
 from .pooling import pool_boxes
 from .region_records import with_checked_regions, with_regions
 from .regions import RegionCache, region_fingerprint
-from .shards import BrokenShardError
-from .store import ArrayStore, StoreWriter
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
 
 __all__ = [
     "ArrayStore",
-    "BrokenShardError",
     "CaptionCache",
     "RegionCache",
     "RegionExtraction",
     "StaleStoreError",
+    "StorageError",
     "StoreWriter",
     "Teacher",
     "TeacherCache",

@@ -1,9 +1,8 @@
 """A frozen text tower's outputs, computed once a caption, kept on disk in half precision, read by caption."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..durable import lock
+from ..storage.arrays import LENGTHS, ArrayStore, StoredCache, StoreWriter, check_space, finished_store
+from ..storage.files import locked
 from ..storage.fingerprints import module_fingerprint, tokenizer_digest
 from .extraction import evaluating
-from .shards import LENGTHS
-from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class CaptionCache(StoredCache):
         made_from = caption_fingerprint(model, processor)
         # Captions of nearly equal length share a batch, so that little of it is padding.
         wanted = sorted(set(captions), key=lambda caption: (len(caption), caption))
-        with _one_at_a_time(Path(directory)), evaluating(model):
+        with locked(Path(directory) / LOCK, wait=True), evaluating(model):
             finished = finished_store(directory, made_from)
             if finished is not None and not (missing := _missing(finished, wanted)):
                 return cls(finished)
@@ -171,20 +169,6 @@ def _check_frozen(model: Any) -> None:
 
 def _missing(store: ArrayStore, captions: Sequence[str]) -> list[str]:
     return [captions[place] for place in np.flatnonzero(~store.has(captions)).tolist()]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "a", encoding="utf-8") as file:
-        try:
-            lock(file)
-        except (BlockingIOError, PermissionError):
-            logger.info("%s: another process is building this cache; waiting until it is done", directory)
-            lock(file, wait=True)
-        except OSError as error:  # some network disks have no locks
-            logger.warning("%s can't be locked (%s): let no other run build a cache there now", directory, error)
-        yield
 
 
 def _check_space(model: Any, processor: Any, captions: Sequence[str], directory: str | os.PathLike) -> None:

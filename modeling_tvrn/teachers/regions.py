@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 from ..storage.fingerprints import ItemId, items_fingerprint, plain_id
 from .extraction import ImagePreparation, RegionExtraction
-from .store import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..storage.arrays import ArrayStore, StoreWriter, finished_store, read_manifest, shard_name
 from ..storage.fingerprints import ItemId, StaleStoreError, items_fingerprint
 from .regions import RegionCache
-from .shards import shard_name
-from .store import ArrayStore, StoreWriter, finished_store, read_manifest
 from .teacher import Teacher
 from .teacher_items import check_contents, compare_contents, fill, fill_from_regions, item_ids, items_of
 
@@ -52,6 +51,7 @@ class TeacherCache:
         teacher: Teacher | None = None,
         dataset: Any = None,
         modality: str | None = None,
+        verify: bool = False,
     ) -> "TeacherCache":
         """Open a finished cache.
 
@@ -60,17 +60,18 @@ class TeacherCache:
             teacher: whose vectors these must be: weights, preprocessing and pooling are compared.
             dataset: map-style records whose every item must be there, and be the one that was cached.
             modality: "image" or "text", what the cache must be of.
+            verify: compare the checksums of all vectors, which reads them.
 
         Raises:
             FileNotFoundError: there is none in `directory`.
             StaleStoreError: it was made by another teacher, of other items or of the other modality; with both values.
             KeyError: an item of `dataset` is not in it; the message names it.
-            ValueError: it is unfinished or broken.
+            StorageError: it is unfinished or damaged.
         """
         expected = None
         if teacher is not None:
             expected = {key: value for key, value in teacher.fingerprint().items() if key != "compute_dtype"}
-        cache = cls(ArrayStore.load(directory, expected))
+        cache = cls(ArrayStore.load(directory, expected, verify))
         if modality is not None and cache.modality != modality:
             raise StaleStoreError(
                 f"the teacher cache in {os.fspath(directory)!r} is of modality {cache.modality!r}, expected "
@@ -204,8 +205,8 @@ class TeacherCache:
         writer = StoreWriter(directory, first, overwrite=True)
         number = 0
         for part in parts:
-            for shard in part._shards:
-                _link(shard.path, directory / shard_name(number))
+            for path in part.paths:
+                _link(path, directory / shard_name(number))
                 number += 1
         del writer
         facts = {"parts": [part.info for part in parts]}

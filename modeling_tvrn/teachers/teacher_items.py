@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.fingerprints import ItemId, StaleStoreError, plain_id
 from .regions import RegionCache
-from .store import ArrayStore, StoreWriter
 from .teacher import PicturePreparation, Teacher, TextPreparation
 
 logger = logging.getLogger(__name__)

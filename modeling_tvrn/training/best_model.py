@@ -8,35 +8,59 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..durable import flush
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
+from ..storage.files import check_file, file_entry, flush, publish_folder, read_json, write_json
 from .lora import merged_state
 from .snapshots import WRITING_FAILED
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TRAINED", "BestModel", "save_model"]
+__all__ = ["FILES", "TRAINED", "BestModel", "save_model"]
 
 TRAINED = "trained"  # folder of the model before the mean with its start was taken
+WRITTEN = ".saved"  # holds a model that is whole, while its files are moved
+FILES, FORMAT = "files.json", ("tvrn-model-files", 1)
 
 
 def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> None:
     """Write model and processor so that the folder loads with `trust_remote_code`, then move the files into place.
 
-    A run that is killed while it saves leaves the folder's former model as it was.
+    A kill while they are written leaves the folder's former model as it was; one while they are moved is made up for
+    by the next `finish_saving`.
     """
     target = Path(folder)
+    finish_saving(target)
     aside = target / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     model.save_pretrained(aside, state_dict=merged_state(model))
     processor.save_pretrained(aside)
-    for path in sorted(aside.iterdir()):
-        flush(path)
-        os.replace(path, target / path.name)
-    aside.rmdir()
-    flush(target)
+    files = {path.name: file_entry(path) for path in sorted(aside.iterdir())}
+    write_json(aside / FILES, FORMAT, {"files": files})
+    publish_folder(aside, target / WRITTEN)
+    finish_saving(target)
+
+
+def finish_saving(target: Path) -> None:
+    """Move the files of a model that was written whole into their places, unless it was done."""
+    written = target / WRITTEN
+    if written.is_dir():
+        for path in sorted(written.iterdir()):
+            os.replace(path, target / path.name)
+        written.rmdir()
+        flush(target)
+
+
+def check_model_files(folder: Path) -> None:
+    """Compare a model's files with what `save_model` wrote.
+
+    Raises:
+        StorageError: one is damaged or missing.
+    """
+    fix = "train again, or copy the folder again from where it is whole"
+    for name, entry in read_json(folder / FILES, FORMAT, fix)["files"].items():
+        check_file(folder / name, entry, fix)
 
 
 class BestModel:
@@ -55,6 +79,8 @@ class BestModel:
     def __init__(self, folder: str | os.PathLike[str], writes: bool = True) -> None:
         self.folder = Path(folder)
         self.writes = writes
+        if writes:
+            finish_saving(self.folder)  # of a run that was killed
         self.step = 0
         self.rsum: float | None = None
         self.report: EvaluationReport | None = None
@@ -82,6 +108,12 @@ class BestModel:
         return True
 
     def load(self) -> TVRNModel:
-        """The model that is kept, as it was trained, read back: what is measured is what was written."""
+        """The model that is kept, as it was trained, read back: what is measured is what was written.
+
+        Raises:
+            StorageError: a file of it is damaged or missing.
+        """
         trained = self.folder / TRAINED
-        return TVRNModel.from_pretrained(trained if (trained / "config.json").is_file() else self.folder).eval()
+        folder = trained if (trained / "config.json").is_file() else self.folder
+        check_model_files(folder)
+        return TVRNModel.from_pretrained(folder).eval()

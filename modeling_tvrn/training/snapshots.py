@@ -1,14 +1,12 @@
 """Checkpoints of a run on disk: written whole or not at all, checked before they are read, old ones removed.
 
-A checkpoint is a folder `step-00000120` of safetensors files, `state.json` and `manifest.json`, which holds the size
-and SHA-256 of the others. It is written aside, flushed to the disk and renamed: a run that is killed at any moment
-leaves whole checkpoints only. What a file system breaks nevertheless is found by the manifest.
+A checkpoint is a folder `step-00000120` of safetensors files and `manifest.json`, which holds their checksums and what
+is no tensor. It is written aside, flushed to the disk and renamed: a run that is killed at any moment leaves whole
+checkpoints only. What a file system breaks nevertheless is found by the checksums.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -19,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..durable import flush
+from ..storage.files import OLD, StorageError, publish_folder, read_json, write_json
+from ..storage.tensors import TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Snapshot", "Snapshots", "read_snapshot"]
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, FORMAT = "manifest.json", ("tvrn-checkpoint", 2)
+FIX = "start anew with resume=null, or give the path of another checkpoint"
 NAME = re.compile(r"step-(\d{8,})")
-ASIDE, OLD = ".saving", ".removing-"
+ASIDE = ".saving"
 WRITING_FAILED = (OSError, SafetensorError)  # a full disk is the one or the other, by who writes
 
 
@@ -113,8 +112,12 @@ class Snapshots:
         try:
             self._sweep()
             aside.mkdir(parents=True)
-            _write(aside, state, tensors)
-            self._put(aside, self.path(step))
+            files = {
+                f"{name}.safetensors": write_tensors(aside / f"{name}.safetensors", tensors[name]).entry
+                for name in tensors
+            }
+            write_json(aside / MANIFEST, FORMAT, {"files": files, "state": dict(state)})
+            publish_folder(aside, self.path(step))
         except WRITING_FAILED as error:
             shutil.rmtree(aside, ignore_errors=True)
             kept = f"the one of step {self.own[-1]} stays" if self.own else "there is none yet"
@@ -123,13 +126,6 @@ class Snapshots:
         self.own = [*(other for other in self.own if other != step), step][-self.keep :]
         self._remove([other for other in self.steps() if other not in self.own])
         return True
-
-    def _put(self, aside: Path, target: Path) -> None:
-        """Rename the finished folder into place."""
-        if target.exists():  # of a former run, or broken: a folder with content can't be renamed over
-            os.rename(target, target.with_name(OLD + target.name))
-        os.rename(aside, target)
-        flush(self.folder)
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
@@ -147,61 +143,19 @@ class Snapshots:
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
-    """Check a checkpoint against its manifest and read it, onto the CPU.
+    """Read a checkpoint, onto the CPU, and check all of it.
 
     Raises:
-        ValueError: it is not there, or not whole; the message names the file.
+        StorageError: it is not there, damaged, or of another format; the message names the file.
     """
     folder = Path(path)
-    manifest = _read_json(folder / MANIFEST)
-    for name, expected in manifest.get("files", {}).items():
-        problem = _problem(folder / name, expected)
-        if problem:
-            raise ValueError(f"the checkpoint {folder} is broken: {name} {problem}")
-    state = _read_json(folder / STATE)
-    files = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    return Snapshot(folder, state, {name.removesuffix(".safetensors"): _read_tensors(folder / name) for name in files})
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    # Copied: what load_file gives is the file itself in memory, and changes with it.
-    return {name: value.clone() for name, value in load_file(path).items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path.parent} is no whole checkpoint: {path.name} can't be read ({error}); expected a folder such as "
-            "output_dir/checkpoints/step-00000120"
-        ) from error
-
-
-def _problem(path: Path, expected: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size} bytes instead of {expected['bytes']}"
-    return None if _digest(path) == expected["sha256"] else "has another SHA-256 than when it was written"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """All files of a checkpoint, the manifest last, each flushed to the disk."""
-    for name, named in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in named.items()}, folder / f"{name}.safetensors"
-        )
-    (folder / STATE).write_text(json.dumps(state, indent=1, allow_nan=True), encoding="utf-8")
-    files = sorted(folder.iterdir())
-    listed = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": listed}, indent=1), encoding="utf-8")
-    for path in [*files, folder / MANIFEST]:
-        flush(path)
-    flush(folder)
+    if not (folder / MANIFEST).exists():
+        expected = "give a folder such as output_dir/checkpoints/step-00000120"
+        raise StorageError(folder, f"no whole checkpoint: it has no {MANIFEST}", expected)
+    manifest = read_json(folder / MANIFEST, FORMAT, FIX)
+    tensors = {}
+    for name, entry in manifest["files"].items():
+        file = TensorFile.open(folder / name, FIX)
+        file.check(entry)
+        tensors[name.removesuffix(".safetensors")] = file.read()
+    return Snapshot(folder, manifest["state"], tensors)

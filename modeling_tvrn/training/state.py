@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..evaluation.provenance import versions
 from ..redaction import without_secrets
+from ..storage.fingerprints import digest
 from .distributed import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
 from .sharding import part_like, whole_tensors
@@ -191,11 +191,6 @@ def compared(config: TrainingConfig) -> dict[str, Any]:
     """The keys on which the weights depend, as JSON gives them back; secrets, which change nothing, are left out."""
     kept = {name: value for name, value in config.as_dict().items() if name not in FREE_KEYS}
     return dict(json.loads(json.dumps(without_secrets(kept))))
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

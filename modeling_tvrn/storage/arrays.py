@@ -14,17 +14,38 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..durable import publish
 from ..redaction import redacted
-from ..storage.fingerprints import ItemId, check_fingerprint, digest, ids_digest, items_fingerprint, plain_id
-from .id_index import IdIndex
-from .shards import LENGTHS, BrokenShardError, MappedShard, Shard, shard_name, write_shard
+from .files import StorageError, read_json, write_json
+from .fingerprints import ItemId, check_fingerprint, digest, items_fingerprint, plain_id
+from .ids import IdIndex
+from .tensors import MappedFile, TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "tvrn-array-store"
-FORMAT_VERSION = 1
+FORMAT = ("tvrn-array-store", 2)
+LENGTHS = ".lengths"  # beside a ragged array, whose items lie one after another: how many rows each item has
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of one item, or of one row of a ragged item
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, ids: Sequence[ItemId], build: str, arrays: Mapping[str, np.ndarray]) -> TensorFile:
+    """Write the arrays of some items, with their ids and the digest of what they were made from."""
+    return write_tensors(path, arrays, {"ids": json.dumps(list(ids)), "build": build})
+
+
+def shard_ids(shard: TensorFile) -> list[ItemId]:
+    """Whose arrays a shard holds."""
+    return list(json.loads(shard.about["ids"]))
+
+
+def shard_layout(shard: TensorFile) -> Layout:
+    """What a shard holds of each item."""
+    return {name: (dtype, shape[1:]) for name, (dtype, shape, _) in shard.layout.items()}
 
 
 class ArrayStore:
@@ -34,29 +55,33 @@ class ArrayStore:
     processes: each maps the files itself.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, Any], shards: Sequence[TensorFile]) -> None:
         self.directory = directory
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.info: dict[str, Any] = manifest["info"]
         self.bytes: int = manifest["bytes"]
-        self.layout = shards[0].layout
-        self._shards = [shard.without_ids() for shard in shards]
-        self._starts = np.cumsum([0] + [shard.count for shard in shards])
-        self._index = IdIndex([item_id for shard in shards for item_id in shard.ids])
-        self._mapped: dict[int, MappedShard] = {}
+        self.layout = shard_layout(shards[0])
+        self.paths = [shard.path for shard in shards]
+        ids = [shard_ids(shard) for shard in shards]
+        self._starts = np.cumsum([0] + [len(part) for part in ids])
+        self._index = IdIndex([item_id for part in ids for item_id in part])
+        self._mapped: dict[int, MappedFile] = {}
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> "ArrayStore":
+    def load(
+        cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None, verify: bool = False
+    ) -> "ArrayStore":
         """Open a finished store.
 
         Args:
             directory: The store's folder.
             fingerprint: What the store must have been made from. Only the sections it names are compared.
+            verify: Read all arrays and compare their checksums; otherwise their files' headers and sizes are checked.
 
         Raises:
             FileNotFoundError: If there is no store in `directory`.
             StaleStoreError: If the fingerprint differs; every differing field is named with both values.
-            ValueError: If the build has not finished, or a shard is missing, half-written or of another build.
+            StorageError: If the build has not finished, or a shard is missing, damaged or of another build.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
@@ -65,20 +90,21 @@ class ArrayStore:
         if fingerprint is not None:
             check_fingerprint(manifest["fingerprint"], fingerprint, directory)
         if not manifest["complete"]:
-            raise ValueError(
-                f"the store in {str(directory)!r} is not finished: run the same build again, it resumes after the "
-                "last whole shard"
-            )
-        shards = [Shard.open(directory / shard_name(number)) for number in range(manifest["shards"])]
-        found = ids_digest(item_id for shard in shards for item_id in shard.ids), {shard.build for shard in shards}
-        if found != (manifest["ids_sha256"], {manifest["build"]}):
-            raise BrokenShardError(f"{str(directory)!r} holds a shard of another build: build with overwrite=True")
+            raise StorageError(
+                directory, "unfinished: its build was stopped", "run the same build again, it resumes after the last "
+                "whole shard"
+            )  # fmt: skip
+        shards = [TensorFile.open(directory / name) for name in manifest["files"]]
+        for shard, entry in zip(shards, manifest["files"].values(), strict=True):
+            shard.check(entry)
+            if verify:
+                shard.verify()
         return cls(directory, manifest, shards)
 
     @property
     def ids(self) -> tuple[ItemId, ...]:
         """Ids of all items, in the order of their rows; read from the files each time."""
-        return tuple(item_id for shard in self._shards for item_id in Shard.open(shard.path).ids)
+        return tuple(item_id for path in self.paths for item_id in shard_ids(TensorFile.open(path)))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -100,7 +126,7 @@ class ArrayStore:
         rows = self._index.find(wanted)
         missing = [wanted[place] for place in np.flatnonzero(rows < 0).tolist()]
         if missing:
-            some = Shard.open(self._shards[0].path).ids[:3]
+            some = tuple(shard_ids(TensorFile.open(self.paths[0]))[:3])
             raise KeyError(
                 f"{len(missing)} of {len(wanted)} ids are not in the store at {str(self.directory)!r}, the first is "
                 f"{missing[0]!r} ({type(missing[0]).__name__}); its {len(self)} ids look like {some!r}: "
@@ -129,7 +155,8 @@ class ArrayStore:
             for name in even:
                 found[name][places] = shard.arrays[name][own]
             for name in ragged:
-                starts = shard.starts[name]
+                lengths = shard.arrays[name + LENGTHS]
+                starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
                 for place, start, end in zip(places, starts[own], starts[own + 1], strict=True):
                     found[name][place, : end - start] = shard.arrays[name][start:end]
             shard.release()
@@ -141,9 +168,9 @@ class ArrayStore:
             raise TypeError(f"expected several ids, got {ids!r}: write [[{ids!r}]] for one")
         return self.read(self.rows(ids))
 
-    def _shard(self, number: int) -> MappedShard:
+    def _shard(self, number: int) -> MappedFile:
         if number not in self._mapped:
-            self._mapped[number] = self._shards[number].mapped()
+            self._mapped[number] = TensorFile.open(self.paths[number]).mapped()
         return self._mapped[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,20 +193,23 @@ class StoredCache:
         self.info = store.info
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None) -> Self:
+    def load(
+        cls, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None, verify: bool = False
+    ) -> Self:
         """Open a finished cache.
 
         Args:
             directory: Its folder.
             fingerprint: What it must have been made from. Only the sections that are named are compared: without
                 `"data"`, for one, the items may be others.
+            verify: Compare the checksums of all arrays, which reads them.
 
         Raises:
             FileNotFoundError: If there is none in `directory`.
             StaleStoreError: If it was made from something else; every differing field is named with both values.
-            ValueError: If it is unfinished or broken.
+            StorageError: If it is unfinished or damaged.
         """
-        return cls(ArrayStore.load(directory, fingerprint))
+        return cls(ArrayStore.load(directory, fingerprint, verify))
 
     def __len__(self) -> int:
         return len(self.store)
@@ -224,36 +254,36 @@ class StoreWriter:
             self._remove_shards(0)
             (self.directory / MANIFEST_NAME).unlink(missing_ok=True)
         self._shards = self._resume()
-        self.ids: list[ItemId] = [item_id for shard in self._shards for item_id in shard.ids]
+        self.ids: list[ItemId] = [item_id for shard in self._shards for item_id in shard_ids(shard)]
         self._known = set(self.ids)
+        self._stored = len(self.ids)
         self._waiting: dict[str, list[np.ndarray]] = {}
-        self._layout = self._shards[0].layout if self._shards else None
+        self._layout = shard_layout(self._shards[0]) if self._shards else None
 
-    def _resume(self) -> list[Shard]:
+    def _resume(self) -> list[TensorFile]:
         manifest = read_manifest(self.directory)
         if manifest is not None:
             # The data of an unfinished store may still change behind what is stored: the caller compares `ids`.
             compared = {name for name in self.fingerprint if manifest["complete"] or name != "data"}
             expected = {name: self.fingerprint[name] for name in compared}
             check_fingerprint(manifest["fingerprint"], expected, self.directory)
-        shards = self._whole_shards() if manifest else []
-        if manifest is None or not manifest["complete"] or len(shards) < manifest["shards"]:
+        shards = self._whole_shards(manifest["files"]) if manifest else []
+        if manifest is None or not manifest["complete"] or len(shards) < len(manifest["files"]):
             self._remove_shards(len(shards))
             self._write_manifest(complete=False, shards=shards, info={})
         if shards:
-            items = sum(len(shard.ids) for shard in shards)
-            logger.info("%s: %d whole shards with %d items are there already", self.directory, len(shards), items)
+            logger.info("%s: %d whole shards are there already", self.directory, len(shards))
         return shards
 
-    def _whole_shards(self) -> list[Shard]:
-        shards: list[Shard] = []
+    def _whole_shards(self, listed: Mapping[str, Any]) -> list[TensorFile]:
+        shards: list[TensorFile] = []
         while (path := self.directory / shard_name(len(shards))).exists():
             try:
-                shard = Shard.open(path)
-            except BrokenShardError as error:
-                logger.warning("%s: it is built again", error)
+                shard = TensorFile.open(path)
+            except StorageError as error:
+                logger.warning("%s. It is built again", error)
                 break
-            if shard.build != self.build:
+            if shard.about.get("build") != self.build or listed.get(path.name, shard.entry) != shard.entry:
                 logger.warning("%s is of another build: it is built again", path)
                 break
             shards.append(shard)
@@ -281,7 +311,7 @@ class StoreWriter:
         self.ids += new_ids
         for name, array in flat.items():
             self._waiting.setdefault(name, []).append(array)
-        while self._waiting_items() >= self.shard_size:
+        while len(self.ids) - self._stored >= self.shard_size:
             self._write(self.shard_size)
 
     def _check(self, ids: list[ItemId], arrays: Mapping[str, np.ndarray]) -> None:
@@ -298,17 +328,14 @@ class StoreWriter:
         elif layout != self._layout:
             raise ValueError(f"the arrays of {ids[:1]} are {layout}, expected {self._layout} as for the items before")
 
-    def _waiting_items(self) -> int:
-        return len(self.ids) - sum(len(shard.ids) for shard in self._shards)
-
     def _write(self, count: int) -> None:
-        start = len(self.ids) - self._waiting_items()
         joined = {name: np.concatenate(parts) for name, parts in self._waiting.items()}
         path = self.directory / shard_name(len(self._shards))
-        ids = self.ids[start : start + count]
+        ids = self.ids[self._stored : self._stored + count]
         ends = {name: joined[name + LENGTHS][:count].sum() if name + LENGTHS in joined else count for name in joined}
         full = {name: array[: ends[name]] for name, array in joined.items()}
         self._shards.append(write_shard(path, ids, self.build, full))
+        self._stored += count
         self._waiting = {name: [array[ends[name] :]] for name, array in joined.items()}
 
     def finish(self, info: Mapping[str, Any] | None = None) -> ArrayStore:
@@ -322,31 +349,25 @@ class StoreWriter:
         """
         if not self.ids:
             raise ValueError(f"no item was added to the store in {str(self.directory)!r}: the data are empty")
-        if self._waiting_items():
-            self._write(self._waiting_items())
+        if waiting := len(self.ids) - self._stored:
+            self._write(waiting)
         self.fingerprint.setdefault("data", items_fingerprint(self.ids))
         self._write_manifest(complete=True, shards=self._shards, info=dict(info or {}))
         return ArrayStore.load(self.directory, self.fingerprint)
 
-    def _write_manifest(self, complete: bool, shards: Sequence[Shard], info: dict[str, Any]) -> None:
-        ids = [item_id for shard in shards for item_id in shard.ids]
-        layout = shards[0].layout if shards else {}
+    def _write_manifest(self, complete: bool, shards: Sequence[TensorFile], info: dict[str, Any]) -> None:
+        layout = shard_layout(shards[0]) if shards else {}
         manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "complete": complete,
-            "items": len(ids),
-            "shards": len(shards),
-            "bytes": sum(shard.path.stat().st_size for shard in shards),
+            "items": sum(len(shard_ids(shard)) for shard in shards),
+            "bytes": sum(shard.entry["bytes"] for shard in shards),
             "arrays": {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in layout.items()},
             "fingerprint": self.fingerprint,
             "build": self.build,
-            "ids_sha256": ids_digest(ids),
             "info": redacted(info),
+            "files": {shard.path.name: shard.entry for shard in shards},
         }
-        temporary = self.directory / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        publish(temporary, self.directory / MANIFEST_NAME)
+        write_json(self.directory / MANIFEST_NAME, FORMAT, manifest)
 
 
 def _one_after_another(arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
@@ -362,7 +383,7 @@ def _one_after_another(arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) 
 
 
 def finished_store(directory: str | os.PathLike, fingerprint: Mapping[str, Any]) -> ArrayStore | None:
-    """The store in a folder if it is whole; of one with a broken shard, which a build mends, `None`.
+    """The store in a folder if it is whole; of one with a damaged shard, which a build mends, `None`.
 
     Raises:
         StaleStoreError: If it was made from something else.
@@ -372,8 +393,8 @@ def finished_store(directory: str | os.PathLike, fingerprint: Mapping[str, Any])
         return None
     try:
         return ArrayStore.load(directory, fingerprint)
-    except BrokenShardError as error:
-        logger.warning("%s: building what is missing", error)
+    except StorageError as error:
+        logger.warning("%s. Building what is missing", error)
         return None
 
 
@@ -407,18 +428,21 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of the store in a folder; `None` where there is none.
 
     Raises:
-        ValueError: If there is a `manifest.json` of something else, or of a newer format.
+        StorageError: If there is a `manifest.json` that is damaged, of something else, or of another format.
     """
     path = Path(directory) / MANIFEST_NAME
     if not path.exists():
         return None
+    return read_json(path, FORMAT, rebuild_command(path))
+
+
+def rebuild_command(path: Path) -> str:
+    """What makes a store anew: the command that made it, where its manifest, of whatever format, still tells."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = (manifest["format"], manifest["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the manifest of a store ({type(error).__name__}: {error})") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"{path} is {found[0]!r} version {found[1]!r}, this release reads {FORMAT!r} version {FORMAT_VERSION}"
+        command = json.loads(path.read_text(encoding="utf-8"))["info"]["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return (
+            f"give another folder, or delete {path.parent} and run the same build again (with overwrite=True, or "
+            "`tvrn regions … --overwrite`, `tvrn teachers … --overwrite`, it deletes itself)"
         )
-    return dict(manifest)
+    return f"build it again: {str(command).removesuffix(' --overwrite')} --overwrite"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..storage.fingerprints import ItemId
+from .fingerprints import ItemId
 
 
 class IdIndex:

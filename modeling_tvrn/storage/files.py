@@ -1,0 +1,180 @@
+"""Files and folders written whole or not at all, with checksums, and one error that says what is wrong and what to do.
+
+A kill at any moment, or a power cut, leaves what was there before or what is there now: content is flushed to the disk
+before its name is. Manifests are JSON that carries its own checksum; they list the checksums of the files beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .fingerprints import digest
+
+logger = logging.getLogger(__name__)
+
+Format = tuple[str, int]  # what a manifest is of, and its version
+OLD = ".removing-"  # begins the name of a folder that is on its way out
+REBUILD = "delete it and run the build that made it again, which makes it anew"
+
+
+class StorageError(ValueError):
+    """A file that is damaged, unfinished, or of another format: which, what is wrong with it, and what to do.
+
+    Args:
+        path: Of the file or folder.
+        problem: Follows "is": "damaged: …", "unfinished: …", "of format …: …".
+        fix: What to do about it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], problem: str, fix: str = REBUILD) -> None:
+        super().__init__(path, problem, fix)  # as they came: an error travels between processes
+        self.path, self.problem, self.fix = Path(path), problem, fix
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.problem}; {self.fix}"
+
+
+class BusyError(OSError):
+    """Another process is writing into the same folder."""
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Bring a file's content, or a folder's names, to the disk.
+
+    Raises:
+        OSError: The disk refuses, for instance because it is full.
+    """
+    if os.name != "posix" and os.path.isdir(path):  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file then takes its place, whole, or the place stays as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_folder(aside: Path, target: Path) -> None:
+    """Put a written folder in its place; one that was there before goes."""
+    for path in [*aside.rglob("*"), aside]:
+        flush(path)
+    old = target.with_name(OLD + target.name)
+    if target.exists():  # a folder with content can't be renamed over
+        os.rename(target, old)
+    os.rename(aside, target)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder's lock file, made if need be; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: Of the lock file.
+        wait: Until another process lets go of it.
+
+    Raises:
+        BusyError: Another process holds it, and `wait` is not set.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno(), wait=False)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if not wait:
+                raise BusyError(
+                    f"another build in {path.parent} is running (process {holder}); wait until it is done, or build "
+                    "into another folder"
+                ) from error
+            logger.info("%s: process %s is building there; waiting until it is done", path.parent, holder)
+            _lock(file.fileno(), wait=True)
+        except OSError as error:  # some network disks have no locks
+            logger.warning("%s can't be locked (%s): let no other run build there now", path.parent, error)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _lock(descriptor: int, wait: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        mode = getattr(msvcrt, "LK_LOCK" if wait else "LK_NBLCK")
+        getattr(msvcrt, "locking")(descriptor, mode, 1)  # noqa: B009 (absent elsewhere)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def write_json(path: Path, kind: Format, content: Mapping[str, Any]) -> None:
+    """Write a manifest, whole or not at all, with its format and its own checksum."""
+    # As it will be read: tuples are lists then, and names text.
+    head = {"format": kind[0], "format_version": kind[1]}
+    document = json.loads(json.dumps(head | dict(content) | head))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document | {"sha256": digest(document)}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, kind: Format, fix: str = REBUILD) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        StorageError: It is not there, is damaged, or of another format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document.get("format"), document.get("format_version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(path, f"damaged: it can't be read ({type(error).__name__}: {error})", fix) from error
+    if found != kind:
+        of = " ".join(str(part) for part in found if part is not None) or "nobody knows what"
+        raise StorageError(path, f"of format {of}: this release reads {kind[0]} {kind[1]}", fix)
+    if document.pop("sha256", None) != digest(document):
+        raise StorageError(path, "damaged: its content has another checksum than when it was written", fix)
+    return dict(document)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size and SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_file(path: Path, entry: Mapping[str, Any], fix: str = REBUILD) -> None:
+    """Compare a whole file with its `file_entry`.
+
+    Raises:
+        StorageError: It is missing, or has another size or checksum.
+    """
+    if not path.is_file():
+        raise StorageError(path, "damaged: it is missing", fix)
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise StorageError(path, f"damaged: it has {size} bytes, and had {entry['bytes']} when it was written", fix)
+    if file_entry(path) != entry:
+        raise StorageError(path, "damaged: its content has another checksum than when it was written", fix)
