@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from .modeling_tvrn import TVRNModel
 from .processing_tvrn import TVRNProcessor
+from .storage.files import FILES, check_listed
 from .towers_tvrn import region_map
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,12 @@ def load_model(
 
     Raises:
         ValueError: If nothing is there (with near matches among local folders), or it is a model of another kind.
+        StorageError: If a file of a folder that training wrote is damaged or missing.
     """
     name = os.fspath(id_or_path)
     check_exists(name, subfolder)
+    if (folder := Path(name) / subfolder / FILES).is_file():  # what training left
+        check_listed(folder.parent)
     hub: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
     if revision is not None:
         hub["revision"] = revision

@@ -30,7 +30,7 @@ LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "plo
 BASE = {"configuration", "modeling", "front_door", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", "front_door", *EVERYTHING_SHIPPED},
-    "front_door": {"configuration", "modeling", "processing"},
+    "front_door": {"configuration", "modeling", "processing", "storage"},
     "registration": set(),
     "configuration": set(),
     "modeling": {"configuration", "losses"},

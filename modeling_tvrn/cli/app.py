@@ -78,6 +78,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "regions": (caches.regions, "keep a frozen network's regions of photographs for training"),
     "teachers": (caches.teachers, "keep a frozen teacher's vectors for training with CUSA"),
     "duplicates": (caches.duplicates, "find near-duplicates among the negatives of training"),
+    "verify": (caches.verify, "compare stored files with their checksums"),
     "score": (measure.score, "score the image-caption pairs of a table, and filter them"),
     "index": (find.index, "index a collection, or bring its index up to date"),
     "search": (find.search, "search photographs by a sentence or a picture"),

@@ -1,4 +1,4 @@
-"""`tvrn regions`, `tvrn teachers`, `tvrn duplicates`: what frozen networks give, computed once and kept on disk."""
+"""`tvrn regions`, `tvrn teachers`, `tvrn duplicates`, `tvrn verify`: what is computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -272,6 +272,35 @@ def duplicates(
     lines = [f"{side} teacher: {found['pairs']:,} of {found['compared']:,} pairs" for side, found in counts.items()]
     text = "\n".join([*lines, f"{len(table)} pairs of photographs: {page}"])
     say({"pairs": len(table), "teachers": counts, "table": str(written), "page": str(page)}, text, as_json)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="of a cache, an index, a run, finished blocks")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare every file with its checksum: of caches, indexes, checkpoints, trained models and finished blocks.
+
+    Opening them compares what is read whole; this also reads what is mapped into memory, such as the features of a
+    cache. Exit code 1 if a file is damaged; each is named with what to do.
+
+    \b
+    Examples:
+      tvrn verify regions/train
+      tvrn verify photos.index --json | jq .broken
+    """
+    from ..storage.verify import verify as compare
+
+    read, broken = compare(folder)
+    text = "\n".join([*map(str, broken), f"{len(read)} files compared, {len(broken)} broken"])
+    say(
+        {
+            "files": len(read),
+            "broken": [{"file": str(error.path), "problem": error.problem, "fix": error.fix} for error in broken],
+        },
+        text,
+        as_json,
+    )
+    raise typer.Exit(1 if broken else 0)
 
 
 def _check_choices(given: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .caches import verify as verify_folder
 from .common import (
     AsJson,
     Device,
@@ -40,6 +41,12 @@ def index(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="items encoded at a time")] = 32,
     num_workers: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare INDEX with its checksums, build nothing; exit code 1 if broken")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="compare, delete what is broken, and make that anew")
+    ] = False,
     url: Url = None,
     collection: Collection = "tvrn",
     device: Device = None,
@@ -55,9 +62,18 @@ def index(
     Examples:
       tvrn index runs/flickr8k ~/photos photos.index
       tvrn index me/my-tvrn flickr8k flickr8k.index --split validation --precision int8
+      tvrn index runs/flickr8k ~/photos photos.index --repair
     """
+    if verify:
+        return verify_folder(directory, as_json)
     from ..index import ImageTextIndex
 
+    if repair:
+        from ..storage.verify import verify as compare
+
+        for error in compare(directory)[1]:
+            typer.echo(f"tvrn: {error.path} is {error.problem}: it is made anew", err=True)
+            error.path.unlink(missing_ok=True)
     loaded, processor = load(model, device, dtype, trust_remote_code)
     built = ImageTextIndex.build(
         loaded,

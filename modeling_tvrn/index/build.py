@@ -23,7 +23,7 @@ from ..data.worded import unusable_captions
 from ..encoded_tvrn import EncodedItems
 from ..redaction import redacted
 from ..scoring.models import evaluating
-from ..storage.files import StorageError, check_file, file_entry, locked
+from ..storage.files import FORMATS, StorageError, check_file, file_entry, locked, read_json
 from ..storage.fingerprints import digest
 from ..storage.tables import Table, write_table
 from ..storage.tensors import write_tensors
@@ -31,11 +31,12 @@ from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments, embeddings_alone
 from .sources import RESERVED, Item, Loaded, Source, check_name
 from .vectors import GRAPH, VectorSearch
-from .versions import LOCK, SEGMENTS, current, drop_old_versions, next_version, read_version, rebuild, switch_to
+from .versions import FORMAT, LOCK, MANIFEST, SEGMENTS, current, drop_old_versions, next_version, switch_to
 
 logger = logging.getLogger(__name__)
 
 ITEMS, VECTORS = "items.sqlite", "vectors.safetensors"
+FIX = FORMATS[FORMAT][1]
 Known = dict[str, tuple[int, int, str]]  # id -> size, mtime_ns, key: what tells whether a file has changed
 
 
@@ -135,7 +136,8 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         version = next_version(directory)
         files = {ITEMS: write_table(version / ITEMS, _columns(items, keys))}
         files |= _write_search(version, segments.embeds(keys), settings, report)
-        used = {name: segments.files[name].entry for name in sorted({segments.place[key][0] for key in keys})}
+        names = sorted({segments.place[key][0] for key in keys})
+        used = {f"../../{SEGMENTS}/{name}": segments.files[name].entry for name in names}
         report.feature_bytes = sum(entry["bytes"] for entry in used.values())
         report.seconds = time.perf_counter() - started
         manifest = {
@@ -147,8 +149,8 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
             "engine": report.engine,
             "features": settings.features,
             "model_fingerprint": model.fingerprint() if hasattr(model, "fingerprint") else None,
-            "segments": used,
-            "files": files,
+            "segments": names,
+            "files": files | used,
             "report": report.as_dict(),
         }
         switch_to(directory, version, manifest)
@@ -329,7 +331,7 @@ def _known_before(directory: Path) -> Known:
     if version is None:
         return {}
     try:
-        table = open_table(version, read_version(version))
+        table = open_table(version, read_json(version / MANIFEST, FORMAT))
     except StorageError as error:
         logger.warning("%s. Every file is read again", error)
         return {}
@@ -343,9 +345,8 @@ def open_table(version: Path, manifest: Mapping[str, Any]) -> Table:
     Raises:
         StorageError: If their file is missing or damaged.
     """
-    fix = rebuild(version.parents[1])
-    check_file(version / ITEMS, manifest["files"][ITEMS], fix)
-    return Table(version / ITEMS, fix)
+    check_file(version / ITEMS, manifest["files"][ITEMS], FIX)
+    return Table(version / ITEMS, FIX)
 
 
 def _compare(report: BuildReport, now: dict[str, str], known: Known) -> None:
@@ -359,5 +360,5 @@ def _clean(directory: Path, segments: Segments) -> None:
     used: set[str] = set()
     for version in drop_old_versions(directory):
         with contextlib.suppress(StorageError):  # a version that can't be read has no use for its segments
-            used |= set(read_version(version)["segments"])
+            used |= set(read_json(version / MANIFEST, FORMAT)["segments"])
     segments.drop_unused(used)

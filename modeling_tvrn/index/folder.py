@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..encoded_tvrn import EncodedItems
-from ..storage.files import StorageError, check_file
+from ..storage.files import check_file, read_json
 from ..storage.tables import Where
-from ..storage.tensors import TensorFile, broken_files
-from .build import VECTORS, open_table
+from ..storage.tensors import TensorFile
+from .build import FIX, VECTORS, open_table
 from .segments import Segments
 from .vectors import GRAPH, VectorSearch
-from .versions import SEGMENTS, current, read_version, rebuild
+from .versions import FORMAT, MANIFEST, SEGMENTS, current
 
 OPEN_TRIES = 5  # of a version that a builder replaces while it is opened
 
@@ -28,19 +28,19 @@ class FolderBackend:
         if version is None:
             raise FileNotFoundError(f"there is no finished index in {str(directory)!r}: build it there first")
         self.directory, self.version = directory, version
-        self.manifest: dict[str, Any] = read_version(version)
-        fix, files = rebuild(directory), self.manifest["files"]
+        self.manifest: dict[str, Any] = read_json(version / MANIFEST, FORMAT)
+        files = self.manifest["files"]
         self.table = open_table(version, self.manifest)
         self.keys = self.table.column("key")
-        self.vectors = TensorFile.open(version / VECTORS, fix)
-        self.vectors.check(files[VECTORS])
+        vectors = TensorFile.open(version / VECTORS, FIX)
+        vectors.check(files[VECTORS])
         if GRAPH in files:
-            check_file(version / GRAPH, files[GRAPH], fix)
-        vectors = self.vectors.mapped().arrays["embeds"]
-        self.search = VectorSearch(vectors, self.manifest["precision"], self.manifest["engine"])
+            check_file(version / GRAPH, files[GRAPH], FIX)
+        embeds = vectors.mapped().arrays["embeds"]
+        self.search = VectorSearch(embeds, self.manifest["precision"], self.manifest["engine"])
         self.search.load(version)
         self.segments = Segments(directory / SEGMENTS, self.manifest["build"], self.manifest["side"])
-        self.segments.open(self.manifest["segments"], fix)
+        self.segments.open(self.manifest["segments"], files, FIX)
 
     @classmethod
     def open(cls, directory: Path) -> FolderBackend:
@@ -53,10 +53,6 @@ class FolderBackend:
                 if current(directory) == before:
                     raise
         return cls(directory)
-
-    def broken_files(self) -> list[StorageError]:
-        """What is wrong with the vectors and features, whose content opening does not read."""
-        return broken_files([self.vectors, *self.segments.files.values()])
 
     def __len__(self) -> int:
         return len(self.table)

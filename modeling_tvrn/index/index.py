@@ -19,6 +19,7 @@ from ..explain.scene import read_scene
 from ..scoring.models import evaluating
 from ..storage.files import flush
 from ..storage.tables import Where
+from ..storage.verify import verify as verify_files
 from .build import BuildReport, BuildSettings, build_version
 from .fingerprint import check_model
 from .folder import FolderBackend
@@ -202,7 +203,7 @@ class ImageTextIndex:
             backend = QdrantBackend(connect(url, **server), collection)
         else:
             backend = FolderBackend.open(Path(os.fspath(directory or "")))
-            for broken in backend.broken_files() if verify else ():
+            for broken in verify_files(os.fspath(directory or ""))[1] if verify else ():
                 raise broken
         if model is not None:
             where = f"the collection {collection!r}" if directory is None else repr(os.fspath(directory))
@@ -225,7 +226,7 @@ class ImageTextIndex:
             shutil.copyfile(self.backend.segments.directory / name, target / SEGMENTS / name)
             flush(target / SEGMENTS / name)
         version = next_version(target)
-        for name in self.backend.manifest["files"]:
+        for name in {*self.backend.manifest["files"]} & {*os.listdir(self.backend.version)}:
             shutil.copyfile(self.backend.version / name, version / name)
             flush(version / name)
         switch_to(target, version, self.backend.manifest)

@@ -73,7 +73,7 @@ def publish(
     client = connect(url, **options)
     number = 1 + _current_number(client, collection)
     name = f"{collection}-{number:06d}"
-    manifest = dict(index.manifest) | {"engine": "qdrant", "segments": {}, "files": {}}
+    manifest = dict(index.manifest) | {"engine": "qdrant", "segments": [], "files": {}}
     if client.collection_exists(name) and _manifest(client, name) != manifest:
         client.delete_collection(name)  # what is left of another build's upload
     if not client.collection_exists(name):

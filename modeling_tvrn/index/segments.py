@@ -48,15 +48,20 @@ class Segments:
             if file.about.get("build") == self.build:
                 self._take(file)
 
-    def open(self, listed: Mapping[str, Any], fix: str) -> None:
-        """Open and map the listed segments, so that they stay readable when a later build removes their files.
+    def open(self, names: Sequence[str], listed: Mapping[str, Any], fix: str) -> None:
+        """Open and map some segments, so that they stay readable when a later build removes their files.
+
+        Args:
+            names: Of their files.
+            listed: A version's list of files.
+            fix: What to do about a broken one.
 
         Raises:
-            StorageError: If one is missing, damaged in size or header, or another; says the `fix`.
+            StorageError: If one is missing, damaged in size or header, or another than is listed.
         """
-        for name, entry in listed.items():
+        for name in names:
             file = TensorFile.open(self.directory / name, fix)
-            file.check(entry)
+            file.check(listed[f"../../{self.directory.name}/{name}"])
             self._take(file)
             self._arrays(name)
 

@@ -9,12 +9,7 @@ from typing import Any
 from ..storage.files import flush, read_json, write_json
 
 POINTER, LOCK, VERSIONS, SEGMENTS, MANIFEST = "current.json", "build.lock", "versions", "segments", "manifest.json"
-FORMAT = ("tvrn-index", 2)
-
-
-def rebuild(directory: Path) -> str:
-    """What makes a damaged file of an index anew."""
-    return f"delete it and run `tvrn index MODEL SOURCE {directory}`, which makes anew what is missing alone"
+FORMAT = "tvrn-index"
 
 
 def current(directory: Path) -> Path | None:
@@ -26,8 +21,7 @@ def current(directory: Path) -> Path | None:
     path = directory / POINTER
     if not path.exists():
         return None
-    fix = f"delete {directory} and run `tvrn index MODEL SOURCE {directory}`"
-    return directory / VERSIONS / str(read_json(path, FORMAT, fix)["version"])
+    return directory / VERSIONS / str(read_json(path, FORMAT)["version"])
 
 
 def next_version(directory: Path) -> Path:
@@ -46,15 +40,6 @@ def switch_to(directory: Path, version: Path, manifest: dict[str, Any]) -> None:
     for folder in (version.parent, directory):  # their names last through a power cut before the pointer names them
         flush(folder)
     write_json(directory / POINTER, FORMAT, {"version": version.name})
-
-
-def read_version(version: Path) -> dict[str, Any]:
-    """The manifest of a version.
-
-    Raises:
-        StorageError: If it is damaged.
-    """
-    return read_json(version / MANIFEST, FORMAT, rebuild(version.parents[1]))
 
 
 def drop_old_versions(directory: Path, keep: int = 2) -> list[Path]:

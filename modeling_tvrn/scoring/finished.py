@@ -21,7 +21,7 @@ from .ragged import RaggedTexts
 
 logger = logging.getLogger(__name__)
 
-FORMAT = ("tvrn-score-blocks", 2)
+FORMAT = "tvrn-score-blocks"
 
 
 class FinishedBlocks:
@@ -49,8 +49,7 @@ class FinishedBlocks:
         if not path.exists():
             shape = {"block_images": plan.block_images, "block_captions": plan.block_captions}
             write_json(path, FORMAT, {"fingerprint": wanted, "plan": shape})
-        fix = f"give another folder, or delete {self.folder} and run the same command again"
-        manifest = read_json(path, FORMAT, fix)
+        manifest = read_json(path, FORMAT)
         stored = manifest["fingerprint"]
         different = [name for name in wanted if stored.get(name) != wanted[name]]
         if different:

@@ -23,7 +23,7 @@ from .tensors import MappedFile, TensorFile, write_tensors
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = ("tvrn-array-store", 2)
+FORMAT = "tvrn-array-store"
 LENGTHS = ".lengths"  # beside a ragged array, whose items lie one after another: how many rows each item has
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of one item, or of one row of a ragged item
 

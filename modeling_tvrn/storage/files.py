@@ -20,9 +20,17 @@ from .fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
-Format = tuple[str, int]  # what a manifest is of, and its version
 OLD = ".removing-"  # begins the name of a folder that is on its way out
-REBUILD = "delete it and run the build that made it again, which makes it anew"
+REBUILD = "delete it and run the build that made it again, which makes anew what is missing"
+# What a manifest is of -> the version that this release reads and writes, and what to do about one that it can't read
+FORMATS = {
+    "tvrn-array-store": (2, REBUILD),
+    "tvrn-index": (2, "delete it and run `tvrn index MODEL SOURCE INDEX` again, which makes anew what is missing"),
+    "tvrn-checkpoint": (2, "start anew with resume=null, or give the path of another checkpoint"),
+    "tvrn-score-blocks": (2, "give another folder, or delete this one and run the same command again"),
+    "tvrn-model-files": (1, "copy the folder again or train again; if you changed it yourself, delete its files.json"),
+}
+FILES = "files.json"  # the list of a model's files, in its folder
 
 
 class StorageError(ValueError):
@@ -132,29 +140,30 @@ def _lock(descriptor: int, wait: bool) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def write_json(path: Path, kind: Format, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a manifest, whole or not at all, with its format and its own checksum."""
     # As it will be read: tuples are lists then, and names text.
-    head = {"format": kind[0], "format_version": kind[1]}
+    head = {"format": kind, "format_version": FORMATS[kind][0]}
     document = json.loads(json.dumps(head | dict(content) | head))
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document | {"sha256": digest(document)}, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, kind: Format, fix: str = REBUILD) -> dict[str, Any]:
+def read_json(path: Path, kind: str, fix: str | None = None) -> dict[str, Any]:
     """Read what `write_json` wrote.
 
     Raises:
         StorageError: It is not there, is damaged, or of another format.
     """
+    version, fix = FORMATS[kind][0], fix or FORMATS[kind][1]
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document.get("format"), document.get("format_version")
     except (OSError, ValueError, AttributeError) as error:
         raise StorageError(path, f"damaged: it can't be read ({type(error).__name__}: {error})", fix) from error
-    if found != kind:
+    if found != (kind, version):
         of = " ".join(str(part) for part in found if part is not None) or "nobody knows what"
-        raise StorageError(path, f"of format {of}: this release reads {kind[0]} {kind[1]}", fix)
+        raise StorageError(path, f"of format {of}: this release reads {kind} {version}", fix)
     if document.pop("sha256", None) != digest(document):
         raise StorageError(path, "damaged: its content has another checksum than when it was written", fix)
     return dict(document)
@@ -178,3 +187,19 @@ def check_file(path: Path, entry: Mapping[str, Any], fix: str = REBUILD) -> None
         raise StorageError(path, f"damaged: it has {size} bytes, and had {entry['bytes']} when it was written", fix)
     if file_entry(path) != entry:
         raise StorageError(path, "damaged: its content has another checksum than when it was written", fix)
+
+
+def list_files(folder: Path) -> None:
+    """Write down the sizes and checksums of a model folder's files, in the folder."""
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / FILES, "tvrn-model-files", {"files": files})
+
+
+def check_listed(folder: Path) -> None:
+    """Compare a folder's files with what `list_files` wrote.
+
+    Raises:
+        StorageError: One is damaged or missing, or the list is.
+    """
+    for name, entry in read_json(folder / FILES, "tvrn-model-files")["files"].items():
+        check_file(folder / name, entry, FORMATS["tvrn-model-files"][1])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class TensorFile:
         end = start + max((each["data_offsets"][1] for each in entries.values()), default=0)
         if size != end:
             raise StorageError(path, f"damaged, half-written: it has {size} bytes, and its header says {end}", fix)
-        return cls(path, about, layout, {"bytes": size, "sha256": checksum}, start, fix)
+        return cls(path, about, layout, {"bytes": size, "seal": checksum}, start, fix)
 
     def check(self, entry: Mapping[str, Any]) -> None:
         """Refuse a whole file in another's place.
@@ -169,17 +169,6 @@ class TensorFile:
     def mapped(self) -> MappedFile:
         """Map the tensors into memory, read-only: a page is read from disk when it is first used."""
         return MappedFile(self)
-
-
-def broken_files(files: Iterable[TensorFile]) -> list[StorageError]:
-    """What `verify` says of each file that is not what was written."""
-    found = []
-    for file in files:
-        try:
-            file.verify()
-        except StorageError as error:
-            found.append(error)
-    return found
 
 
 class MappedFile:

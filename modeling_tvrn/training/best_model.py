@@ -10,17 +10,16 @@ from typing import Any
 
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
-from ..storage.files import check_file, file_entry, flush, publish_folder, read_json, write_json
+from ..storage.files import check_listed, flush, list_files, publish_folder
 from .lora import merged_state
 from .snapshots import WRITING_FAILED
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FILES", "TRAINED", "BestModel", "save_model"]
+__all__ = ["TRAINED", "BestModel", "save_model"]
 
 TRAINED = "trained"  # folder of the model before the mean with its start was taken
 WRITTEN = ".saved"  # holds a model that is whole, while its files are moved
-FILES, FORMAT = "files.json", ("tvrn-model-files", 1)
 
 
 def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> None:
@@ -36,8 +35,7 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
     aside.mkdir(parents=True)
     model.save_pretrained(aside, state_dict=merged_state(model))
     processor.save_pretrained(aside)
-    files = {path.name: file_entry(path) for path in sorted(aside.iterdir())}
-    write_json(aside / FILES, FORMAT, {"files": files})
+    list_files(aside)
     publish_folder(aside, target / WRITTEN)
     finish_saving(target)
 
@@ -50,17 +48,6 @@ def finish_saving(target: Path) -> None:
             os.replace(path, target / path.name)
         written.rmdir()
         flush(target)
-
-
-def check_model_files(folder: Path) -> None:
-    """Compare a model's files with what `save_model` wrote.
-
-    Raises:
-        StorageError: one is damaged or missing.
-    """
-    fix = "train again, or copy the folder again from where it is whole"
-    for name, entry in read_json(folder / FILES, FORMAT, fix)["files"].items():
-        check_file(folder / name, entry, fix)
 
 
 class BestModel:
@@ -115,5 +102,5 @@ class BestModel:
         """
         trained = self.folder / TRAINED
         folder = trained if (trained / "config.json").is_file() else self.folder
-        check_model_files(folder)
+        check_listed(folder)
         return TVRNModel.from_pretrained(folder).eval()

@@ -19,15 +19,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..storage.files import OLD, StorageError, publish_folder, read_json, write_json
+from ..storage.files import FORMATS, OLD, StorageError, publish_folder, read_json, write_json
 from ..storage.tensors import TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Snapshot", "Snapshots", "read_snapshot"]
 
-MANIFEST, FORMAT = "manifest.json", ("tvrn-checkpoint", 2)
-FIX = "start anew with resume=null, or give the path of another checkpoint"
+MANIFEST, FORMAT = "manifest.json", "tvrn-checkpoint"
 NAME = re.compile(r"step-(\d{8,})")
 ASIDE = ".saving"
 WRITING_FAILED = (OSError, SafetensorError)  # a full disk is the one or the other, by who writes
@@ -152,10 +151,10 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     if not (folder / MANIFEST).exists():
         expected = "give a folder such as output_dir/checkpoints/step-00000120"
         raise StorageError(folder, f"no whole checkpoint: it has no {MANIFEST}", expected)
-    manifest = read_json(folder / MANIFEST, FORMAT, FIX)
+    manifest = read_json(folder / MANIFEST, FORMAT)
     tensors = {}
     for name, entry in manifest["files"].items():
-        file = TensorFile.open(folder / name, FIX)
+        file = TensorFile.open(folder / name, FORMATS[FORMAT][1])
         file.check(entry)
         tensors[name.removesuffix(".safetensors")] = file.read()
     return Snapshot(folder, manifest["state"], tensors)
