@@ -83,11 +83,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Put a written folder in its place; one that was there before goes."""
+    """Put a written folder in its place; one that was there before goes.
+
+    A folder with content can't be renamed over: a kill between two renames leaves the former one whole, but under a
+    name that begins with `OLD`.
+    """
     for path in [*aside.rglob("*"), aside]:
         flush(path)
     old = target.with_name(OLD + target.name)
-    if target.exists():  # a folder with content can't be renamed over
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a kill just after the renames
         os.rename(target, old)
     os.rename(aside, target)
     flush(target.parent)

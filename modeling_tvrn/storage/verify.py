@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,16 +25,14 @@ def verify(folder: str | os.PathLike[str]) -> tuple[list[Path], list[StorageErro
     read: dict[Path, None] = {}  # in their order
     broken: dict[Path, StorageError] = {}
     for manifest in sorted(path for path in Path(folder).rglob("*.json") if path.name in MANIFESTS):
-        try:
-            document = json.loads(manifest.read_text(encoding="utf-8"))
-            kind = document.get("format")
-            if kind not in FORMATS and "sha256" not in document:
+        text = manifest.read_text(encoding="utf-8", errors="replace")
+        kind = next((name for name in FORMATS if f'"{name}"' in text), None)
+        with contextlib.suppress(ValueError, TypeError):
+            if kind is None and "sha256" not in json.loads(text):
                 continue  # somebody else's
-        except (ValueError, AttributeError):
-            kind = None
         read[manifest] = None
         try:
-            if kind not in FORMATS:
+            if kind is None:
                 raise StorageError(manifest, "damaged, or something else's")
             files = read_json(manifest, kind).get("files", {})
         except StorageError as error:
