@@ -220,11 +220,6 @@ def common_fingerprint(*sides: EncodedItems) -> str | None:
     return known[0] if known and all(side.model_fingerprint is not None for side in sides) else None
 
 
-def ranking_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's `state_dict` without its calibration, which changes no logit: what was encoded before stays valid."""
-    return {name: value for name, value in model.state_dict().items() if not name.startswith("calibration_")}
-
-
 def model_fingerprint(model: nn.Module) -> str | None:
     """Hash of a spread of a model's weights and statistics, the same in bfloat16 and in full precision.
 
@@ -233,7 +228,9 @@ def model_fingerprint(model: nn.Module) -> str | None:
     """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return None
-    weights = {name: value for name, value in sorted(ranking_state(model).items()) if value.is_floating_point()}
+    # Calibration changes no logit: what was encoded before stays valid.
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("calibration_")}
+    weights = {name: value for name, value in sorted(own.items()) if value.is_floating_point()}
     if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):
         return None
     state = [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights.values()]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.files import FILES, StorageError, check_listed
 from .report import Check
 
 __all__ = ["check_code", "check_files", "check_no_pickle", "foreign_code", "read_json", "weight_files"]
@@ -48,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_files(folder: Path) -> Check:
-    """Everything that loading reads is there."""
+    """Everything that loading reads is there, and as training wrote it."""
     wanted = ["config.json", "processor_config.json", *(path.name for path in weight_files(folder))]
     if read_json(folder / "processor_config.json").get("tokenizer") is not None:
         wanted += ["tokenizer.json", "tokenizer_config.json"]
@@ -61,6 +62,11 @@ def check_files(folder: Path) -> Check:
             "save both parts into the same folder: model.save_pretrained(folder); processor.save_pretrained(folder)"
         )
         return Check("files", "failed", f"missing: {', '.join(missing)}", advice)
+    if (folder / FILES).is_file():
+        try:
+            check_listed(folder)
+        except StorageError as error:
+            return Check("files", "failed", f"{error.path.name} is {error.problem}", error.fix)
     size = sum(path.stat().st_size for path in weight_files(folder))
     return Check("files", "ok", f"config, processor, weights ({size / 1e6:,.1f} MB) are there")
 

@@ -28,7 +28,7 @@ from ..storage.fingerprints import digest
 from ..storage.tables import Table, write_table
 from ..storage.tensors import write_tensors
 from .fingerprint import index_fingerprint
-from .segments import SIDES, Segments, embeddings_alone
+from .segments import SIDES, Segments
 from .sources import RESERVED, Item, Loaded, Source, check_name
 from .vectors import GRAPH, VectorSearch
 from .versions import FORMAT, LOCK, MANIFEST, SEGMENTS, current, drop_old_versions, next_version, switch_to
@@ -238,7 +238,7 @@ class _Encoder:
                 f"an embedding of {next(iter(self.batch))} … is NaN or infinite; check the model's weights"
             )
         if not self.settings.features:
-            encoded = _embeds_only(encoded)
+            encoded = EmbeddedItems(encoded.tensors()["embeds"].detach().float().cpu())
         self.encoded.append(encoded.to("cpu").to(torch.float16) if self.settings.features else encoded)
         self.encoded_keys += self.batch
         self.report.encoded += len(self.batch)
@@ -268,10 +268,6 @@ class EmbeddedItems(EncodedItems):
     def select(self, indices: Any) -> EmbeddedItems:
         """As of `EncodedItems`."""
         return EmbeddedItems(self.embeds[indices])
-
-
-def _embeds_only(encoded: EncodedItems) -> EmbeddedItems:
-    return EmbeddedItems(embeddings_alone(encoded)["embeds"].detach().float().cpu())
 
 
 def _joined(parts: list[EncodedItems]) -> EncodedItems:

@@ -100,11 +100,6 @@ class Segments:
                 path.unlink(missing_ok=True)
 
 
-def embeddings_alone(encoded: EncodedItems) -> Mapping[str, Any]:
-    """The one tensor that a search without reranking needs."""
-    return {"embeds": encoded.tensors()["embeds"]}
-
-
 def _array(value: torch.Tensor) -> np.ndarray:
     value = value.detach().cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no bfloat16

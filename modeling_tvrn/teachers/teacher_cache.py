@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..storage.arrays import ArrayStore, StoreWriter, finished_store, read_manifest, shard_name
+from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, finished_store, read_manifest, shard_name
 from ..storage.fingerprints import ItemId, StaleStoreError, items_fingerprint
 from .regions import RegionCache
 from .teacher import Teacher
@@ -24,7 +24,7 @@ STORED_DTYPES = ("float16", "float32")
 _PART = "part-{process:05d}-of-{processes:05d}"
 
 
-class TeacherCache:
+class TeacherCache(StoredCache):
     """Unit-norm vectors of a teacher, memory-mapped and looked up by image id or caption id.
 
     Attributes:
@@ -39,13 +39,11 @@ class TeacherCache:
                 f"the store in {str(store.directory)!r} is no teacher cache: it holds {sorted(store.layout)}, "
                 "expected teacher_embeds; make one with TeacherCache.build or `tvrn teachers`"
             )
-        self.store = store
-        self.fingerprint = store.fingerprint
-        self.info = store.info
+        super().__init__(store)
         self.modality: str = store.fingerprint["teacher"]["modality"]
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # by teacher and records, not by a fingerprint
         cls,
         directory: str | os.PathLike,
         teacher: Teacher | None = None,
@@ -253,12 +251,6 @@ class TeacherCache:
     def size(self) -> int:
         """D, the size of one vector."""
         return int(self.store.layout["teacher_embeds"][1][0])
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __contains__(self, item_id: object) -> bool:
-        return item_id in self.store
 
     def __getitem__(self, ids: Iterable[ItemId]) -> Tensor:
         """Unit-norm vectors (n, D) of n items, in the stored dtype; only these rows are read.
