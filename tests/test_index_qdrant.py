@@ -11,6 +11,7 @@ from test_index import CAPTIONS, COUNT, records
 
 from modeling_tvrn import TVRNProcessor
 from modeling_tvrn.index import ImageTextIndex, OtherModelError
+from modeling_tvrn.storage.files import StorageError
 
 qdrant = pytest.importorskip("modeling_tvrn.index.qdrant")
 client_library = pytest.importorskip("qdrant_client", reason='comes with pip install ".[qdrant]"')
@@ -126,3 +127,12 @@ def test_another_model_and_a_wrong_address_are_refused(processor: TVRNProcessor,
     local = qdrant.connect(tmp_path / "local")
     assert local.get_collections().collections == []
     local.close()
+
+
+def test_a_collection_of_an_older_format_is_refused(processor: TVRNProcessor, tmp_path: Path) -> None:
+    server = client_library.QdrantClient(":memory:")
+    folder = ImageTextIndex.build(tiny_model(), processor, records(3), tmp_path, progress=False).backend
+    folder.manifest["format_version"] = 1
+    qdrant.publish(folder, server, "tvrn")
+    with pytest.raises(StorageError, match="tvrn-000001 is of format tvrn-index 1: this release reads .*tvrn index"):
+        ImageTextIndex.load(url=server, model=tiny_model(), processor=processor)

@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load, save
 
 from ..encoded_tvrn import EncodedItems
+from ..storage.files import FORMATS, StorageError
 from .segments import SIDES
 from .sources import RESERVED
+from .versions import FORMAT
 
 if TYPE_CHECKING:
     from .folder import FolderBackend
@@ -101,6 +103,10 @@ class QdrantBackend:
             raise FileNotFoundError(f"the server has no index called {collection!r}: build one with url= first")
         self.name = f"{collection}-{number:06d}"
         self.manifest = _manifest(client, self.name)
+        version, wanted = self.manifest.get("format_version"), FORMATS[FORMAT][0]
+        if version != wanted:
+            problem = f"of format {FORMAT} {version}: this release reads {FORMAT} {wanted}"
+            raise StorageError(self.name, problem, "build it again: `tvrn index MODEL SOURCE INDEX --url URL`")
 
     def __len__(self) -> int:
         return int(self.client.count(self.name, exact=True).count)
