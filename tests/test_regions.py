@@ -309,7 +309,7 @@ class Counted:
 def test_an_interrupted_extraction_goes_on_where_its_shards_end(towers, records, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(towers, Counted(records, fail_at=6), tmp_path / "cut", shard_size=2)
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="is unfinished: "):
         RegionCache.load(tmp_path / "cut")
     again = Counted(records)
     cache = build(towers, again, tmp_path / "cut", shard_size=2)

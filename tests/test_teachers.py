@@ -342,7 +342,7 @@ def test_a_build_that_was_cut_short_continues(hub: Path, photographs: Path, tmp_
     settings = {"shard_size": 2, "batch_size": 1, "progress": False}
     with pytest.raises(OSError, match="disk is gone"):
         TeacherCache.build(teacher, records, tmp_path / "a", **settings)
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="is unfinished: "):
         TeacherCache.load(tmp_path / "a")
     records.fails, records.read = False, 0
     resumed = TeacherCache.build(teacher, records, tmp_path / "a", **settings)
