@@ -113,7 +113,11 @@ def stored(folder: Path) -> list[Path]:
 
 def starts_of_data(path: Path) -> int:
     """Where in a memory-mapped file the arrays begin, whose content is compared by `verify` alone."""
-    return TensorFile.open(path).start if path.suffix == ".safetensors" else sys.maxsize
+    return (
+        min(offset for *_, offset in TensorFile.open(path).layout.values())
+        if path.suffix == ".safetensors"
+        else sys.maxsize
+    )
 
 
 def test_a_whole_folder_opens_and_verifies(whole: Any) -> None:
@@ -237,8 +241,23 @@ def test_each_broken_file_of_an_index_is_made_anew_by_what_its_message_says(
         index = ImageTextIndex.build(model, processor, records(9), folder, progress=False, **EXACT)
         assert index.report is not None
         assert index.report.encoded in ((4, 1) if "segments" in str(path) else (0,)), "the last segment has one item"
+        assert verify(folder)[1] == []
         found = {hit.id: hit.logit for hit in index.search(text=CAPTIONS[0])}
         assert found == pytest.approx({hit.id: hit.logit for hit in expected}, abs=1e-3)  # in half precision
+
+
+def test_a_build_makes_no_vectors_of_damaged_embeddings(processor: TVRNProcessor, tmp_path: Path) -> None:
+    """They would carry a checksum of their own, and be wrong for good."""
+    make_index(tmp_path, features=False)
+    segment = sorted((tmp_path / "segments").iterdir())[0]
+    content = bytearray(segment.read_bytes())
+    content[-1] ^= 1
+    segment.write_bytes(content)
+    with pytest.raises(StorageError, match=f"{segment.name} is damaged: its data, of 'embeds'.*; delete it and run"):
+        ImageTextIndex.build(tiny_model(), processor, records(9), tmp_path, features=False, progress=False)
+    segment.unlink()
+    ImageTextIndex.build(tiny_model(), processor, records(9), tmp_path, features=False, progress=False)
+    assert verify(tmp_path)[1] == []
 
 
 def test_a_broken_shard_is_made_anew_by_what_its_message_says(tmp_path: Path) -> None:
@@ -250,7 +269,7 @@ def test_a_broken_shard_is_made_anew_by_what_its_message_says(tmp_path: Path) ->
     shard.write_bytes(content)
     ArrayStore.load(tmp_path)  # mapped: its numbers are not read
     with pytest.raises(
-        StorageError, match="shard-00001.safetensors is damaged: its data .*; delete it and run the bui"
+        StorageError, match="shard-00001.safetensors is damaged: its data.*; delete it and run the bui"
     ):
         ArrayStore.load(tmp_path, verify=True)
     shard.unlink()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -115,6 +115,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
 
     Raises:
         BusyError: If another process is at it.
+        StorageError: If embeddings of an earlier build are damaged.
         ValueError: If there is nothing to index.
     """
     settings.check()
@@ -352,9 +353,15 @@ def _compare(report: BuildReport, now: dict[str, str], known: Known) -> None:
 
 
 def _clean(directory: Path, segments: Segments) -> None:
-    """Remove what neither this version nor the one before refers to."""
+    """Remove what neither this version nor the one before refers to, and the one before if a file of it is gone."""
     used: set[str] = set()
     for version in drop_old_versions(directory):
-        with contextlib.suppress(StorageError):  # a version that can't be read has no use for its segments
-            used |= set(read_json(version / MANIFEST, FORMAT)["segments"])
+        try:
+            manifest = read_json(version / MANIFEST, FORMAT)
+        except StorageError:
+            manifest = None
+        if manifest is None or not all((version / name).exists() for name in manifest["files"]):
+            shutil.rmtree(version)
+        else:
+            used |= set(manifest["segments"])
     segments.drop_unused(used)

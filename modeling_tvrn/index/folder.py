@@ -40,7 +40,7 @@ class FolderBackend:
         self.search = VectorSearch(embeds, self.manifest["precision"], self.manifest["engine"])
         self.search.load(version)
         self.segments = Segments(directory / SEGMENTS, self.manifest["build"], self.manifest["side"])
-        self.segments.open(self.manifest["segments"], files, FIX)
+        self.segments.open(self.manifest["segments"], files)
 
     @classmethod
     def open(cls, directory: Path) -> FolderBackend:

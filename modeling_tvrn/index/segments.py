@@ -13,8 +13,9 @@ import torch
 
 from ..encoded_tvrn import EncodedImages, EncodedItems, EncodedTexts
 from ..storage.arrays import shard_ids, write_shard
-from ..storage.files import StorageError
+from ..storage.files import FORMATS, StorageError
 from ..storage.tensors import TensorFile
+from .versions import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Segments:
         side: "images" or "texts".
     """
 
+    fix = FORMATS[FORMAT][1]
+
     def __init__(self, directory: Path, build: str, side: str) -> None:
         self.directory, self.build, self.side = directory, build, side
         self.files: dict[str, TensorFile] = {}
@@ -41,26 +44,25 @@ class Segments:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
-                file = TensorFile.open(path)
+                file = TensorFile.open(path, self.fix)
             except StorageError as error:
                 logger.warning("%s. Its items are encoded again", error)
                 continue
             if file.about.get("build") == self.build:
                 self._take(file)
 
-    def open(self, names: Sequence[str], listed: Mapping[str, Any], fix: str) -> None:
+    def open(self, names: Sequence[str], listed: Mapping[str, Any]) -> None:
         """Open and map some segments, so that they stay readable when a later build removes their files.
 
         Args:
             names: Of their files.
             listed: A version's list of files.
-            fix: What to do about a broken one.
 
         Raises:
             StorageError: If one is missing, damaged in size or header, or another than is listed.
         """
         for name in names:
-            file = TensorFile.open(self.directory / name, fix)
+            file = TensorFile.open(self.directory / name, self.fix)
             file.check(listed[f"../../{self.directory.name}/{name}"])
             self._take(file)
             self._arrays(name)
@@ -81,7 +83,9 @@ class Segments:
         return self._mapped[name]
 
     def embeds(self, keys: Sequence[str]) -> np.ndarray:
-        """(n, P) float32 embeddings."""
+        """(n, P) float32 embeddings, compared with their checksums: new vectors are made of them."""
+        for name in {self.place[key][0] for key in keys}:
+            self.files[name].compare("embeds", self._arrays(name)["embeds"])
         return np.stack([self._arrays(self.place[key][0])["embeds"][self.place[key][1]] for key in keys])
 
     def read(self, keys: Sequence[str], model_fingerprint: str | None) -> EncodedItems:

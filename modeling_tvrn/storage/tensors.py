@@ -1,6 +1,6 @@
-"""Safetensors files that carry their own checksums: of the header, checked on opening, and of the data.
+"""Safetensors files that carry their own checksums: of the header, checked on opening, and of each tensor.
 
-The data's checksum is checked where a file is read whole, and by `TensorFile.verify`: what is mapped into memory is
+A tensor's checksum is compared where it is read whole, and by `TensorFile.verify`: what is mapped into memory is
 opened without reading gigabytes. Nothing but the library is needed to read these files.
 """
 
@@ -60,13 +60,13 @@ def write_tensors(
     # Wide numbers first: every tensor then begins at a multiple of its numbers' size.
     order = sorted(values, key=lambda name: (-torch.empty(0, dtype=getattr(torch, values[name][0])).itemsize, name))
     entries: dict[str, Any] = {}
-    total, end = hashlib.sha256(), 0
+    sums, end = {}, 0
     for name in order:
         dtype, shape, flat = values[name]
         entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [end, end + flat.nbytes]}
-        total.update(flat.data)
+        sums[name] = hashlib.sha256(flat.data).hexdigest()
         end += flat.nbytes
-    kept = {**(about or {}), "data_sha256": total.hexdigest()}
+    kept = {**(about or {}), "sums": json.dumps(sums)}
     header = json.dumps({"__metadata__": {**kept, "sha256": digest([entries, kept])}, **entries}).encode()
     header += b" " * (-len(header) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -90,7 +90,6 @@ class TensorFile:
     about: dict[str, str]
     layout: dict[str, tuple[str, tuple[int, ...], int]]
     entry: dict[str, Any]
-    start: int
     fix: str = field(default=REBUILD, repr=False)
 
     @classmethod
@@ -122,7 +121,7 @@ class TensorFile:
         end = start + max((each["data_offsets"][1] for each in entries.values()), default=0)
         if size != end:
             raise StorageError(path, f"damaged, half-written: it has {size} bytes, and its header says {end}", fix)
-        return cls(path, about, layout, {"bytes": size, "seal": checksum}, start, fix)
+        return cls(path, about, layout, {"bytes": size, "seal": checksum}, fix)
 
     def check(self, entry: Mapping[str, Any]) -> None:
         """Refuse a whole file in another's place.
@@ -134,21 +133,28 @@ class TensorFile:
             raise StorageError(self.path, "damaged: it is of another build than its manifest", self.fix)
 
     def verify(self) -> None:
-        """Read the data and compare it with its checksum.
+        """Read the data and compare it with its checksums.
 
         Raises:
-            StorageError: If it is not what was written.
+            StorageError: If it is not what was written; names the tensor.
         """
-        total = hashlib.sha256()
         with self.path.open("rb") as file:
-            file.seek(self.start)
-            while block := file.read(BLOCK):
-                total.update(block)
-        self._compare(total.hexdigest())
+            for name, (dtype, shape, offset) in self.layout.items():
+                file.seek(offset)
+                total, left = hashlib.sha256(), math.prod(shape) * getattr(torch, dtype).itemsize
+                while left and (block := file.read(min(left, BLOCK))):
+                    total.update(block)
+                    left -= len(block)
+                self._compare(name, total.hexdigest())
 
-    def _compare(self, checksum: str) -> None:
-        if checksum != self.about["data_sha256"]:
-            raise StorageError(self.path, "damaged: its data has another checksum than when it was written", self.fix)
+    def compare(self, name: str, values: np.ndarray) -> None:
+        """Refuse a tensor that was read whole and is not what was written."""
+        self._compare(name, hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest())
+
+    def _compare(self, name: str, checksum: str) -> None:
+        if checksum != json.loads(self.about["sums"])[name]:
+            problem = f"damaged: its data, of {name!r}, has another checksum than when it was written"
+            raise StorageError(self.path, problem, self.fix)
 
     def read(self) -> dict[str, Tensor]:
         """All tensors, in memory of their own, checked.
@@ -158,10 +164,11 @@ class TensorFile:
         """
         # Read once: what is hashed is what is given.
         content = bytearray(self.path.read_bytes())
-        self._compare(hashlib.sha256(memoryview(content)[self.start :]).hexdigest())
         found = {}
         for name, (dtype, shape, offset) in self.layout.items():
             kind, count = getattr(torch, dtype), math.prod(shape)
+            part = memoryview(content)[offset : offset + count * kind.itemsize]
+            self._compare(name, hashlib.sha256(part).hexdigest())
             flat = torch.frombuffer(content, dtype=kind, count=count, offset=offset) if count else torch.empty(0)
             found[name] = flat.to(kind).reshape(shape)
         return found
