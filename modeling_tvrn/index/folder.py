@@ -37,6 +37,8 @@ class FolderBackend:
         if GRAPH in files:
             check_file(version / GRAPH, files[GRAPH], FIX)
         embeds = vectors.mapped().arrays["embeds"]
+        if GRAPH not in files and self.manifest["precision"] != "float32":
+            vectors.compare("embeds", embeds)  # read whole, to make codes of
         self.search = VectorSearch(embeds, self.manifest["precision"], self.manifest["engine"])
         self.search.load(version)
         self.segments = Segments(directory / SEGMENTS, self.manifest["build"], self.manifest["side"])
