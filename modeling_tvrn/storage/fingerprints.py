@@ -13,6 +13,7 @@ from torch import nn
 ItemId = int | str
 
 # Settings of training, or of speed: what a network computes from its weights does not depend on them.
+# Words of such names, and such names.
 _OF_TRAINING = {
     *("dropout", "pdrop", "layerdrop", "drop", "loss", "init", "initializer", "freeze", "smoothing", "checkpoint"),
 }
@@ -22,20 +23,16 @@ _OF_TRAINING_WHOLE = {
 }
 # Fields that say where an object came from or how it is displayed, not what it computes.
 _VOLATILE = {
-    "_name_or_path",
-    "_processor_class",
-    "architectures",
-    "auto_map",
-    "device",
-    "dtype",
-    "feature_extractor_type",
-    "id2label",
-    "label2id",
-    "name_or_path",
-    "problem_type",
-    "processor_class",
-    "torch_dtype",
-    "transformers_version",
+    *("_name_or_path", "_processor_class", "architectures", "auto_map", "device", "dtype", "feature_extractor_type"),
+    *(
+        "id2label",
+        "label2id",
+        "name_or_path",
+        "problem_type",
+        "processor_class",
+        "torch_dtype",
+        "transformers_version",
+    ),
 }
 
 
