@@ -1,6 +1,5 @@
 """Keys of a run: read from YAML and the command line, checked, and explained where they are wrong."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -64,8 +63,8 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["epochs=2.5"], "epochs = 2.5 is a float; expected int"),
         (["epochs=true"], "epochs = True is a bool; expected int"),
         (["batch_size=1"], "batch_size = 1; expected at least 2"),
-        (["learning_rate=0"], "learning_rate = 0.0; expected above 0"),
-        (["word_dropout=1"], "word_dropout = 1.0; expected below 1"),
+        (["learning_rate=0"], "learning_rate = 0; expected above 0"),
+        (["word_dropout=1"], "word_dropout = 1; expected below 1"),
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
         (["trackers=comet"], "trackers = 'comet'; expected one of tensorboard, trackio, wandb"),
         (["model=8"], "model = 8 is a int; expected dict"),
@@ -97,9 +96,9 @@ def test_a_missing_or_misshapen_file_is_refused(tmp_path: Path) -> None:
 
 def test_help_explains_every_key_with_its_default() -> None:
     text = describe(TrainingConfig)
-    for field in dataclasses.fields(TrainingConfig):
-        assert len(field.metadata["help"]) > 10
-        assert f"  {field.name}=" in text and field.metadata["help"] in text
+    for name, field in TrainingConfig.model_fields.items():
+        assert field.description is not None and len(field.description) > 10
+        assert f"  {name}=" in text and field.description in text
     assert "batch_size=64" in text and "mixed_precision=no" in text and "model.hidden_size=1024" in text
     assert (
         "model.freeze_text=null" in text

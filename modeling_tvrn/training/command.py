@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from .config import TrainingConfig
@@ -64,7 +63,7 @@ def _key(name: str, word: str) -> str:
 
 
 def _known() -> dict[str, object]:
-    return {field.name: field.default for field in fields(TrainingConfig)}
+    return {name: field.default for name, field in TrainingConfig.model_fields.items()}
 
 
 def _begins(word: str) -> bool:
