@@ -121,3 +121,43 @@ def test_shipped_configurations_are_valid_and_survive_a_round_trip(path: Path) -
 def test_reading_a_configuration_loads_no_torch(run_python) -> None:
     code = "import sys; import modeling_tvrn.training; print('torch' in sys.modules, 'accelerate' in sys.modules)"
     assert run_python(code).split() == ["False", "False"]
+
+
+def test_all_that_is_wrong_is_said_at_once_a_line_each() -> None:
+    with pytest.raises(ValueError) as caught:
+        TrainingConfig(batchsize=8, epochs="two", trackers=["comet"], phases=[{"train": "all", "epoch": 1}, "all"])
+    said = str(caught.value)
+    for line in (
+        "unknown key 'batchsize'; did you mean batch_size",
+        "epochs = 'two' is a str; expected int or null",
+        "trackers = 'comet'; expected one of tensorboard, trackio, wandb (where values are tracked)",
+        "unknown key phases.0.epoch; did you mean epochs?",
+        "phases.1 = 'all' is a str; expected a mapping, as in phases=[{train:",
+    ):
+        assert f"\n{line}" in f"\n{said}", said
+    assert len(said.splitlines()) == 5
+
+
+def test_an_override_wins_over_a_dotted_key_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "model.hidden_size: 8\nphases: [{train: all, epochs: 1}]\nphases.0.epochs: 2\n")
+    config = TrainingConfig.from_yaml(path, ["model.hidden_size=16", "phases.0.epochs=3"])
+    assert config.model == {"hidden_size": 16} and config.as_dict()["phases"] == [{"train": "all", "epochs": 3}]
+
+
+def test_the_caller_s_own_values_are_not_changed() -> None:
+    given = {"model": {"vision_config": {"model_type": "vit"}}, "model.vision_config.hidden_size": 8}
+    assert TrainingConfig.from_mapping(given).model["vision_config"] == {"model_type": "vit", "hidden_size": 8}
+    assert given["model"] == {"vision_config": {"model_type": "vit"}}
+
+
+def test_what_may_change_on_resuming_is_said_where_a_key_is_defined() -> None:
+    """Where a cache lies, or what is measured beside the training, reaches no weight; what is trained on does."""
+    from modeling_tvrn.training.state import compared, differences
+
+    base = {"text": "some/encoder", "model": {"freeze_text": True}, "text_features": "captions"}
+    first = compared(TrainingConfig.from_mapping(base))
+    free = {"zero_shot": "animals", "zero_shot_prompt": "{}!", "text_features": "elsewhere", "output_dir": "runs/x"}
+    assert differences(first, compared(TrainingConfig.from_mapping({**base, **free}))) == []
+    for key, value in (("seed", 1), ("evaluation_images", 5), ("learning_rate", 1e-2)):
+        others = differences(first, compared(TrainingConfig.from_mapping({**base, key: value})))
+        assert others == [f"{key}: {TrainingConfig().as_dict()[key]!r} → {value!r}"]

@@ -13,7 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..redaction import REDACTED, redacted
 from .phases import ALL, EXAMPLE, PhaseConfig, check_entry, check_phases
 from .recipes import recipe_values
-from .settings import COMMAS, FREE, Section, flat_items, model_fields, near_matches, read_overrides, told, undotted
+from .settings import (
+    COMMAS,
+    FREE,
+    Count,
+    Section,
+    Share,
+    flat_items,
+    model_fields,
+    near_matches,
+    read_overrides,
+    told,
+    undotted,
+)
 
 __all__ = ["TrainingConfig"]
 
@@ -53,26 +65,22 @@ class TrainingConfig(BaseModel):
         description="name of the split that chooses the best checkpoint; where the data have none, 10 % of the "
         "training images are set aside, drawn by seed",
     )
-    max_train_images: int | None = Field(None, ge=1, description="train on the first N images only (null: all)")
+    max_train_images: Count | None = Field(None, description="train on the first N images only (null: all)")
     streaming: bool = Field(
         False,
         description="read the training split as it comes, shard by shard, in an order that resumes exactly; needs "
         "max_steps, or phases with steps, each of which then is one epoch, and a pretrained text tower",
     )
-    stream_shards_at_once: int = Field(4, ge=1, description="streaming: shards (files, row groups) read side by side")
-    stream_rows_at_once: int = Field(
-        1024, ge=1, description="streaming: images whose captions are shuffled together, encoded in memory"
+    stream_shards_at_once: Count = Field(4, description="streaming: shards (files, row groups) read side by side")
+    stream_rows_at_once: Count = Field(
+        1024, description="streaming: images whose captions are shuffled together, encoded in memory"
     )
     regions: str | None = Field(
-        None,
-        description="folder of a region cache read instead of the pictures; {split} in it becomes the split's name",
+        None, description="folder of a region cache to read for the pictures; {split} in it becomes the split's name"
     )
-    num_workers: Annotated[int, FREE] = Field(
-        0, ge=0, description="processes that load data; 0 loads in the main process"
-    )
+    num_workers: Annotated[int, FREE] = Field(0, ge=0, description="processes that load data (0: the main one)")
     allow_overlap: bool = Field(
-        False,
-        description="go on although validation images are trained on too; results.json and the card then say so",
+        False, description="go on although validation images are trained on too, which results.json and the card say"
     )
 
     dual_encoder: Annotated[str | None, Section("towers")] = Field(
@@ -81,8 +89,7 @@ class TrainingConfig(BaseModel):
         "the score; in place of vision and text",
     )
     start_from: str | None = Field(
-        None,
-        description="Hub id or path of a finished TVRN to train on, with its processor; in place of towers and sizes",
+        None, description="Hub id or path of a finished TVRN to train on, with its processor, towers and sizes"
     )
     vision: str | None = Field(None, description="Hub id or path of the vision backbone (null: region features)")
     text: str | None = Field(
@@ -91,41 +98,33 @@ class TrainingConfig(BaseModel):
     word_embeddings: str | None = Field(
         None,
         description="BiGRU text: Hub id or path of the text model whose tokens and input embeddings it starts from "
-        "(null: words of the training captions, from scratch); model.freeze_word_embeddings=true keeps them as they "
-        "are",
+        "(null: words of the training captions, from scratch); model.freeze_word_embeddings=true keeps them",
     )
     trust_remote_code: bool = Field(
         False,
         description="run Python code that the folder or repository of a tokenizer, image processor or "
         "word_embeddings brings; a tower's own class must be one of transformers'",
     )
-    image_size: int | None = Field(
-        None, ge=1, description="pixels a side that the image processor delivers (null: its own)"
+    image_size: Count | None = Field(
+        None, description="pixels a side that the image processor delivers (null: its own)"
     )
     max_text_length: int = Field(64, ge=3, description="tokens at which a caption is cut (counted and reported)")
-    min_word_frequency: int = Field(
-        1,
-        ge=1,
-        description="BiGRU text from scratch: words seen less often in the training captions become <unk>",
+    min_word_frequency: Count = Field(
+        1, description="BiGRU text from scratch: words seen less often in the training captions become <unk>"
     )
     text_features: Annotated[str | None, FREE] = Field(
         None,
         description="folder of the caption cache: what a frozen text tower gives for each caption, made there at "
         "first use and shared by runs (null: the tower runs live)",
     )
-    vision_lora_rank: int | None = Field(
-        None,
-        ge=1,
-        description="low-rank adapters in the vision tower, by peft, in place of fine-tuning it (null: none)",
+    vision_lora_rank: Count | None = Field(
+        None, description="low-rank adapters in the vision tower, by peft, in place of fine-tuning it (null: none)"
     )
-    text_lora_rank: int | None = Field(
-        None,
-        ge=1,
-        description="low-rank adapters in the text tower, by peft, in place of fine-tuning it (null: none)",
+    text_lora_rank: Count | None = Field(
+        None, description="low-rank adapters in the text tower, by peft, in place of fine-tuning it (null: none)"
     )
-    tower_batch_size: int | None = Field(
+    tower_batch_size: Count | None = Field(
         None,
-        ge=1,
         description="items that the towers run over at a time, twice (once without gradients), so that a batch of "
         "thousands fits into memory; gradients stay the same (null: the whole batch, once)",
     )
@@ -138,25 +137,23 @@ class TrainingConfig(BaseModel):
         "once); what an entry leaves out comes from the run's own keys, and phases.N.KEY=VALUE changes entry N, "
         "counted from 0",
     )
-    epochs: int | None = Field(
-        None, ge=1, description=f"without phases: times that every caption is seen (null: {EPOCHS})"
+    epochs: Count | None = Field(
+        None, description=f"without phases: times that every caption is seen (null: {EPOCHS})"
     )
-    max_steps: int | None = Field(
-        None, ge=1, description="without phases: optimizer steps; overrides epochs (null: epochs)"
+    max_steps: Count | None = Field(
+        None, description="without phases: optimizer steps; overrides epochs (null: epochs)"
     )
     batch_size: int = Field(64, ge=2, description="captions a batch, each with its image")
-    batch_captions_per_image: int = Field(1, ge=1, description="captions of the same image put into the same batch")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="batches whose gradients make one optimizer step; negatives stay within a batch"
+    batch_captions_per_image: Count = Field(1, description="captions of the same image put into the same batch")
+    gradient_accumulation_steps: Count = Field(
+        1, description="batches whose gradients make one optimizer step; negatives stay within a batch"
     )
 
     learning_rate: Annotated[float, Section("optimizer")] = Field(
         5e-4, gt=0, description="highest rate of everything that is not pretrained"
     )
     tower_learning_rate: float = Field(
-        5e-5,
-        gt=0,
-        description="highest rate of towers, and of a dual encoder's projections, that are not frozen",
+        5e-5, gt=0, description="highest rate of towers, and of a dual encoder's projections, if not frozen"
     )
     warmup_ratio: float = Field(
         0.05, ge=0, le=1, description="share of a phase's steps over which the rate rises linearly"
@@ -164,21 +161,16 @@ class TrainingConfig(BaseModel):
     scheduler: Literal["cosine", "step", "constant"] = Field(
         "cosine", description="what the rate does after the warm-up"
     )
-    decay_epochs: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="scheduler=step: epochs after which the rate is multiplied"
-    )
+    decay_epochs: list[Count] = Field([], description="scheduler=step: epochs after which the rate is multiplied")
     decay_factor: float = Field(0.1, gt=0, le=1, description="scheduler=step: what it is multiplied by")
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW's, on matrices only: none on biases, norms and temperatures"
     )
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean")
+    adam_beta2: Share = Field(0.999, description="AdamW's decay of the squared gradient's mean")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's floor under the root")
     max_grad_norm: float | None = Field(2.0, gt=0, description="gradients are scaled down to this norm (null: never)")
     ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="evaluate and save a running mean of the weights with this decay a step (null: off)",
+        None, gt=0, lt=1, description="evaluate and save the weights' running mean with this decay a step (null: off)"
     )
 
     weight_interpolation: Annotated[float | None, Section("regularisation")] = Field(
@@ -188,11 +180,11 @@ class TrainingConfig(BaseModel):
         description="the model that is kept is a mean of the pretrained weights and what became of them, with this "
         "share of the latter (WiSE-FT), which forgets less; its folder `trained` holds the latter (null: off)",
     )
-    word_dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability that a word is left out of matching (one at least stays)"
+    word_dropout: Share = Field(
+        0.0, description="probability that a word is left out of matching (one at least stays)"
     )
-    region_dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability that a region is left out of matching (one at least stays)"
+    region_dropout: Share = Field(
+        0.0, description="probability that a region is left out of matching (one at least stays)"
     )
 
     cusa: Annotated[bool, Section("cusa")] = Field(
@@ -204,9 +196,7 @@ class TrainingConfig(BaseModel):
     cusa_text_teacher: str | None = Field(None, description="folder of the text teacher's cache, by caption")
     cusa_alpha: float = Field(1.0, ge=0, description="weight of the cross-modal soft labels (0: off)")
     cusa_beta: float = Field(
-        0.75,
-        ge=0,
-        description="weight of the uni-modal soft labels (0: off); gives the model uni-modal heads",
+        0.75, ge=0, description="weight of the uni-modal soft labels (0: off); gives the model uni-modal heads"
     )
     cusa_teacher_temperature: float = Field(
         1.0, gt=0, description="of the teachers' cosines; smaller makes their rows more peaked"
@@ -216,36 +206,29 @@ class TrainingConfig(BaseModel):
         0.10, gt=0, lt=0.99, description="bound below which the learned temperatures do not fall"
     )
     cusa_teachers: Literal["own", "mean", "geometric_mean"] = Field(
-        "own",
-        description="whose cosines label the cross-modal part: each side's own teacher, or both by their mean",
+        "own", description="whose cosines label the cross-modal part: each side's own teacher, or both by their mean"
     )
     cusa_exclude_self: bool = Field(
         False, description="label the other items of a batch alone, without the diagonal that the paper keeps"
     )
     cusa_on_logits: bool = Field(
-        False,
-        description="label the model's logits in their own scale, not cosines and scores with learned temperatures",
+        False, description="label the model's logits in their own scale, without learned temperatures"
     )
     cusa_center_teachers: bool = Field(
-        False,
-        description="the teachers' cosines about the batch's mean vector: tells never-negative features apart",
+        False, description="the teachers' cosines about the batch's mean vector: tells never-negative features apart"
     )
 
-    evaluation_steps: Annotated[int | None, Section("evaluation")] = Field(
-        None, ge=1, description="optimizer steps between two evaluations (null: at the end of each epoch)"
+    evaluation_steps: Annotated[Count | None, Section("evaluation")] = Field(
+        None, description="optimizer steps between two evaluations (null: at the end of each epoch)"
     )
     evaluation_images: int | None = Field(
         None,
         ge=2,
         description="evaluate on the first N validation images while training (null: all), at the end on all",
     )
-    evaluation_batch_size: Annotated[int, FREE] = Field(
-        64, ge=1, description="images, and captions, encoded at a time"
-    )
+    evaluation_batch_size: Annotated[Count, FREE] = Field(64, description="images, and captions, encoded at a time")
     zero_shot: Annotated[str | None, FREE] = Field(
-        None,
-        description="folder with a folder of images a label, named by it: zero-shot accuracy before and after the "
-        "training",
+        None, description="folder with a folder of images a label: zero-shot accuracy before and after the training"
     )
     zero_shot_prompt: Annotated[str, FREE] = Field(
         "a photo of a {}.", description="what is said of a label, {} where it goes"
@@ -256,30 +239,25 @@ class TrainingConfig(BaseModel):
     )
     resume: Annotated[str | None, FREE] = Field(
         None,
-        description="go on from a checkpoint: auto (the newest whole one of output_dir, else from the start), or its "
-        "folder",
+        description="go on from a checkpoint: its folder, or auto (the newest of output_dir, else from the start)",
     )
     resume_changed: Annotated[bool, FREE] = Field(
         False, description="go on although the checkpoint was made with other settings"
     )
-    save_steps: Annotated[int | None, FREE] = Field(
-        None, ge=1, description="optimizer steps between two checkpoints (null: at the end of each epoch)"
+    save_steps: Annotated[Count | None, FREE] = Field(
+        None, description="optimizer steps between two checkpoints (null: at the end of each epoch)"
     )
     keep_checkpoints: Annotated[int, FREE] = Field(
-        2,
-        ge=0,
-        description="newest checkpoints that stay in output_dir/checkpoints, beside the best model (0: none)",
+        2, ge=0, description="newest checkpoints that stay in output_dir/checkpoints, beside the best model"
     )
     seed: int = Field(0, ge=0, description="what initial weights, order of the data and dropout follow from")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the forward pass")
     shard: Annotated[bool, FREE] = Field(
-        False,
-        description="divide weights, gradients and moments among the processes (FSDP2) instead of holding them in "
-        "each; a single process has nothing to divide",
+        False, description="divide weights, gradients and moments among several processes (FSDP2)"
     )
     cpu: Annotated[bool, FREE] = Field(False, description="stay on the CPU even where there is an accelerator")
-    logging_steps: Annotated[int, FREE] = Field(
-        50, ge=1, description="optimizer steps between two logged lines and tracked values"
+    logging_steps: Annotated[Count, FREE] = Field(
+        50, description="optimizer steps between two logged lines and tracked values"
     )
     trackers: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], COMMAS, FREE] = Field(
         [], description="where values are tracked"
@@ -348,7 +326,9 @@ class TrainingConfig(BaseModel):
             first = next(iter(given))
             raise ValueError(f"there is no phases.{first}: this run has no phases; give some, as in {EXAMPLE}")
         if given is not None and not isinstance(given, list):
-            raise ValueError(f"phases = {given!r} is a {type(given).__name__}; expected a list, as in {EXAMPLE}")
+            raise ValueError(
+                f"phases = {redacted(given)!r} is a {type(given).__name__}; expected a list, as in {EXAMPLE}"
+            )
         if given == []:
             raise ValueError("phases = [] trains nothing; leave phases out for one phase of all, or name some")
         return given

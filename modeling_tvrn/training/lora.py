@@ -24,7 +24,7 @@ def add_adapters(model: Any, config: TrainingConfig) -> int:
     """Put adapters into the towers for which a rank is configured; how many layers got one.
 
     Raises:
-        ValueError: peft is not installed, or there is no such tower.
+        ValueError: peft is not installed, or there is no such tower, or no linear layer in it.
     """
     count = 0
     for side, rank in (("vision", config.vision_lora_rank), ("text", config.text_lora_rank)):
@@ -42,6 +42,8 @@ def _adapt(tower: nn.Module | None, side: str, rank: int) -> int:
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{key} = {rank}, but the {side}_model has no linear layer to adapt; set {key}=null")
     adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
     inject_adapter_in_model(adapter, tower)  # which also freezes the tower's own weights
     return len(_adapted(tower))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
-from .settings import COMMAS, near_matches
+from .settings import COMMAS, Count, Share, near_matches
 
 __all__ = [
     *("ALL", "EXAMPLE", "LEVELS", "NAMES", "Learning", "PhaseConfig", "check_entry", "check_phases", "kept_in"),
@@ -58,10 +58,7 @@ READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("region_projection.", "word_projection.", "word_perceptron.", "word_encoder."),
         ("refined", "late_interaction", "reasoning"),
     ),
-    (
-        ("dual_encoder.vision_model.", "dual_encoder.text_model."),
-        ("embeddings", "late_interaction", "reasoning"),
-    ),
+    (("dual_encoder.vision_model.", "dual_encoder.text_model."), ("embeddings", "late_interaction", "reasoning")),
     (("dual_encoder.",), ("embeddings",)),
     (("text_pooling.",), ("late_interaction", "reasoning")),
     (("pair.late_interaction_weight",), ("late_interaction", "reasoning")),
@@ -69,10 +66,7 @@ READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("attention.", "geometry.", "visual_refinement.", "image_pooling."), ("refined", "reasoning")),
     (("textual_refinement.",), ("recurrent", "reasoning")),
     (("pair.",), ("reasoning",)),
-    (
-        ("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_"),
-        ("embeddings",),
-    ),
+    (("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_"), ("embeddings",)),
 )
 
 
@@ -115,18 +109,16 @@ class PhaseConfig(BaseModel):
     train: Annotated[list[str], COMMAS] = Field(
         [], description=f"what learns, one name or several: {', '.join(NAMES)}, or {ALL}; the rest stays as it is"
     )
-    epochs: int | None = Field(None, ge=1, description="times that every caption is seen")
-    steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs; of a stream always")
+    epochs: Count | None = Field(None, description="times that every caption is seen")
+    steps: Count | None = Field(None, description="optimizer steps, in place of epochs; of a stream always")
     batch_size: int = Field(64, ge=2, description="captions a batch (unset: the run's batch_size)")
     learning_rate: float = Field(
         5e-4,
         gt=0,
         description="highest rate (unset: the run's learning_rate); tower_learning_rate changes in proportion",
     )
-    region_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of regions left out (unset: the run's region_dropout)"
-    )
-    word_dropout: float = Field(0.0, ge=0, lt=1, description="share of words left out (unset: the run's word_dropout)")
+    region_dropout: Share = Field(0.0, description="share of regions left out (unset: the run's region_dropout)")
+    word_dropout: Share = Field(0.0, description="share of words left out (unset: the run's word_dropout)")
     warmup_ratio: float = Field(
         0.05, ge=0, le=1, description="share of the phase's steps (unset: the run's warmup_ratio)"
     )

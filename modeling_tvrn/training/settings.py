@@ -10,17 +10,17 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..redaction import redacted, redacted_command, redacted_text
 
 __all__ = [
-    *("COMMAS", "FREE", "Section", "describe", "flat_items", "model_fields", "near_matches", "read_overrides"),
-    *("read_yaml", "told", "undotted"),
+    *("COMMAS", "FREE", "Count", "Section", "Share", "describe", "flat_items", "model_fields", "near_matches"),
+    *("read_overrides", "read_yaml", "told", "undotted"),
 ]
 
 # What `describe` explains before all else, of those that there are.
@@ -31,7 +31,8 @@ FIRST_KEYS = (
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
 _DOCUMENTED = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(([^)]*)\))?:[ \n]+(.*(?:\n {8}.*)*)", re.MULTILINE)
 
-
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 # Marks of a key, in its `Annotated` type.
 FREE = "may change between a run and its continuation: none of it reaches the weights"
 COMMAS = BeforeValidator(
@@ -173,33 +174,31 @@ def told(error: ValidationError, cls: type[BaseModel]) -> str:
         error: pydantic's.
         cls: whose keys they are.
     """
-    return "\n".join(
-        _told(each["type"], each["loc"], each["input"], each.get("ctx", {}), cls) for each in error.errors()
-    )
+    return "\n".join(_told(each, cls) for each in error.errors())
 
 
-def _told(kind: str, place: tuple[int | str, ...], given: Any, context: dict[str, Any], cls: type[BaseModel]) -> str:
+def _told(problem: Any, cls: type[BaseModel]) -> str:
+    kind, place, given, context = problem["type"], problem["loc"], problem["input"], problem.get("ctx", {})
     if kind == "value_error":  # of our own
         return str(context["error"])
     if isinstance(place[-1], int) and kind != "model_type":  # an item of a list goes by the list's name
         place = place[:-1]
-    name = ".".join(map(str, place))
-    owner = cls if len(place) == 1 else entry_of(cls.model_fields[str(place[0])]) or cls
+    outer, last, name = str(place[0]), str(place[-1]), ".".join(map(str, place))
+    owner = cls if len(place) == 1 else entry_of(cls.model_fields[outer]) or cls
     if kind == "extra_forbidden":
-        shown = repr(name) if owner is cls else name
-        return f"unknown key {shown}; {near_matches(str(place[-1]), owner.model_fields)}"
-    field = owner.model_fields.get(str(place[-1])) or cls.model_fields[str(place[0])]
-    if kind.endswith("_type"):
-        word = kind.removesuffix("_type")
-        expected = {"string": "str", "model": "a mapping"}.get(word, word)
-        if type(None) in typing.get_args(field.annotation) and kind != "model_type":
-            expected += " or null"
-        return f"{name} = {redacted(given)!r} is a {type(given).__name__}; expected {expected}"
-    if kind in LIMITS:
-        expected = f"{LIMITS[kind]} {next(iter(context.values())):g}"
+        return f"unknown key {repr(name) if owner is cls else name}; {near_matches(last, owner.model_fields)}"
+    field = owner.model_fields.get(last) or cls.model_fields[outer]
+    if kind == "model_type":
+        expected = f"a mapping, as in {(field.examples or [''])[0]}"
+    elif kind.endswith("_type"):
+        expected = "str" if kind == "string_type" else kind.removesuffix("_type")
+        expected += " or null" if type(None) in typing.get_args(field.annotation) else ""
+    elif kind in LIMITS:
+        expected = f"{LIMITS[kind]} {next(iter(context.values())):g} ({field.description})"
     else:
-        expected = f"one of {', '.join(choices(field.annotation))}"
-    return f"{name} = {redacted(given)!r}; expected {expected} ({field.description})"
+        expected = f"one of {', '.join(choices(field.annotation))} ({field.description})"
+    is_a = f" is a {type(given).__name__}" if kind.endswith("_type") else ""
+    return f"{name} = {redacted(given)!r}{is_a}; expected {expected}"
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
