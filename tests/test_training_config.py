@@ -1,10 +1,14 @@
 """Keys of a run: read from YAML and the command line, checked, and explained where they are wrong."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedConfig
 
+from modeling_tvrn.configuration_tvrn import BY_FIRST_STAGE, TVRNConfig
 from modeling_tvrn.training import TrainingConfig, describe
+from modeling_tvrn.training.settings import model_fields
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "examples" / "configs").glob("*.yaml"))
 
@@ -119,8 +123,24 @@ def test_shipped_configurations_are_valid_and_survive_a_round_trip(path: Path) -
 
 
 def test_reading_a_configuration_loads_no_torch(run_python) -> None:
-    code = "import sys; import modeling_tvrn.training; print('torch' in sys.modules, 'accelerate' in sys.modules)"
-    assert run_python(code).split() == ["False", "False"]
+    code = """
+import sys
+from modeling_tvrn.training import TrainingConfig, describe
+TrainingConfig.from_yaml("flickr8k", ["model.hidden_size=8"])
+describe(TrainingConfig)
+print(sorted({"torch", "transformers", "accelerate"} & set(sys.modules)))
+"""
+    assert run_python(code).split() == ["[]"]
+
+
+def test_fields_of_the_model_are_those_that_its_configuration_has() -> None:
+    """They are read from its source, which is no import."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"pad_token_id"}
+    fields = {field.name: field.default for field in dataclasses.fields(TVRNConfig) if field.name not in inherited}
+    assert model_fields() == fields
+    for has_dual_encoder in (False, True):
+        chosen = {name: both[has_dual_encoder] for name, both in BY_FIRST_STAGE.items()}
+        assert model_fields(has_dual_encoder) == {**fields, **chosen}
 
 
 def test_all_that_is_wrong_is_said_at_once_a_line_each() -> None:

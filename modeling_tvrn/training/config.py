@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Self
@@ -454,12 +453,8 @@ class TrainingConfig(BaseModel):
         """Against the model's configuration as it will be, where fields depend on whether there is a dual encoder."""
         if self.start_from is not None:  # whose fields nobody knows before it is read
             return self
-        from ..configuration_tvrn import BY_FIRST_STAGE, TVRNConfig
-
         whole = self.dual_encoder is not None or self.model.get("dual_encoder_config") is not None
-        defaults = {name: both[whole] for name, both in BY_FIRST_STAGE.items()}
-        given = {name: value for name, value in self.model.items() if value is not None or name not in defaults}
-        fields = {**model_fields(), **defaults, **given}
+        fields = {**model_fields(whole), **{name: value for name, value in self.model.items() if value is not None}}
         if whole:
             fields["use_refined_features"] = False
             fields["dual_encoder_config"] = self.dual_encoder or fields["dual_encoder_config"]
@@ -467,9 +462,7 @@ class TrainingConfig(BaseModel):
             f"{side}_tower_config": getattr(self, side) or fields[f"{side}_config"] or fields["dual_encoder_config"]
             for side in ("vision", "text")
         }
-        resolved: Any = SimpleNamespace(**fields, **towers)
-        resolved.keeps = partial(TVRNConfig.keeps, resolved)
-        self.check_with_model(resolved)
+        self.check_with_model(SimpleNamespace(**fields, **towers))
         return self
 
     @model_validator(mode="after")
@@ -521,13 +514,16 @@ class TrainingConfig(BaseModel):
         Raises:
             ValueError: names the keys, their values, and what to set instead.
         """
-        self._check_frozen(model)
-        if model.dual_encoder_config is not None and all(model.keeps(side) for side in ("vision", "text")):
+        # As `TVRNConfig.keeps`, which what is known before the model is built does not have.
+        whole_moves = model.dual_encoder_config is not None and not model.freeze_first_stage
+        kept = {side: getattr(model, f"freeze_{side}") and not whole_moves for side in ("vision", "text")}
+        self._check_frozen(model, kept)
+        if model.dual_encoder_config is not None and all(kept.values()):
             self._check_frozen_first_stage()
         if self.phases is not None:
             check_phases(self.phases, model, finished=self.start_from is not None)
 
-    def _check_frozen(self, model: Any) -> None:
+    def _check_frozen(self, model: Any, kept: dict[str, bool]) -> None:
         """What is frozen of the towers, where their outputs are cached or adapters learn in them."""
         for side in ("vision", "text"):
             rank = getattr(self, f"{side}_lora_rank")
@@ -542,7 +538,7 @@ class TrainingConfig(BaseModel):
             for side in ("vision", "text")
         }
         whole = "" if model.dual_encoder_config is None else " and model.freeze_first_stage=true"
-        if self.regions is not None and model.vision_tower_config is not None and not model.keeps("vision"):
+        if self.regions is not None and model.vision_tower_config is not None and not kept["vision"]:
             raise ValueError(
                 f"regions = {self.regions!r} holds the outputs of a frozen tower, but {free['vision']}; set "
                 f"model.freeze_vision=true{whole}, or drop regions so that the tower learns from the pictures"
@@ -552,7 +548,7 @@ class TrainingConfig(BaseModel):
                 f"text_features = {self.text_features!r} needs a text tower, got text = None (a BiGRU learns from "
                 "scratch); name one with text=…, or drop text_features"
             )
-        if self.text_features is not None and not model.keeps("text"):
+        if self.text_features is not None and not kept["text"]:
             raise ValueError(
                 f"text_features = {self.text_features!r} needs a frozen text tower, but {free['text']}: its outputs "
                 f"change while it learns; set model.freeze_text=true{whole}, or drop text_features"

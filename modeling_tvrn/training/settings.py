@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
-import inspect
+import functools
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,29 +215,30 @@ def entry_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def model_fields() -> dict[str, Any]:
-    """The fields of TVRNConfig itself (not those every configuration inherits) with their defaults."""
-    from transformers import PreTrainedConfig
+@functools.cache
+def _model_source() -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What depends on the first stage, the fields and the docstring of TVRNConfig, read and not imported: torch, which
+    comes with it, takes seconds, and a mistaken key is answered at once."""
+    module = ast.parse((Path(__file__).resolve().parents[1] / "configuration_tvrn.py").read_text("utf-8"))
+    config = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TVRNConfig")
+    outside, inside = (
+        {ast.unparse(node.target): node.value for node in body if isinstance(node, ast.AnnAssign) and node.value}
+        for body in (module.body, config.body)
+    )
+    fields = {name: ast.literal_eval(value) for name, value in inside.items() if name != "sub_configs"}
+    return ast.literal_eval(outside["BY_FIRST_STAGE"]), fields, ast.get_docstring(config) or ""
 
-    from ..configuration_tvrn import TVRNConfig
 
-    inherited = {field.name for field in fields(PreTrainedConfig)}
-    own = [field for field in fields(TVRNConfig) if field.name not in inherited]
-    own += [field for field in fields(TVRNConfig) if field.name == "pad_token_id"]
-    return {field.name: field.default for field in own}
+def model_fields(has_dual_encoder: bool | None = None) -> dict[str, Any]:
+    """The fields of TVRNConfig (not those every configuration inherits) with their defaults.
 
-
-def _model_meanings() -> dict[str, str]:
-    """What TVRNConfig's docstring says of each of its fields; those it explains together have the same text."""
-    from ..configuration_tvrn import TVRNConfig
-
-    found = {}
-    for names, kind, text in _DOCUMENTED.findall(inspect.getdoc(TVRNConfig) or ""):
-        meaning = " ".join(text.split()) + (f" ({kind.split(', defaults')[0]})" if '"' in kind else "")
-        for value in (None, True, False):  # as YAML writes them
-            meaning = meaning.replace(f"`{value}`", _plain(value))
-        found.update(dict.fromkeys(names.replace(",", " ").split(), meaning.replace("`", "")))
-    return found
+    Args:
+        has_dual_encoder: decides those that depend on it; None leaves these None.
+    """
+    by_first_stage, fields, _ = _model_source()
+    if has_dual_encoder is None:
+        return dict(fields)
+    return {**fields, **{name: both[has_dual_encoder] for name, both in by_first_stage.items()}}
 
 
 def describe(cls: type[BaseModel]) -> str:
@@ -248,7 +250,12 @@ def describe(cls: type[BaseModel]) -> str:
         if name not in FIRST_KEYS:
             lines.append(_explained(name, field))
     lines.append("\nmodel (fields of TVRNConfig):")
-    meanings = _model_meanings()
+    meanings = {}
+    for names, kind, text in _DOCUMENTED.findall(_model_source()[2]):
+        meaning = " ".join(text.split()) + (f" ({kind.split(', defaults')[0]})" if '"' in kind else "")
+        for value in (None, True, False):  # as YAML writes them
+            meaning = meaning.replace(f"`{value}`", _plain(value))
+        meanings.update(dict.fromkeys(names.replace(",", " ").split(), meaning.replace("`", "")))
     for name, default in model_fields().items():
         lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
     return "\n".join(lines)
