@@ -24,7 +24,7 @@ __all__ = [
     *("read_overrides", "read_yaml", "told", "undotted"),
 ]
 
-# What `describe` explains before all else, of those that there are.
+# What `describe` explains before all else.
 FIRST_KEYS = (
     *("data", "dual_encoder", "start_from", "output_dir", "phases", "epochs"),
     *("batch_size", "learning_rate", "mixed_precision"),
@@ -242,7 +242,7 @@ def model_fields(has_dual_encoder: bool | None = None) -> dict[str, Any]:
 
 
 def describe(cls: type[BaseModel]) -> str:
-    """Help for each key of settings, with its default and limits: those that matter most, then section by section."""
+    """Help for each key of settings, with default and choices: those that matter most, then section by section."""
     known = cls.model_fields
     lines = ["what matters most:", *(_explained(name, known[name]) for name in FIRST_KEYS)]
     for name, field in known.items():
@@ -263,8 +263,8 @@ def describe(cls: type[BaseModel]) -> str:
 
 def _explained(name: str, field: FieldInfo) -> str:
     words = choices(field.annotation)
-    text = f"{field.description}" + (f" ({'|'.join(words)})" if words else "")
-    lines = [f"  {name}={_plain(field.default)}", f"      {text}"]
+    said = f" ({'|'.join(words)})" if words else ""
+    lines = [f"  {name}={_plain(field.default)}", f"      {field.description}{said}"]
     if entry := entry_of(field):
         for key, inner in entry.model_fields.items():
             lines.append(f"    {name}.N.{key}\n      {inner.description}")
