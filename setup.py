@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "pillow>=11.3,<14",
     "pyarrow>=21,<27",
     "pyyaml>=6.0.2,<7",
+    "pydantic>=2.11,<3",
     "tqdm>=4.67,<5",
     "matplotlib>=3.10,<4",
     "typer>=0.20,<1",

@@ -106,8 +106,18 @@ class TestMistakes:
     def test_no_such_model(self, tmp_path: Path) -> None:
         assert "no folder" in tvrn("doctor", tmp_path / "none", code=2).stderr
 
-    def test_train_refuses_a_key_that_there_is_not(self) -> None:
-        assert "unknown" in tvrn("train", "epoch=3", code=2).stderr.lower()
+    def test_train_refuses_a_key_that_there_is_not_before_torch_is_there(self, run_python: Callable[..., str]) -> None:
+        code = """
+import sys
+from modeling_tvrn.cli import main
+sys.argv = ["tvrn", "train", "epoch=3"]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+        assert "unknown key 'epoch'" in tvrn("train", "epoch=3", code=2).stderr
+        assert run_python(code).split() == ["2", "[]"]
 
     def test_evaluate_checks_before_it_loads(self) -> None:
         assert "flickr8k-1k" in tvrn("evaluate", "x", "--data", "scenes", "--protocol", "mine", code=2).stderr

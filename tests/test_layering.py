@@ -23,7 +23,7 @@ SHIPPED = {path.stem for path in PACKAGE.glob("*_tvrn.py")} | {"losses"}
 SHIPPED_MAY_IMPORT = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "PIL"}
 ALWAYS_REQUIRED = {
     *("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "evaluate"),
-    *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer"),
+    *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer", "pydantic"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
 LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "plots", "redaction"}

@@ -4,8 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedConfig
 
+from modeling_tvrn.configuration_tvrn import BY_FIRST_STAGE, TVRNConfig
 from modeling_tvrn.training import TrainingConfig, describe
+from modeling_tvrn.training.settings import model_fields
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "examples" / "configs").glob("*.yaml"))
 
@@ -64,8 +67,8 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["epochs=2.5"], "epochs = 2.5 is a float; expected int"),
         (["epochs=true"], "epochs = True is a bool; expected int"),
         (["batch_size=1"], "batch_size = 1; expected at least 2"),
-        (["learning_rate=0"], "learning_rate = 0.0; expected above 0"),
-        (["word_dropout=1"], "word_dropout = 1.0; expected below 1"),
+        (["learning_rate=0"], "learning_rate = 0; expected above 0"),
+        (["word_dropout=1"], "word_dropout = 1; expected below 1"),
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
         (["trackers=comet"], "trackers = 'comet'; expected one of tensorboard, trackio, wandb"),
         (["model=8"], "model = 8 is a int; expected dict"),
@@ -97,9 +100,9 @@ def test_a_missing_or_misshapen_file_is_refused(tmp_path: Path) -> None:
 
 def test_help_explains_every_key_with_its_default() -> None:
     text = describe(TrainingConfig)
-    for field in dataclasses.fields(TrainingConfig):
-        assert len(field.metadata["help"]) > 10
-        assert f"  {field.name}=" in text and field.metadata["help"] in text
+    for name, field in TrainingConfig.model_fields.items():
+        assert field.description is not None and len(field.description) > 10
+        assert f"  {name}=" in text and field.description in text
     assert "batch_size=64" in text and "mixed_precision=no" in text and "model.hidden_size=1024" in text
     assert (
         "model.freeze_text=null" in text
@@ -120,5 +123,61 @@ def test_shipped_configurations_are_valid_and_survive_a_round_trip(path: Path) -
 
 
 def test_reading_a_configuration_loads_no_torch(run_python) -> None:
-    code = "import sys; import modeling_tvrn.training; print('torch' in sys.modules, 'accelerate' in sys.modules)"
-    assert run_python(code).split() == ["False", "False"]
+    code = """
+import sys
+from modeling_tvrn.training import TrainingConfig, describe
+TrainingConfig.from_yaml("flickr8k", ["model.hidden_size=8"])
+describe(TrainingConfig)
+print(sorted({"torch", "transformers", "accelerate"} & set(sys.modules)))
+"""
+    assert run_python(code).split() == ["[]"]
+
+
+def test_fields_of_the_model_are_those_that_its_configuration_has() -> None:
+    """They are read from its source, which is no import."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"pad_token_id"}
+    fields = {field.name: field.default for field in dataclasses.fields(TVRNConfig) if field.name not in inherited}
+    assert model_fields() == fields
+    for has_dual_encoder in (False, True):
+        chosen = {name: both[has_dual_encoder] for name, both in BY_FIRST_STAGE.items()}
+        assert model_fields(has_dual_encoder) == {**fields, **chosen}
+
+
+def test_all_that_is_wrong_is_said_at_once_a_line_each() -> None:
+    with pytest.raises(ValueError) as caught:
+        TrainingConfig(batchsize=8, epochs="two", trackers=["comet"], phases=[{"train": "all", "epoch": 1}, "all"])
+    said = str(caught.value)
+    for line in (
+        "unknown key 'batchsize'; did you mean batch_size",
+        "epochs = 'two' is a str; expected int or null",
+        "trackers = 'comet'; expected one of tensorboard, trackio, wandb (where values are tracked)",
+        "unknown key phases.0.epoch; did you mean epochs?",
+        "phases.1 = 'all' is a str; expected a mapping, as in phases=[{train:",
+    ):
+        assert f"\n{line}" in f"\n{said}", said
+    assert len(said.splitlines()) == 5
+
+
+def test_an_override_wins_over_a_dotted_key_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "model.hidden_size: 8\nphases: [{train: all, epochs: 1}]\nphases.0.epochs: 2\n")
+    config = TrainingConfig.from_yaml(path, ["model.hidden_size=16", "phases.0.epochs=3"])
+    assert config.model == {"hidden_size": 16} and config.as_dict()["phases"] == [{"train": "all", "epochs": 3}]
+
+
+def test_the_caller_s_own_values_are_not_changed() -> None:
+    given = {"model": {"vision_config": {"model_type": "vit"}}, "model.vision_config.hidden_size": 8}
+    assert TrainingConfig.from_mapping(given).model["vision_config"] == {"model_type": "vit", "hidden_size": 8}
+    assert given["model"] == {"vision_config": {"model_type": "vit"}}
+
+
+def test_what_may_change_on_resuming_is_said_where_a_key_is_defined() -> None:
+    """Where a cache lies, or what is measured beside the training, reaches no weight; what is trained on does."""
+    from modeling_tvrn.training.state import compared, differences
+
+    base = {"text": "some/encoder", "model": {"freeze_text": True}, "text_features": "captions"}
+    first = compared(TrainingConfig.from_mapping(base))
+    free = {"zero_shot": "animals", "zero_shot_prompt": "{}!", "text_features": "elsewhere", "output_dir": "runs/x"}
+    assert differences(first, compared(TrainingConfig.from_mapping({**base, **free}))) == []
+    for key, value in (("seed", 1), ("evaluation_images", 5), ("learning_rate", 1e-2)):
+        others = differences(first, compared(TrainingConfig.from_mapping({**base, key: value})))
+        assert others == [f"{key}: {TrainingConfig().as_dict()[key]!r} → {value!r}"]

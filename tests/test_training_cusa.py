@@ -68,7 +68,7 @@ def test_what_gets_soft_labels_in_each_phase(data: Path, caches: dict, tmp_path:
     with torch.no_grad():  # dissimilar on purpose: at their start the three are alike
         for number, cusa in enumerate((run.cusa.embeddings, *run.cusa.others.values())):
             cusa.student_temperature.fill_(0.2 + 0.15 * number)
-    run.objective.enter(PhaseConfig(train, epochs=1))
+    run.objective.enter(PhaseConfig(train=train, epochs=1))
     output = run.objective(batch)
     own = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
     plain = run.objective
@@ -198,7 +198,7 @@ def gradients(settings: TrainingConfig, trained: list[str], name: str) -> dict[s
     run.objective.train()
     batch, losses = next(iter(run.loaders[0])), []
     for each in trained:
-        run.accelerator.unwrap_model(run.objective).enter(PhaseConfig([each], epochs=1))
+        run.accelerator.unwrap_model(run.objective).enter(PhaseConfig(train=[each], epochs=1))
         output = run._forward_backward(dict(batch), 1, True)
         losses.append(output["loss"].item())
     named = {**dict(run.model.named_parameters()), **dict(run.cusa.named_parameters())}

@@ -256,7 +256,7 @@ class TestRecipes:
 def test_keys_begin_with_those_that_matter() -> None:
     text = describe(TrainingConfig)
     named = [line.split("=")[0].strip() for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
-    known = TrainingConfig.__dataclass_fields__
+    known = TrainingConfig.model_fields
     wanted = ["data", "dual_encoder", "start_from", "output_dir", "phases", "epochs", "batch_size", "learning_rate"]
     wanted = [name for name in [*wanted, "mixed_precision"] if name in known]
     assert named[: len(wanted)] == wanted and set(wanted) >= {"data", "output_dir", "epochs", "mixed_precision"}

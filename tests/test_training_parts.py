@@ -108,7 +108,7 @@ def test_the_objective_drops_while_training_only() -> None:
 
 def objective_of(model: Any, *train: str, **dropouts: float) -> Objective:
     objective = Objective(model)
-    objective.enter(PhaseConfig(list(train), epochs=1, **dropouts))
+    objective.enter(PhaseConfig(train=list(train), epochs=1, **dropouts))
     return objective
 
 

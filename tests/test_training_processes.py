@@ -34,7 +34,7 @@ from modeling_tvrn.training.snapshots import read_snapshot
 # make steps of full size of its last bits.
 KEYS = {
     "max_steps": 5, "logging_steps": 1, "adam_epsilon": 1e-3, "learning_rate": 2e-2, "keep_checkpoints": 0,
-    "evaluation_steps": 100, "evaluate_embeddings": False, "max_grad_norm": 0.5,
+    "evaluation_steps": 100, "max_grad_norm": 0.5,
 }  # fmt: skip
 
 

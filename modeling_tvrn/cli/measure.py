@@ -59,7 +59,7 @@ def train(
       tvrn train -c flickr8k phases.0.epochs=5 model.hidden_size=128
       tvrn train --keys
     """
-    from ..training import TrainingConfig, TrainingStopped, describe
+    from ..training import TrainingConfig, describe
     from ..training.command import settings_of
 
     if keys:
@@ -67,6 +67,7 @@ def train(
     settings = settings_of(config, overrides or [])
     log = logging.getLogger("modeling_tvrn")
     log.setLevel(min(logging.INFO, log.getEffectiveLevel()))  # of a run of hours one wants to see how it goes
+    from ..training import TrainingStopped
     from ..training import train as run
 
     try:

@@ -13,7 +13,6 @@ from ..processing_tvrn import TVRNProcessor
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
 from ..trust_tvrn import without_code
-from .checks import check_with_model
 from .continuing import check_finished, continued
 from .lora import add_adapters
 
@@ -97,13 +96,11 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
         model = TVRNModel.from_dual_encoder(config.dual_encoder, **fields)
     elif config.start_from is not None:
         model = continued(config.start_from, fields, config.trust_remote_code)
-        check_with_model(config, model.config)
+        config.check_with_model(model.config)
     else:
         model = _on_backbones(config, fields, processor, train_records)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return model
 
 

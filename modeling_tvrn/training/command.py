@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
 from .config import TrainingConfig
@@ -33,27 +32,30 @@ def settings_of(recipe: str | Path | None, words: Sequence[str]) -> TrainingConf
 
 def _refuse_options(words: Sequence[str]) -> None:
     """Answer `--key value` and `--key=value` with `key=value`."""
-    if not any(word.startswith("-") for word in words):
-        return
-    said, written = [], []
-    rest = list(words)
+    known = TrainingConfig.model_fields
+    said, written, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
             continue
-        name, equals, value = word.lstrip("-").partition("=")
+        name, _, value = word.lstrip("-").partition("=")
         key = _key(name.replace("-", "_"), word)
         said.append(word)
-        if not equals and rest and not _begins(rest[0]):
-            value = rest.pop(0)
-            said.append(value)
-        written.append(f"{key}={value or _placeholder(key)}")
-    raise ValueError(f"write {shlex.join(written)} in place of {shlex.join(said)}: keys go without dashes")
+        if "=" not in word and rest:
+            # What begins a key of its own is no value of the one before it.
+            before, equals, _ = rest[0].partition("=")
+            if not rest[0].startswith("--") and not (equals and before.partition(".")[0] in known):
+                value = rest.pop(0)
+                said.append(value)
+        is_switch = key in known and isinstance(known[key].default, bool)
+        written.append(f"{key}={value or ('true' if is_switch else 'VALUE')}")
+    if said:
+        raise ValueError(f"write {shlex.join(written)} in place of {shlex.join(said)}: keys go without dashes")
 
 
 def _key(name: str, word: str) -> str:
     """The key that an option means."""
-    known = _known()
+    known = TrainingConfig.model_fields
     if name in known or name.partition(".")[0] in ("model", "data_options"):
         return name
     if name in model_fields():
@@ -63,27 +65,12 @@ def _key(name: str, word: str) -> str:
     raise ValueError(f"no option {word!r}; {hint}Keys are written key=value (tvrn train --keys lists them)")
 
 
-def _known() -> dict[str, object]:
-    return {field.name: field.default for field in fields(TrainingConfig)}
-
-
-def _begins(word: str) -> bool:
-    """Whether a word begins a key of its own, so that it is no value of the one before it."""
-    return word.startswith("--") or word.partition("=")[0].partition(".")[0] in (_known() if "=" in word else ())
-
-
-def _placeholder(key: str) -> str:
-    return "true" if isinstance(_known().get(key), bool) else "VALUE"
-
-
 def _refuse_bare_words(words: Sequence[str]) -> None:
     """Answer a path or a recipe's name alone with how it is given."""
-    for word in _bare(words):
+    for word in words:
+        if "=" in word:
+            continue
         if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
             raise ValueError(f"{word!r} alone is no key=value; write -c {shlex.quote(word)}")
         if Path(word).expanduser().exists() or "/" in word:
             raise ValueError(f"{word!r} alone is no key=value; write data={shlex.quote(word)}")
-
-
-def _bare(words: Sequence[str]) -> Iterator[str]:
-    return (word for word in words if "=" not in word)

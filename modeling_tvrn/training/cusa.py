@@ -9,7 +9,7 @@ heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +17,15 @@ from torch import Tensor, nn
 from ..losses import CUSA
 from ..teachers import TeacherCache
 
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
 __all__ = ["CUSATerms", "TeacherCollator", "check_order", "open_teachers", "take_teachers"]
 
 PREFIX = "teacher_"
 
 
-class Settings(Protocol):
-    """The keys that are read here, of whatever configuration has them."""
-
-    data: str
-    train_split: str
-    cusa_alpha: float
-    cusa_beta: float
-    cusa_teacher_temperature: float
-    cusa_student_temperature: float
-    cusa_lowest_temperature: float
-    cusa_teachers: str
-    cusa_exclude_self: bool
-    cusa_on_logits: bool
-    cusa_center_teachers: bool
-    cusa_image_teacher: str | None
-    cusa_text_teacher: str | None
-
-
-def open_teachers(config: Settings, records: Any) -> tuple[TeacherCache, TeacherCache]:
+def open_teachers(config: TrainingConfig, records: Any) -> tuple[TeacherCache, TeacherCache]:
     """The configured caches of image and caption vectors, compared with the records to train on.
 
     Those of a stream are compared by `TeacherCollator`, as they come.
@@ -147,7 +132,7 @@ class CUSATerms(nn.Module):
             "late_interaction" and "reasoning".
     """
 
-    def __init__(self, config: Settings, similarities: Sequence[str] = ()) -> None:
+    def __init__(self, config: TrainingConfig, similarities: Sequence[str] = ()) -> None:
         super().__init__()
         low = config.cusa_lowest_temperature
         settings: dict[str, Any] = {

@@ -24,16 +24,16 @@ def add_adapters(model: Any, config: TrainingConfig) -> int:
     """Put adapters into the towers for which a rank is configured; how many layers got one.
 
     Raises:
-        ValueError: peft is not installed, there is no such tower, or none of its layers has a name of `lora_targets`.
+        ValueError: peft is not installed, or there is no such tower, or no linear layer in it.
     """
     count = 0
     for side, rank in (("vision", config.vision_lora_rank), ("text", config.text_lora_rank)):
         if rank is not None:
-            count += _adapt(model.tower(side), side, rank, config)
+            count += _adapt(model.tower(side), side, rank)
     return count
 
 
-def _adapt(tower: nn.Module | None, side: str, rank: int, config: TrainingConfig) -> int:
+def _adapt(tower: nn.Module | None, side: str, rank: int) -> int:
     key = f"{side}_lora_rank"
     if tower is None:
         raise ValueError(f"{key} = {rank}, but this model has no {side}_model; name a tower, or set {key}=null")
@@ -41,22 +41,12 @@ def _adapt(tower: nn.Module | None, side: str, rank: int, config: TrainingConfig
         raise ValueError(f"{key} = {rank} needs peft, which is not installed; pip install peft")
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = config.lora_targets or "all-linear"
-    adapter = LoraConfig(
-        r=rank, lora_alpha=config.lora_alpha or 2 * rank, target_modules=_targets(tower, targets, key)
-    )
+    linear = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{key} = {rank}, but the {side}_model has no linear layer to adapt; set {key}=null")
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
     inject_adapter_in_model(adapter, tower)  # which also freezes the tower's own weights
     return len(_adapted(tower))
-
-
-def _targets(tower: nn.Module, wanted: list[str] | str, key: str) -> list[str]:
-    """The full names of the layers to adapt: linear ones, all or those whose last name is asked for."""
-    linear = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linear if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
-    if not chosen:
-        seen = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"lora_targets = {wanted!r} names no linear layer for {key}; the tower has {seen}")
-    return chosen
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

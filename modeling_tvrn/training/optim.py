@@ -55,7 +55,7 @@ def make_optimizer(
         groups.append({"name": "temperatures", "params": learned, "lr": config.learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=(0.9, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=device in ("cpu", "cuda"),
     )

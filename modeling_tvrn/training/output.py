@@ -152,7 +152,7 @@ def draw_query(run: Run, model: Any, query: str) -> None:
     with run.accelerator.autocast(), torch.inference_mode():
         images, _ = encode_images(model, run.processor, run.validation_records, progress=False)
         texts = model.encode_texts(**run.processor(text=[query]).to(model.device))
-        logits = model.match(images, texts, run.config.evaluation_chunk_size)[:, 0].double()
+        logits = model.match(images, texts)[:, 0].double()
     found = logits.topk(min(TOP_RESULTS, len(logits)))  # in float32 the sigmoids of the best would tie
     rows = found.indices.tolist()
     right = [query in pictures.captions[row] for row in rows]

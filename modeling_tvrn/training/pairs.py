@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,8 @@ def named_data(config: TrainingConfig, data: Any) -> TrainingConfig:
     """The configuration with what stands for data that were given as an object, in `data`."""
     if data is None:
         return config
-    return replace(config, data=data.name if isinstance(data, PairDataset | PairStream) else name_of(data))
+    name = data.name if isinstance(data, PairDataset | PairStream) else name_of(data)
+    return config.model_copy(update={"data": name})
 
 
 def load_training_pairs(config: TrainingConfig, data: Any = None) -> TrainingPairs:
@@ -147,7 +148,7 @@ def _of_split(records: PairDataset, split: str | None) -> PairDataset:
 
 
 def _default(config: TrainingConfig, name: str) -> Any:
-    return config.__dataclass_fields__[name].default
+    return type(config).model_fields[name].default
 
 
 def _check_may_set_aside(config: TrainingConfig, error: NoSuchSplit) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from .settings import near_matches, refuse_unknown, setting, validate
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+from .settings import COMMAS, Count, Share, near_matches
 
 __all__ = [
-    *("ALL", "EXAMPLE", "LEVELS", "NAMES", "Learning", "PhaseConfig", "kept_in", "learning_in", "learns"),
-    *("read_phases", "readers", "written"),
+    *("ALL", "EXAMPLE", "LEVELS", "NAMES", "Learning", "PhaseConfig", "check_entry", "check_phases", "kept_in"),
+    *("learning_in", "learns"),
 ]
 
 EXAMPLE = "phases=[{train: [embeddings, late_interaction], epochs: 5, batch_size: 128}, {train: reasoning, epochs: 1}]"
@@ -56,10 +58,7 @@ READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("region_projection.", "word_projection.", "word_perceptron.", "word_encoder."),
         ("refined", "late_interaction", "reasoning"),
     ),
-    (
-        ("dual_encoder.vision_model.", "dual_encoder.text_model."),
-        ("embeddings", "late_interaction", "reasoning"),
-    ),
+    (("dual_encoder.vision_model.", "dual_encoder.text_model."), ("embeddings", "late_interaction", "reasoning")),
     (("dual_encoder.",), ("embeddings",)),
     (("text_pooling.",), ("late_interaction", "reasoning")),
     (("pair.late_interaction_weight",), ("late_interaction", "reasoning")),
@@ -67,10 +66,7 @@ READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("attention.", "geometry.", "visual_refinement.", "image_pooling."), ("refined", "reasoning")),
     (("textual_refinement.",), ("recurrent", "reasoning")),
     (("pair.",), ("reasoning",)),
-    (
-        ("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_"),
-        ("embeddings",),
-    ),
+    (("pooled_image_", "pooled_text_", "image_embedding.", "text_embedding.", "unimodal_", "logit_"), ("embeddings",)),
 )
 
 
@@ -105,31 +101,40 @@ def learning_in(train: Sequence[str]) -> Learning:
     )
 
 
-@dataclass
-class PhaseConfig:
-    """One entry of `phases`, with what it leaves out filled in from the run's own keys."""
+class PhaseConfig(BaseModel):
+    """One entry of `phases`; what it leaves out, `TrainingConfig.schedule` fills in from the run's own keys."""
 
-    train: list[str] = setting(
-        [], "phases", f"what learns, one name or several: {', '.join(NAMES)}, or {ALL}; the rest stays as it is"
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    train: Annotated[list[str], COMMAS] = Field(
+        [], description=f"what learns, one name or several: {', '.join(NAMES)}, or {ALL}; the rest stays as it is"
     )
-    epochs: int | None = setting(None, "phases", "times that every caption is seen", minimum=1)
-    steps: int | None = setting(None, "phases", "optimizer steps, in place of epochs; of a stream always", minimum=1)
-    batch_size: int = setting(64, "phases", "captions a batch (unset: the run's batch_size)", minimum=2)
-    learning_rate: float = setting(
+    epochs: Count | None = Field(None, description="times that every caption is seen")
+    steps: Count | None = Field(None, description="optimizer steps, in place of epochs; of a stream always")
+    batch_size: int = Field(64, ge=2, description="captions a batch (unset: the run's batch_size)")
+    learning_rate: float = Field(
         5e-4,
-        "phases",
-        "highest rate (unset: the run's learning_rate); tower_learning_rate changes in proportion",
-        above=0.0,
+        gt=0,
+        description="highest rate (unset: the run's learning_rate); tower_learning_rate changes in proportion",
     )
-    region_dropout: float = setting(
-        0.0, "phases", "share of regions left out (unset: the run's region_dropout)", minimum=0.0, below=1.0
+    region_dropout: Share = Field(0.0, description="share of regions left out (unset: the run's region_dropout)")
+    word_dropout: Share = Field(0.0, description="share of words left out (unset: the run's word_dropout)")
+    warmup_ratio: float = Field(
+        0.05, ge=0, le=1, description="share of the phase's steps (unset: the run's warmup_ratio)"
     )
-    word_dropout: float = setting(
-        0.0, "phases", "share of words left out (unset: the run's word_dropout)", minimum=0.0, below=1.0
-    )
-    warmup_ratio: float = setting(
-        0.05, "phases", "share of the phase's steps (unset: the run's warmup_ratio)", minimum=0.0, maximum=1.0
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, given: Any) -> Any:
+        """`phases.0.batch_size=null` takes an entry's own value back."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+    @model_serializer
+    def _as_given(self) -> dict[str, Any]:
+        """What a recipe shows: the keys that the entry has, and one name without brackets."""
+        given = [name for name in type(self).model_fields if name != "train" and name in self.model_fields_set]
+        train = self.train[0] if len(self.train) == 1 else list(self.train)
+        return {"train": train, **{name: getattr(self, name) for name in given}}
 
     @property
     def learning(self) -> Learning:
@@ -142,33 +147,20 @@ class PhaseConfig:
         return f"epochs = {self.epochs}" if self.epochs is not None else f"steps = {self.steps}"
 
 
-def read_phase(number: int, given: Any, unset: dict[str, Any]) -> PhaseConfig:
-    """An entry of `phases`, checked by itself.
+# -- checks ---------------------------------------------------------------------------------------------------
+
+
+def check_entry(name: str, phase: PhaseConfig) -> None:
+    """Refuse an entry that is wrong by itself.
 
     Args:
-        number: its place, from 0.
-        given: what stands there.
-        unset: the run's own values of what it may leave out.
+        name: as messages call it: `phases.0`.
+        phase: the entry.
 
     Raises:
-        ValueError: names the key and its value.
+        ValueError: names that are not known, twice there or not alone where they have to be; not one length.
     """
-    name = f"phases.{number}"
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} = {given!r} is a {type(given).__name__}; expected a mapping, as in {EXAMPLE}")
-    refuse_unknown(given, PhaseConfig, f"{name}.")
-    phase = PhaseConfig(**{**unset, **{key: value for key, value in given.items() if value is not None}})
-    validate(phase, f"{name}.")
-    _check_names(name, phase.train)
-    if phase.epochs is not None and phase.steps is not None:
-        raise ValueError(f"{name}.epochs = {phase.epochs} and {name}.steps = {phase.steps}; give one of them")
-    if phase.epochs is None and phase.steps is None:
-        raise ValueError(f"{name} ({', '.join(phase.train)}) has neither epochs nor steps; give {name}.epochs")
-    return phase
-
-
-def _check_names(name: str, train: list[str]) -> None:
-    """Names that are known, each once, and alone where they have to be."""
+    train = phase.train
     if not train:
         raise ValueError(f"{name}.train = [] names nothing to train; expected of {', '.join(NAMES)}, or {ALL}")
     for each in train:
@@ -180,32 +172,71 @@ def _check_names(name: str, train: list[str]) -> None:
         if alone in train and len(train) > 1:
             others = [each for each in train if each != alone]
             raise ValueError(f"{name}.train = {train}: {alone} {why}; leave out {', '.join(others)}, or {alone}")
+    if phase.epochs is not None and phase.steps is not None:
+        raise ValueError(f"{name}.epochs = {phase.epochs} and {name}.steps = {phase.steps}; give one of them")
+    if phase.epochs is None and phase.steps is None:
+        raise ValueError(f"{name} ({', '.join(train)}) has neither epochs nor steps; give {name}.epochs")
 
 
-def read_phases(phases: Any, unset: dict[str, Any]) -> list[PhaseConfig]:
-    """The entries of `phases`, each checked by itself.
+def check_phases(phases: Sequence[PhaseConfig], model: Any, finished: bool) -> None:
+    """Refuse phases in which something that they name has nothing to learn, or may not move.
+
+    Args:
+        phases: of the whole run.
+        model: the model's configuration.
+        finished: whether the model has been trained before.
 
     Raises:
-        ValueError: names the key and its value.
+        ValueError: names the phase, what it names, and the model's fields that stand against it.
     """
-    if isinstance(phases, dict) and phases and all(str(key).isdecimal() for key in phases):
-        first = next(iter(phases))
-        raise ValueError(f"there is no phases.{first}: this run has no phases; give some, as in {EXAMPLE}")
-    if not isinstance(phases, list):
-        raise ValueError(f"phases = {phases!r} is a {type(phases).__name__}; expected a list, as in {EXAMPLE}")
-    if not phases:
-        raise ValueError("phases = [] trains nothing; leave phases out for one phase of all, or name some")
-    return [read_phase(number, given, unset) for number, given in enumerate(phases)]
+    trained = frozenset({"late_interaction"} if finished else ())
+    for number, (phase, kept) in enumerate(zip(phases, kept_in(phases), strict=True)):
+        for name in phase.train:
+            if name != ALL:
+                _check_losses(f"phases.{number}", name, model)
+        if phase.learning.distils and "late_interaction" not in trained:
+            raise ValueError(
+                f"phases.{number}.train = 'distilled_embeddings', but no phase before it trains late_interaction, "
+                "which they learn from; put one before it"
+            )
+        _check_kept(f"phases.{number}", phase.learning.components, kept, model)
+        trained |= phase.learning.components
+    weight, all_learning = model.distillation_loss_weight, [phase.learning for phase in phases]
+    if weight and not any("distillation" in each.losses and each.computes != LEVELS[0] for each in all_learning):
+        raise ValueError(
+            f"model.distillation_loss_weight = {weight} but no phase trains embeddings beside what they would learn "
+            "from; add {train: distilled_embeddings, …} after the late interaction, or set it to 0"
+        )
 
 
-def written(phases: list[PhaseConfig], given: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries as they were given, in the types that were read: what a recipe shows."""
-    found = []
-    for phase, entry in zip(phases, given, strict=True):
-        others = [each.name for each in fields(phase) if each.name != "train" and entry.get(each.name) is not None]
-        train = phase.train[0] if len(phase.train) == 1 else phase.train
-        found.append({"train": train, **{name: getattr(phase, name) for name in others}})
-    return found
+def _check_losses(phase: str, name: str, model: Any) -> None:
+    """What is named exists, and a loss reaches it."""
+    row = NAMES[name]
+    if row.computes == "late_interaction" and not model.use_late_interaction:
+        raise ValueError(
+            f"{phase}.train names {name} but model.use_late_interaction = False: there is no late interaction to "
+            f"{'learn from' if row.component == 'embeddings' else 'train'}; leave the phase out"
+        )
+    needed = {"embeddings": ("contrastive",), "distilled_embeddings": ("distillation",)}.get(name, row.losses)
+    weights = {f"model.{loss}_loss_weight": getattr(model, f"{loss}_loss_weight") for loss in needed}
+    if not any(weights.values()):
+        given = ", ".join(f"{key} = {value}" for key, value in weights.items())
+        raise ValueError(f"{phase}.train names {name} but {given}: nothing would be learned; give a weight such as 1")
+
+
+def _check_kept(phase: str, components: frozenset[str], kept: frozenset[str], model: Any) -> None:
+    """What is named can learn without moving what an earlier phase trained."""
+    others = {"late_interaction": "regions and words", "reasoning": "refined words"}
+    fixes = {"late_interaction": "model.use_refined_features=false"}
+    fixes["reasoning"] = f"{fixes['late_interaction']} or model.refinement=gate"
+    moved = {"late_interaction": "region_projection.", "reasoning": "textual_refinement."}
+    for component in sorted(components & moved.keys()):
+        if blocking := sorted(readers(moved[component], model) & kept):
+            raise ValueError(
+                f"{phase} trains {component}, which moves the {others[component]} that {blocking[0]} sees, trained by "
+                f"an earlier phase and not named by this one; name {blocking[0]} as well, or train all"
+                + (f", or set {fixes[component]}" if blocking == ["embeddings"] else "")
+            )
 
 
 # -- weights --------------------------------------------------------------------------------------------------

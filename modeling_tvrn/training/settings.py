@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import copy
-import dataclasses
 import difflib
-import inspect
+import functools
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from ..redaction import REDACTED, redacted, redacted_command, redacted_text
+from ..redaction import redacted, redacted_command, redacted_text
 
 __all__ = [
-    *("build", "describe", "model_fields", "near_matches", "read_overrides", "read_yaml", "refuse_unknown", "setting"),
-    *("shown", "validate"),
+    *("COMMAS", "FREE", "Count", "Section", "Share", "describe", "flat_items", "model_fields", "near_matches"),
+    *("read_overrides", "read_yaml", "told", "undotted"),
 ]
 
-Settings = TypeVar("Settings")
-# What `describe` explains before all else, of those that there are.
+# What `describe` explains before all else.
 FIRST_KEYS = (
     *("data", "dual_encoder", "start_from", "output_dir", "phases", "epochs"),
     *("batch_size", "learning_rate", "mixed_precision"),
@@ -32,16 +32,24 @@ FIRST_KEYS = (
 # An entry of a docstring's Args: names, what kind of value in parentheses, and the text with its indented lines.
 _DOCUMENTED = re.compile(r"^ {4}(\w+(?:,\s+\w+)*)(?: \(([^)]*)\))?:[ \n]+(.*(?:\n {8}.*)*)", re.MULTILINE)
 
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+# Marks of a key, in its `Annotated` type.
+FREE = "may change between a run and its continuation: none of it reaches the weights"
+COMMAS = BeforeValidator(
+    lambda value: [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+)
+# pydantic's names of limits that were passed
+LIMITS = {
+    "greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most", "less_than": "below",
+}  # fmt: skip
 
-def setting(default: Any, section: str, help: str, **limits: Any) -> Any:
-    """A field with its help text and its limits (minimum, above, maximum, below, choices) in the metadata.
 
-    Of a list of mappings, `items` is the dataclass that says what each may hold, and `example` shows some.
-    """
-    metadata = {"help": help, "section": section, **limits}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Section:
+    """Mark of the key that begins a section of `--keys`."""
+
+    title: str
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +85,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected `key: value` lines")
-    return values
+    return undotted(values)
 
 
 def read_overrides(overrides: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
@@ -130,33 +138,24 @@ def _key(values: dict[str, Any] | list[Any], path: list[str]) -> Any:
     return int(last)
 
 
-def _undot(values: dict[str, Any]) -> dict[str, Any]:
+def undotted(values: dict[str, Any]) -> dict[str, Any]:
     """`{"model.hidden_size": 8}`, as a YAML file may say it, becomes `{"model": {"hidden_size": 8}}`."""
-    nested: dict[str, Any] = {}
-    values = copy.deepcopy(values)  # a list of the caller's is not changed
-    for key, value in values.items():
-        if "." not in str(key):
-            nested[key] = {**value, **nested.get(key, {})} if isinstance(value, dict) else value
-    for key, value in values.items():
-        if "." in str(key):
-            _put(nested, key.split("."), value)
+    dotted = {key: value for key, value in values.items() if "." in str(key)}
+    if not dotted:
+        return values
+    nested = copy.deepcopy({key: value for key, value in values.items() if key not in dotted})
+    for key, value in dotted.items():
+        _put(nested, key.split("."), value)
     return nested
 
 
-def build(cls: type[Settings], values: dict[str, Any]) -> Settings:
-    """An instance of a settings dataclass from keys and values, refusing unknown keys."""
-    nested = _undot(values)
-    refuse_unknown(nested, cls)
-    return cls(**nested)
-
-
-def refuse_unknown(values: dict[str, Any], cls: type, prefix: str = "") -> None:
-    """Refuse keys that a settings dataclass does not have; the message names the nearest that it has."""
-    known = {field.name for field in fields(cls)}
-    for key in values:
-        if key not in known:
-            shown = f"{prefix}{key}" if prefix else repr(key)
-            raise ValueError(f"unknown key {shown}; {near_matches(str(key), known)}")
+def flat_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of mappings in mappings by their dotted keys."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def near_matches(key: str, known: Iterable[str]) -> str:
@@ -169,145 +168,107 @@ def near_matches(key: str, known: Iterable[str]) -> str:
     return f"known keys are {', '.join(names)}"
 
 
-def validate(settings: Any, prefix: str = "") -> None:
-    """Check every field's type and limits, turn numbers into the declared type, and check the names under `model`.
+def told(error: ValidationError, cls: type[BaseModel]) -> str:
+    """What is wrong with which key, and what was expected, a line each, in the words of this project.
 
     Args:
-        settings: an instance of a settings dataclass.
-        prefix: what messages put before a key.
+        error: pydantic's.
+        cls: whose keys they are.
     """
-    hints = typing.get_type_hints(type(settings))
-    for field in fields(settings):
-        name = f"{prefix}{field.name}"
-        value = _typed(name, getattr(settings, field.name), hints[field.name])
-        setattr(settings, field.name, value)
-        for item in value if isinstance(value, list) else [value]:
-            if item is not None:
-                _check_limits(name, field, item)
-    _check_model_fields(getattr(settings, "model", {}))
-    for name in _redacted_names(vars(settings)):
-        raise ValueError(
-            f"{name} = {REDACTED!r} stands where results.json or a card hides a secret; give the secret itself, or "
-            "leave the key out"
-        )
+    return "\n".join(_told(each, cls) for each in error.errors())
 
 
-def _redacted_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _redacted_names(value, f"{prefix}{name}.")
-        elif value == REDACTED:
-            yield f"{prefix}{name}"
+def _told(problem: Any, cls: type[BaseModel]) -> str:
+    kind, place, given, context = problem["type"], problem["loc"], problem["input"], problem.get("ctx", {})
+    if kind == "value_error":  # of our own
+        return str(context["error"])
+    if isinstance(place[-1], int) and kind != "model_type":  # an item of a list goes by the list's name
+        place = place[:-1]
+    outer, last, name = str(place[0]), str(place[-1]), ".".join(map(str, place))
+    owner = cls if len(place) == 1 else entry_of(cls.model_fields[outer]) or cls
+    if kind == "extra_forbidden":
+        return f"unknown key {repr(name) if owner is cls else name}; {near_matches(last, owner.model_fields)}"
+    field = owner.model_fields.get(last) or cls.model_fields[outer]
+    if kind == "model_type":
+        expected = f"a mapping, as in {(field.examples or [''])[0]}"
+    elif kind.endswith("_type"):
+        expected = "str" if kind == "string_type" else kind.removesuffix("_type")
+        expected += " or null" if type(None) in typing.get_args(field.annotation) else ""
+    elif kind in LIMITS:
+        expected = f"{LIMITS[kind]} {next(iter(context.values())):g} ({field.description})"
+    else:
+        expected = f"one of {', '.join(choices(field.annotation))} ({field.description})"
+    is_a = f" is a {type(given).__name__}" if kind.endswith("_type") else ""
+    return f"{name} = {redacted(given)!r}{is_a}; expected {expected}"
 
 
-def shown(settings: Any) -> str:
-    """A settings dataclass as `repr` shows it, but for the secrets in it."""
-    values = redacted({field.name: getattr(settings, field.name) for field in fields(settings)})
-    return f"{type(settings).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a key's type allows, alone or in a list; none where it is no `Literal`."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    return next(filter(None, map(choices, typing.get_args(annotation))), ())
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the declared type, or a ValueError that says what was expected."""
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in allowed]
-    if list in kinds and isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    for kind, whole in zip(kinds, allowed, strict=True):
-        if type(value) is kind:
-            return [_typed(name, item, typing.get_args(whole)[0]) for item in value] if kind is list else value
-    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{name} = {redacted(value)!r} is a {type(value).__name__}; expected {expected}")
+def entry_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Of a list of mappings, the class that says what each may hold."""
+    kinds = [kind for each in typing.get_args(field.annotation) for kind in typing.get_args(each)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _check_limits(name: str, field: Field[Any], value: Any) -> None:
-    limits = field.metadata
-    wrong = [
-        text
-        for text, bad in (
-            (f"at least {limits.get('minimum')}", "minimum" in limits and value < limits["minimum"]),
-            (f"above {limits.get('above')}", "above" in limits and value <= limits["above"]),
-            (f"at most {limits.get('maximum')}", "maximum" in limits and value > limits["maximum"]),
-            (f"below {limits.get('below')}", "below" in limits and value >= limits["below"]),
-            (f"one of {', '.join(limits.get('choices', ()))}", "choices" in limits and value not in limits["choices"]),
-        )
-        if bad or value != value
-    ]
-    if wrong:
-        raise ValueError(f"{name} = {redacted(value)!r}; expected {wrong[0]} ({limits['help']})")
+@functools.cache
+def _model_source() -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What depends on the first stage, the fields and the docstring of TVRNConfig, read and not imported: torch, which
+    comes with it, takes seconds, and a mistaken key is answered at once."""
+    module = ast.parse((Path(__file__).resolve().parents[1] / "configuration_tvrn.py").read_text("utf-8"))
+    config = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TVRNConfig")
+    outside, inside = (
+        {ast.unparse(node.target): node.value for node in body if isinstance(node, ast.AnnAssign) and node.value}
+        for body in (module.body, config.body)
+    )
+    fields = {name: ast.literal_eval(value) for name, value in inside.items() if name != "sub_configs"}
+    return ast.literal_eval(outside["BY_FIRST_STAGE"]), fields, ast.get_docstring(config) or ""
 
 
-def model_fields() -> dict[str, Any]:
-    """The fields of TVRNConfig itself (not those every configuration inherits) with their defaults."""
-    from transformers import PreTrainedConfig
+def model_fields(has_dual_encoder: bool | None = None) -> dict[str, Any]:
+    """The fields of TVRNConfig (not those every configuration inherits) with their defaults.
 
-    from ..configuration_tvrn import TVRNConfig
+    Args:
+        has_dual_encoder: decides those that depend on it; None leaves these None.
+    """
+    by_first_stage, fields, _ = _model_source()
+    if has_dual_encoder is None:
+        return dict(fields)
+    return {**fields, **{name: both[has_dual_encoder] for name, both in by_first_stage.items()}}
 
-    inherited = {field.name for field in fields(PreTrainedConfig)}
-    own = [field for field in fields(TVRNConfig) if field.name not in inherited]
-    own += [field for field in fields(TVRNConfig) if field.name == "pad_token_id"]
-    return {field.name: _default(field) for field in own}
 
-
-def _model_meanings() -> dict[str, str]:
-    """What TVRNConfig's docstring says of each of its fields; those it explains together have the same text."""
-    from ..configuration_tvrn import TVRNConfig
-
-    found = {}
-    for names, kind, text in _DOCUMENTED.findall(inspect.getdoc(TVRNConfig) or ""):
-        choices = f" ({kind.split(', defaults')[0]})" if '"' in kind else ""
-        meaning = " ".join(text.split()) + choices
+def describe(cls: type[BaseModel]) -> str:
+    """Help for each key of settings, with default and choices: those that matter most, then section by section."""
+    known = cls.model_fields
+    lines = ["what matters most:", *(_explained(name, known[name]) for name in FIRST_KEYS)]
+    for name, field in known.items():
+        lines += [f"\n{mark.title}:" for mark in field.metadata if isinstance(mark, Section)]
+        if name not in FIRST_KEYS:
+            lines.append(_explained(name, field))
+    lines.append("\nmodel (fields of TVRNConfig):")
+    meanings = {}
+    for names, kind, text in _DOCUMENTED.findall(_model_source()[2]):
+        meaning = " ".join(text.split()) + (f" ({kind.split(', defaults')[0]})" if '"' in kind else "")
         for value in (None, True, False):  # as YAML writes them
             meaning = meaning.replace(f"`{value}`", _plain(value))
-        found.update(dict.fromkeys(names.replace(",", " ").split(), meaning.replace("`", "")))
-    return found
-
-
-def _check_model_fields(values: dict[str, Any]) -> None:
-    if not values:
-        return
-    known = model_fields()
-    for key in values:
-        if key not in known:
-            raise ValueError(f"unknown key model.{key}; {near_matches(str(key), known)} (fields of TVRNConfig)")
-
-
-def _default(field: Field[Any]) -> Any:
-    if field.default is not MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not MISSING else None
-
-
-def describe(cls: type) -> str:
-    """Help for each key of settings, with its default and limits: those that matter most, then section by section."""
-    known = {field.name: field for field in fields(cls)}
-    first = [name for name in FIRST_KEYS if name in known]
-    lines = ["what matters most:", *(_explained(known[name]) for name in first)]
-    section = None
-    for name, field in known.items():
-        if name in first:
-            continue
-        if field.metadata["section"] != section:
-            section = field.metadata["section"]
-            lines.append(f"\n{section}:")
-        lines.append(_explained(field))
-    if "model" in known:
-        lines.append("\nmodel (fields of TVRNConfig):")
-        meanings = _model_meanings()
-        for name, default in model_fields().items():
-            lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
+        meanings.update(dict.fromkeys(names.replace(",", " ").split(), meaning.replace("`", "")))
+    for name, default in model_fields().items():
+        lines.append(f"  model.{name}={_plain(default)}\n      {meanings[name]}")
     return "\n".join(lines)
 
 
-def _explained(field: Field[Any]) -> str:
-    choices = field.metadata.get("choices")
-    text = field.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "")
-    lines = [f"  {field.name}={_plain(_default(field))}", f"      {text}"]
-    if "items" in field.metadata:
-        for inner in fields(field.metadata["items"]):
-            lines.append(f"    {field.name}.N.{inner.name}\n      {inner.metadata['help']}")
-        lines.append(f"    Example: {field.metadata['example']}")
+def _explained(name: str, field: FieldInfo) -> str:
+    words = choices(field.annotation)
+    said = f" ({'|'.join(words)})" if words else ""
+    lines = [f"  {name}={_plain(field.default)}", f"      {field.description}{said}"]
+    if entry := entry_of(field):
+        for key, inner in entry.model_fields.items():
+            lines.append(f"    {name}.N.{key}\n      {inner.description}")
+        lines.append(f"    Example: {(field.examples or [''])[0]}")
     return "\n".join(lines)
 
 

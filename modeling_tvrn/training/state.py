@@ -14,6 +14,7 @@ from ..redaction import without_secrets
 from ..storage.fingerprints import digest
 from .distributed import broadcast_json, gather_bytes
 from .random_state import get_random_state, set_random_state
+from .settings import FREE
 from .sharding import part_like, whole_tensors
 from .snapshots import Snapshot, read_snapshot
 from .streams import StreamBatches, gather_positions
@@ -26,11 +27,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["capture", "differences", "resume"]
 
-# What may change between a run and its continuation: none of it reaches the weights.
-FREE_KEYS = {
-    *("resume", "resume_changed", "save_steps", "keep_checkpoints", "output_dir", "num_workers", "cpu", "shard"),
-    *("logging_steps", "trackers", "query", "evaluation_batch_size", "evaluation_chunk_size"),
-}
 COUNTERS = ("step", "phase_number", "phase_step", "epoch", "epoch_step")
 
 
@@ -189,7 +185,8 @@ def _restore_stream(run: Run, positions: list[list[int]] | None) -> None:
 
 def compared(config: TrainingConfig) -> dict[str, Any]:
     """The keys on which the weights depend, as JSON gives them back; secrets, which change nothing, are left out."""
-    kept = {name: value for name, value in config.as_dict().items() if name not in FREE_KEYS}
+    keys = type(config).model_fields
+    kept = {name: value for name, value in config.as_dict().items() if FREE not in keys[name].metadata}
     return dict(json.loads(json.dumps(without_secrets(kept))))
 
 
