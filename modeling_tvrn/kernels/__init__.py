@@ -5,34 +5,38 @@
     kernels.enable(model)  # the model's own `match` then uses them; `scoring` does this for models on a CUDA device
 
 The plain pair stage writes the refined words T̃ of every pair, their differences and similarity vectors to memory and
-reads them again. `reasoning` holds them on chip: a program takes one image and M = 64 rows, the words of a few
-captions, and walks twice over the D columns, because the weights of the regions need whole rows of T̃. T̃ is cheaper to
-compute twice than to keep.
+reads them again. `reasoning` holds them on chip: a program takes one image and M = 128 rows, the words of a few
+captions, and walks twice over the D columns, 32 at a time, because the weights of the regions need whole rows of T̃.
 
-    α           from the raw affinities (an ordinary product, pairs × R × W), their norms and softmax on chip
+    α           from the raw affinities (an ordinary product, pairs × W × R), their norms and softmax on chip
     first pass  T̃ = t + σ(A t + α·gate) ∘ (α·carried); T̃·U, T̃·g^v, ‖T̃‖
     β, ω        on chip, ‖β U‖ from the Gram matrix
     second pass T̃ again; (‖T̃‖ ctx − T̃)², its product with W_l; Σ_j w_j T_j, written
     head        SAF leaves two numbers a pair; for SGR the normalised nodes are written
 
-The global node needs ‖g^t‖ first and is one row a pair: its product with W_g is left to the library, over all pairs.
+T̃ is computed a second time, or (`KEPT`) each of as many programs as the GPU holds keeps its M rows of it in the L2
+cache and goes from block to block. The global node needs ‖g^t‖ first and is one row a pair: its product with W_g is
+left to the library, over all pairs.
 
-What bounds it, a pair at D = 1024, S = 256, R = 36 in bfloat16, four captions of up to 16 words a program:
+What bounds it on an H100, at D = 1024, S = 256, R = 36 in bfloat16, eight captions of up to 16 words a program:
 
-    operations  2·M·D·(6·64 + S) + the Gram products = 85 MFLOP a program, 21 a pair (13 of them not padding):
-                27 ns at 800 TFLOP/s
-    L2 reads    t and A t twice 512 KB, gate and carried twice 288 KB, U twice 144 KB, W_l 512 KB: 1.5 MB a program,
-                0.36 MB a pair: 65 ns at 5.5 TB/s. Captions are the fastest axis of the grid, so neighbours share the
+    operations  2·M·D·(6·64 + S) = 168 MFLOP a program, 21 a pair (13 of them not padding): 26 ns at 800 TFLOP/s
+    L2 reads    t and A t twice 1 MB, gate and carried twice 288 KB, U twice 144 KB, W_l 512 KB: 2 MB a program,
+                0.25 MB a pair: 45 ns at 5.5 TB/s. Captions are the fastest axis of the grid, so neighbours share the
                 image; the 32 captions of a chunk are 2 MB, and W_l half of one: all of them stay in the 50 MB L2.
+                KEPT trades a second reading of 656 KB and two products of six for 512 KB of T̃.
     memory      affinities 1 KB, Σ_j w_j T_j 2 KB, each written and read, and the global node's squares: about 12 KB,
                 4 ns at 3 TB/s; the plain path's tensors of 28 KB are written and read about ten times, 190 ns
+    on chip     108 KB of shared memory and 255 registers of 256 threads, the S similarity vectors half of them: one
+                program an SM. With 64 rows and four warps two fit, and read W_l twice as often.
 
-So L2 traffic is the bound, which larger tiles would move. `late_interaction` is a matrix product of 128 × 128 tiles
-with its log-sum-exp on chip: 1.05 MFLOP a pair, 2.1 with padding (3 ns), 4 bytes written.
+So L2 traffic and the tensor cores bound it alike. `late_interaction` is a matrix product of 128 × 128 tiles with its
+log-sum-exp on chip: 1 MFLOP a pair, 2.1 with padding (3 ns), 4 bytes written. These are bounds, not measurements:
+`examples/benchmarks/fused_kernels.py` measures.
 
 Not fused, and computed as ever: gradients, compiled or exported models, float64, `refinement="gru"` with textual
-refinement, S above 512, more than 128 regions
-or 64 words. A failure to compile is said once, and the plain path goes on.
+refinement, S above 512, more than 128 regions or 64 words. A failure to compile is said once, and the plain path goes
+on.
 """
 
 import os
@@ -137,7 +141,11 @@ class FusedPairs:
         refinement: Gate | Recurrence | None,
     ) -> Tensor | None:
         """(i, t) or None, as `PairStage.forward`."""
-        if not self._worth_it("reasoning", images, texts) or unsupported_reasoning(pair, images, texts, refinement):
+        if (
+            _is_traced()
+            or not self._worth_it("reasoning", images, texts)
+            or unsupported_reasoning(pair, images, texts, refinement)
+        ):
             return None
         try:
             return reasoning(pair, images, texts, attention, refinement)
@@ -147,7 +155,9 @@ class FusedPairs:
 
     def late_interaction(self, pair: PairStage, images: EncodedImages, texts: EncodedTexts) -> Tensor | None:
         """(i, t) or None, as `PairStage.late_interaction`."""
-        if not self._worth_it("late interaction", images, texts) or unsupported_late_interaction(pair, images, texts):
+        if _is_traced() or not self._worth_it("late interaction", images, texts):
+            return None
+        if unsupported_late_interaction(pair, images, texts):
             return None
         try:
             return late_interaction(pair, images, texts)
@@ -187,8 +197,13 @@ def unsupported_late_interaction(pair: PairStage, images: EncodedImages, texts: 
     return _unsupported(pair, images, texts)
 
 
+def _is_traced() -> bool:
+    """Whether a graph is being made of the model, which must not keep this batch's sizes either."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
 def _unsupported(pair: PairStage, images: EncodedImages, texts: EncodedTexts) -> str | None:
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if _is_traced():
         return "the model is being compiled or exported"
     tensors = [*images.tensors().values(), *texts.tensors().values(), *pair.parameters()]
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):

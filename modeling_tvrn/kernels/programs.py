@@ -276,12 +276,9 @@ def reasoning(
     own = tl.program_id(0)
     if KEPT:
         kept += own * (CAPTIONS * WORDS * D)
-        stop = groups * images - own
-        step = tl.num_programs(0)
-    else:  # a loop of constant bounds costs no registers
-        stop = 1
-        step = 1
-    for other in range(0, stop, step):
+    blocks, step = groups * images - own, tl.num_programs(0)
+    # Constant bounds, a loop of one turn, cost no registers.
+    for other in range(0, blocks if KEPT else 1, step if KEPT else 1):
         block = own + other
         reason(
             block % groups * CAPTIONS,
