@@ -53,11 +53,8 @@ EXTRAS = {
     "wandb": ["wandb>=0.20,<1"],
     "lora": ["peft>=0.18,<1"],
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],
-    "dev": [
-        *(*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"),
-        # For its interpreter; a CUDA build of torch brings its own.
-        'triton>=3.6; sys_platform == "linux"',
-    ],
+    "kernels": ['triton>=3.6; sys_platform == "linux"'],  # a CUDA build of torch brings its own
+    "dev": [*TEST, "ruff>=0.17.5,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7", "types-tqdm>=4.67,<5"],
 }
 
 BESIDE = {"modeling_tvrn.model_cards": "model_cards", "modeling_tvrn.recipes": "examples/configs"}
