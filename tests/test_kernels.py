@@ -15,7 +15,7 @@ from modeling_tvrn import kernels
 CHECKS = Path(__file__).with_name("kernel_checks.py")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason='the fused kernels\' interpreter comes with pip install ".[kernels]"',
+    reason='the interpreter of the fused kernels comes with pip install ".[kernels]"',
 )
 
 

@@ -728,6 +728,11 @@ def commit() -> str:
     return "unknown"
 
 
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     arguments = parse_arguments()
     bench = Bench(arguments.device, Sizes() if arguments.device == "cuda" else SMALL)
@@ -738,6 +743,7 @@ def main() -> int:
         begun = time.perf_counter()
         if begun - started > arguments.seconds:
             result["sections"][name] = "not run: no time was left"
+            _write(arguments.output, result)
             continue
         print(f"{name} …", flush=True)
         try:
@@ -750,8 +756,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         result["seconds"][name] = time.perf_counter() - begun
         result["failed"] = {"sections": failed, "checks": bench.failures}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _write(arguments.output, result)
         print(f"  {result['seconds'][name]:.1f} s", flush=True)
     print(json.dumps(result["sections"], indent=1))
     return 1 if failed or bench.failures else 0
