@@ -88,7 +88,7 @@ class Searches:
         gallery, state, said = self._shown(hits, query)
         return gallery, state, said + note
 
-    def by_photograph(
+    def by_image(
         self, upload: Any, limit: int = 12
     ) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
         """The same, by a photograph's embedding; the file is one that the browser has sent."""
@@ -109,7 +109,7 @@ class Searches:
     ) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
         gallery, state, missing = [], [], 0
         for hit in hits:
-            picture = self._photograph(hit.path, THUMBNAIL)
+            picture = self._image(hit.path, THUMBNAIL)
             if picture is None:
                 missing += 1
                 continue
@@ -120,7 +120,7 @@ class Searches:
             said += f" The numbers are: {hits[0].score_kind}."
         return gallery, state, said
 
-    def _photograph(self, path: str | None, side: int) -> PIL.Image.Image | None:
+    def _image(self, path: str | None, side: int) -> PIL.Image.Image | None:
         """A smaller copy of an indexed photograph; None for what is gone, broken, or outside the folder."""
         if path is None or leads_out(path, self.folder):
             logger.warning("%s is outside %s: not shown", path, self.folder)
@@ -141,7 +141,7 @@ class Searches:
         text = (state[number]["query"] or (query or "")).strip()[:MAX_QUERY]
         if not text:
             return "<p>Found by its likeness to a photograph. Type a text to see how it fits.</p>"
-        picture = self._photograph(state[number]["path"], SHOWN)
+        picture = self._image(state[number]["path"], SHOWN)
         if picture is None:
             return "<p>This photograph is not there any more.</p>"
         try:
@@ -246,7 +246,7 @@ def build_demo(searches: Searches) -> Any:
             found = [gallery, state, said]
             find.click(searches.by_text, [query, limit], found, api_name="search")
             query.submit(searches.by_text, [query, limit], found, api_visibility="private")
-            alike.click(searches.by_photograph, [photograph, limit], found, api_name="search_by_photograph")
+            alike.click(searches.by_image, [photograph, limit], found, api_name="search_by_image")
             gallery.select(_chosen(gr, searches), [state, query], reason, api_visibility="private")
         with gr.Tab("Score a pair"):
             pair = _upload(gr, "Photograph", "pair")

@@ -29,14 +29,14 @@ def test_text_and_photograph_find_pictures_and_a_hit_is_explained(searches: Sear
     assert [label.split("  ")[1] for _, label in gallery] == [each["id"] for each in state]
     reason = searches.why(state, 1)
     assert reason.count("<button") == 7 and "matching score" in reason and state[1]["id"] in reason
-    alike, found, _ = searches.by_photograph(state[0]["path"], 3)
+    alike, found, _ = searches.by_image(state[0]["path"], 3)
     assert len(alike) == 3 and "Type a text" in searches.why(found, 0)
     assert "<svg" in searches.why(found, 0, "a red kite")
     assert searches.why(state, 99) == ""
 
 
 def test_empty_and_wild_input_gets_an_answer_not_an_error(searches: Searches) -> None:
-    assert searches.by_text("   ")[0] == [] and searches.by_photograph(None)[0] == []
+    assert searches.by_text("   ")[0] == [] and searches.by_image(None)[0] == []
     assert len(searches.by_text("dogs " * 10_000, 10_000)[0]) == 9
     assert len(searches.by_text("<script>alert(1)</script>", -3)[0]) == 1
     assert "Choose a photograph" in searches.score(None, "a dog")
@@ -54,7 +54,7 @@ def test_an_uploaded_pair_is_scored_and_bad_files_are_named_not_opened(searches:
     ):
         (tmp_path / name).write_bytes(content)
         assert reason in searches.score(tmp_path / name, "dogs run")
-        assert reason in searches.by_photograph(tmp_path / name)[2]
+        assert reason in searches.by_image(tmp_path / name)[2]
 
 
 def test_nothing_outside_the_folder_is_shown(searches: Searches, seeing: Any, tmp_path: Path) -> None:  # noqa: F811
@@ -115,4 +115,4 @@ def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Pat
     with pytest.raises(Exception, match=r"(?i)size|large|413"):
         client.predict(client_library.handle_file(large), "dogs run", api_name="/score")
     assert client.predict("a red kite", 2, api_name="/search")[1] == "2 found.", "it is still there"
-    assert "search_by_photograph" in json.dumps(client.view_api(return_format="dict"))
+    assert "search_by_image" in json.dumps(client.view_api(return_format="dict"))

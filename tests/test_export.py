@@ -326,7 +326,7 @@ class TestPictures:
         model, processor = pixel_model(refinement="gru", similarity_head="sgr")
         folder = tmp_path_factory.mktemp("pixels") / "onnx"
         report = export_onnx(model, processor, folder)
-        assert report.worst < 1e-4 and report.reads_pictures and report.reads_captions
+        assert report.worst < 1e-4 and report.reads_images and report.reads_captions
         return model, processor, OnnxModel(folder, threads=1)
 
     def test_pictures_and_sentences_to_logits(self, exported):
@@ -369,7 +369,7 @@ class TestDualEncoders:
         model.calibration_shift.fill_(-1.0)
         processor = TVRNProcessor.from_dual_encoder(folder)
         report = export_onnx(model, processor, tmp_path / "onnx")
-        assert report.reads_pictures and report.reads_captions
+        assert report.reads_images and report.reads_captions
         runner = OnnxModel(tmp_path / "onnx", threads=1)
         found = runner.match(runner.encode_images(photographs()), runner.encode_texts(self.SENTENCES))
         inputs = processor(images=photographs(), text=list(self.SENTENCES))

@@ -21,7 +21,7 @@ import yaml
 from dual_encoder_makers import save_dual_encoder
 from hub_server import HubServer, online
 from teacher_makers import write_caches
-from training_makers import SIZES, TINY_BERT, TINY_VIT, WORDS, Processes, save_text_tower, write_pictures, write_scan
+from training_makers import SIZES, TINY_BERT, TINY_VIT, WORDS, Processes, save_text_tower, write_images, write_scan
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures in parquet, regions in SCAN's files, two pretrained towers, and caches of both teachers."""
     folder = tmp_path_factory.mktemp("place")
-    write_pictures(folder / "pictures")
+    write_images(folder / "pictures")
     (folder / "regions").mkdir()
     write_scan(folder / "regions")
     write_caches(folder / "teachers", load_pairs(folder / "pictures", "train"))

@@ -40,7 +40,7 @@ def tvrn(*arguments: object, code: int = 0) -> Any:
     return outcome
 
 
-def write_pictures(folder: Path, names: list[str]) -> None:
+def write_images(folder: Path, names: list[str]) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -58,7 +58,7 @@ def write_table(path: Path, rows: list[tuple[str, ...]], delimiter: str = ",") -
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of pictures with two captions each, in tables of several kinds; it is the working folder."""
     names = [f"{number}.png" for number in range(IMAGES)]
-    write_pictures(tmp_path / "photos", names)
+    write_images(tmp_path / "photos", names)
     rows = [(name, f"picture {name[:-4]} {part}") for name in names for part in ("here", "once more")]
     write_table(tmp_path / "photos" / "captions.csv", [("image", "caption"), *rows])
     below = [(f"photos/{name}", text) for name, text in rows]

@@ -18,7 +18,7 @@ from training_makers import TINY_BERT, Processes, tiny_config, write_scan
 
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.training import TrainingConfig, sharding, train
-from modeling_tvrn.training.batches import CaptionBatches, Shares
+from modeling_tvrn.training.batches import CaptionBatches, DistributedBatchSampler
 from modeling_tvrn.training.distributed import (
     average_gradients,
     broadcast_json,
@@ -317,7 +317,7 @@ def test_a_whole_run_of_two_processes_leaves_one_folder_and_tells_both(data: Pat
 def test_a_batch_is_dealt_out_by_image_without_gap_or_repetition(count: int) -> None:
     rows = [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8]
     batches = CaptionBatches(rows, 5, seed=4)
-    shares = [list(Shares(batches, rank, count)) for rank in range(count)]
+    shares = [list(DistributedBatchSampler(batches, rank, count)) for rank in range(count)]
     for number, batch in enumerate(batches):
         dealt = [share[number] for share in shares]
         own = [[caption for caption in share if caption >= 0] for share in dealt]

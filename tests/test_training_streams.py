@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from teacher_makers import write_caches
-from training_makers import TINY_BERT, TINY_VIT, Processes, save_text_tower, tiny_config, write_pictures
+from training_makers import TINY_BERT, TINY_VIT, Processes, save_text_tower, tiny_config, write_images
 from transformers import AutoTokenizer
 
 from modeling_tvrn.data import ShuffledStream, load_pairs
@@ -32,7 +32,7 @@ PHASES = {  # ends of phases where it is saved, and where it is not
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("parquet"))
+    return write_images(tmp_path_factory.mktemp("parquet"))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def write_scan(folder: Path, images: int = 14, captions_per_image: int = 2) -> P
     return folder
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """Parquet files in row groups: 17 pictures to train on in two of them, 5 to validate on."""
     write_row_groups(folder / "train-0.parquet", range(8), group=3)
     write_row_groups(folder / "train-1.parquet", range(8, 17), group=3)

@@ -25,7 +25,7 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from modeling_tvrn.data import PairStream, RawItem, ShuffledStream, StreamItems, keep_picture_memory, load_pairs
+from modeling_tvrn.data import PairStream, RawItem, ShuffledStream, StreamItems, keep_image_memory, load_pairs
 
 BATCH = 64
 
@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     stream = load_pairs(arguments.data, split=arguments.split, streaming=True)
-    keep_picture_memory()
+    keep_image_memory()
     sampler = Epoch(stream)
     contents = sampler.pictures()
     loader: DataLoader[Any] = DataLoader(
@@ -104,7 +104,7 @@ def main() -> None:
         batch_sampler=sampler,
         collate_fn=count,
         num_workers=arguments.workers,
-        worker_init_fn=keep_picture_memory,
+        worker_init_fn=keep_image_memory,
         persistent_workers=arguments.workers > 0,
     )
     used, bare, streamed = [], [], []

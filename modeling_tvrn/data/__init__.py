@@ -1,7 +1,7 @@
 """Image-caption pairs: one record shape out of every source, and what training makes batches of them with."""
 
 from .fingerprint import data_fingerprint
-from .images import MAX_IMAGE_PIXELS, ImageError, keep_picture_memory
+from .images import MAX_IMAGE_PIXELS, ImageError, keep_image_memory
 from .loading import PRESETS, load_pairs
 from .records import PairDataset, PairStream
 from .sampler import EpochShuffledSampler
@@ -25,7 +25,7 @@ __all__ = [
     "SkipReport",
     "StreamItems",
     "data_fingerprint",
-    "keep_picture_memory",
+    "keep_image_memory",
     "load_pairs",
     "unusable_captions",
     "with_words",

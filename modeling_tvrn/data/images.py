@@ -55,7 +55,7 @@ def decode_image(encoded: EncodedImage, max_pixels: int = MAX_IMAGE_PIXELS) -> P
             raise _corrupt(encoded, error) from error
 
 
-def keep_picture_memory(worker: int = 0) -> None:
+def keep_image_memory(worker: int = 0) -> None:
     """Let Pillow use the memory of freed pictures again, in this process; for one that decodes batch after batch.
 
     Otherwise every picture of a batch gets fresh pages from the system, which costs a fifth of decoding small ones.

@@ -43,16 +43,16 @@ def read_scene(model: Any, processor: Any, image: Any) -> Scene:
         given = {name: [image[name]] for name in names if image.get(name) is not None}
         inputs = {name: value.to(device) for name, value in processor(**given, return_tensors="pt").items()}
         shown = image.get("image")
-        return Scene(inputs, None if shown is None else _seen(processor, open_picture(shown)))
+        return Scene(inputs, None if shown is None else _seen(processor, open_image(shown)))
     if isinstance(image, Mapping) and "image" in image:
         image = image["image"]
-    picture = open_picture(image)
+    picture = open_image(image)
     pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
     inputs = model.extract_image_features(pixels.to(device))
-    return Scene(inputs, _as_picture(pixels[0], processor.image_processor))
+    return Scene(inputs, _as_image(pixels[0], processor.image_processor))
 
 
-def open_picture(image: Any) -> PIL.Image.Image:
+def open_image(image: Any) -> PIL.Image.Image:
     """RGB of a PIL image, a path, encoded bytes or a uint8 array."""
     if isinstance(image, np.ndarray | Tensor):
         array = np.asarray(image)
@@ -80,10 +80,10 @@ def _seen(processor: Any, picture: PIL.Image.Image) -> PIL.Image.Image:
     """The part of a photograph that an image processor leaves; all of it without one."""
     if getattr(processor, "image_processor", None) is None:
         return picture
-    return _as_picture(processor(images=[picture], return_tensors="pt")["pixel_values"][0], processor.image_processor)
+    return _as_image(processor(images=[picture], return_tensors="pt")["pixel_values"][0], processor.image_processor)
 
 
-def _as_picture(pixels: Tensor, image_processor: Any) -> PIL.Image.Image:
+def _as_image(pixels: Tensor, image_processor: Any) -> PIL.Image.Image:
     """Pixel values (3, H, W) back to a picture: resizing and cropping stay, normalisation is undone."""
     values = pixels.float().cpu()
     if getattr(image_processor, "do_normalize", False):

@@ -42,14 +42,14 @@ class ExportReport:
         directory: Of the files.
         megabytes: Size of each graph's file.
         parity: Comparisons with the model, at sizes other than the traced ones.
-        reads_pictures: Whether `OnnxModel` makes pixels of pictures itself.
+        reads_images: Whether `OnnxModel` makes pixels of pictures itself.
         reads_captions: Whether `OnnxModel` makes token ids of captions itself.
     """
 
     directory: Path
     megabytes: dict[str, float]
     parity: tuple[Parity, ...]
-    reads_pictures: bool
+    reads_images: bool
     reads_captions: bool
 
     @property

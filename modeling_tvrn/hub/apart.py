@@ -20,7 +20,7 @@ from . import probe
 __all__ = ["Outcome", "load_apart", "write_inputs"]
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-PICTURE_SIZES = ((61, 45), (45, 61), (53, 53))  # (width, height): none a multiple of a patch
+IMAGE_SIZES = ((61, 45), (45, 61), (53, 53))  # (width, height): none a multiple of a patch
 REGION_COUNTS = (4, 2, 5)
 CAPTIONS = ["A dog runs through the snow.", "Two children, one red ball!"]
 VOCABULARY_CAPTIONS = 3  # of the tokenizer's own words: to a small vocabulary those above are all unknown
@@ -53,7 +53,7 @@ def write_inputs(folder: Path, feature_size: int, tokenizer: Any = None) -> None
     """
     random = np.random.default_rng(20)
     arrays: dict[str, Any] = {}
-    for i, (width, height) in enumerate(PICTURE_SIZES):
+    for i, (width, height) in enumerate(IMAGE_SIZES):
         coarse = random.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
         arrays[f"picture{i}"] = np.kron(coarse, np.ones((6, 6, 1), dtype=np.uint8))
     for i, count in enumerate(REGION_COUNTS):

@@ -68,7 +68,7 @@ class TextPreparation:
 
 
 @dataclass(frozen=True)
-class PicturePreparation:
+class ImagePreparation:
     """Turns photographs into a vision model's input."""
 
     image_processor: Any
@@ -99,7 +99,7 @@ class Teacher:
     def __init__(
         self,
         model: Any,
-        prepare: TextPreparation | PicturePreparation,
+        prepare: TextPreparation | ImagePreparation,
         modality: str,
         pooling: str,
         name: str = "",
@@ -281,9 +281,9 @@ def _part(auto_class: Any, name: str, code: Mapping[str, tuple[str, ...]], where
 
 def _preparation(
     name: str, modality: str, config: Any, read_file: _Repository, max_length: int | None, where: dict[str, Any]
-) -> TextPreparation | PicturePreparation:
+) -> TextPreparation | ImagePreparation:
     if modality == "image":
-        return PicturePreparation(_part(AutoImageProcessor, name, PICTURE_CODE, where))
+        return ImagePreparation(_part(AutoImageProcessor, name, PICTURE_CODE, where))
     tokenizer = _part(AutoTokenizer, name, TOKENIZER_CODE, where)
     tokenizer.padding_side = "right"
     settings = json.loads(read_file("sentence_bert_config.json") or "{}")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.fingerprints import ItemId, StaleStoreError, plain_id
 from .regions import RegionCache
-from .teacher import PicturePreparation, Teacher, TextPreparation
+from .teacher import ImagePreparation, Teacher, TextPreparation
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _blocks(
             raise ValueError(f"num_workers is {workers}, but a stream is read here: use 0, or map-style records")
         yield from _stream_blocks(teacher, dataset, done, batch_size, writer)
     elif teacher.modality == "image":
-        batches = _Pictures(teacher.prepare, dataset, len(done), batch_size)
+        batches = _Images(teacher.prepare, dataset, len(done), batch_size)
         for items, inputs in DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is):
             yield items, teacher.embed(inputs), 0
     else:
@@ -245,10 +245,10 @@ def count_cut(prepare: TextPreparation, texts: Sequence[str]) -> int:
     return sum(len(ids) > prepare.max_length for ids in tokens)
 
 
-class _Pictures(Dataset[tuple[list[Item], dict[str, Tensor]]]):
+class _Images(Dataset[tuple[list[Item], dict[str, Tensor]]]):
     """Batches of decoded and preprocessed photographs, for the workers of a loader."""
 
-    def __init__(self, prepare: PicturePreparation | TextPreparation, records: Any, start: int, size: int) -> None:
+    def __init__(self, prepare: ImagePreparation | TextPreparation, records: Any, start: int, size: int) -> None:
         self.prepare = prepare
         self.records = records
         self.rows = [range(first, min(first + size, len(records))) for first in range(start, len(records), size)]

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from ..data import CaptionDataset, PairCollator
     from .config import TrainingConfig
 
-__all__ = ["Batches", "CaptionBatches", "Phase", "ShareCollator", "ShareItems", "Shares", "make_phases", "phases"]
+__all__ = [
+    "Batches",
+    "CaptionBatches",
+    "DistributedBatchSampler",
+    "PaddedItems",
+    "PaddingCollator",
+    "Phase",
+    "make_phases",
+    "phases",
+]
 
 
 class Batches(Protocol):
@@ -82,11 +91,11 @@ class CaptionBatches(Sampler[list[int]]):
         return np.concatenate([groups[number] for number in rng.permutation(len(groups))])
 
 
-class Shares(Sampler[list[int]]):
+class DistributedBatchSampler(Sampler[list[int]]):
     """The part of each batch that one process reads: the images dealt out in a row, each with all of its captions.
 
     The batches are the same for any number of processes, and no image is encoded by two of them. Where a batch has
-    fewer images than there are processes, one that would get nothing reads the batch's first caption as a stand-in, so
+    fewer images than there are processes, one that would get nothing reads the batch's first caption as padding, so
     that it goes through the same steps as the others; the number is then `~row`, below 0.
 
     Args:
@@ -105,9 +114,9 @@ class Shares(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield self.share(batch) if self.processes > 1 else batch
+            yield self.own(batch) if self.processes > 1 else batch
 
-    def share(self, batch: list[int]) -> list[int]:
+    def own(self, batch: list[int]) -> list[int]:
         """This process's captions of a batch."""
         rows = self.batches.image_rows[batch].tolist()
         images = list(dict.fromkeys(rows))
@@ -116,8 +125,8 @@ class Shares(Sampler[list[int]]):
         return [caption for caption, row in zip(batch, rows, strict=True) if row in own] or [~batch[0]]
 
 
-class ShareItems(Dataset[dict[str, Any]]):
-    """Items of a caption data set by the numbers of `Shares`; a stand-in carries the key `stand_in`."""
+class PaddedItems(Dataset[dict[str, Any]]):
+    """Items of a caption data set by the sampler's numbers; padding carries the key `is_padding`."""
 
     def __init__(self, captions: CaptionDataset) -> None:
         self.captions = captions
@@ -132,12 +141,12 @@ class ShareItems(Dataset[dict[str, Any]]):
         items = self.captions.__getitems__([max(number, ~number) for number in numbers])
         for item, number in zip(items, numbers, strict=True):
             if number < 0:
-                item["stand_in"] = True
+                item["is_padding"] = True
         return items
 
 
-class ShareCollator:
-    """A collator that passes on whether the batch is a stand-in."""
+class PaddingCollator:
+    """A collator that passes on whether the batch is padding."""
 
     def __init__(self, collator: PairCollator) -> None:
         self.collator = collator
@@ -145,7 +154,7 @@ class ShareCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate one process's share of a batch."""
         batch = self.collator(items)
-        return {**batch, "stand_in": True} if items[0].get("stand_in") else batch
+        return {**batch, "is_padding": True} if items[0].get("is_padding") else batch
 
 
 @dataclass

@@ -12,8 +12,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import CaptionDataset, StreamItems, keep_picture_memory
-from .batches import Batches, CaptionBatches, Phase, ShareCollator, ShareItems, Shares, phases
+from ..data import CaptionDataset, StreamItems, keep_image_memory
+from .batches import Batches, CaptionBatches, DistributedBatchSampler, PaddedItems, PaddingCollator, Phase, phases
 from .divergence import TrainingStopped
 from .streams import ImageNames, StreamBatches, StreamCollator, stream_phases
 
@@ -61,19 +61,19 @@ def make_loader(
     """A loader of this process's share of each batch."""
     workers = config.num_workers
     if not workers:
-        keep_picture_memory()  # this process decodes
+        keep_image_memory()  # this process decodes
     if isinstance(batches, StreamBatches):
         parts: tuple[Any, Any, Any] = captions.items, batches, StreamCollator(collator)
     else:
         assert isinstance(batches, CaptionBatches), batches  # there are no others
-        own = Shares(batches, accelerator.process_index, accelerator.num_processes)
-        parts = ShareItems(captions.items), own, ShareCollator(collator)
+        own = DistributedBatchSampler(batches, accelerator.process_index, accelerator.num_processes)
+        parts = PaddedItems(captions.items), own, PaddingCollator(collator)
     return DataLoader(
         parts[0],
         batch_sampler=parts[1],
         collate_fn=parts[2],
         num_workers=workers,
-        worker_init_fn=keep_picture_memory,
+        worker_init_fn=keep_image_memory,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         # The loader draws a seed for its workers at each pass; from the global generator, that would make what is

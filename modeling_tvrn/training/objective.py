@@ -35,7 +35,7 @@ class Sides:
     Attributes:
         images, texts: the model's inputs, the item first in each.
         image_ids, text_image_ids: (I,) and (T,) what decides positives.
-        stand_in: whether this process has no share of the global batch, and the items are there to keep it in step.
+        is_padding: whether this process has no share of the global batch, and the items are there to keep it in step.
         teachers: vectors of CUSA's teachers, one row a caption; empty without CUSA.
     """
 
@@ -43,7 +43,7 @@ class Sides:
     texts: dict[str, Tensor]
     image_ids: Tensor
     text_image_ids: Tensor
-    stand_in: bool = False
+    is_padding: bool = False
     teachers: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -51,13 +51,13 @@ class Sides:
         """From what the collator makes."""
         rest = {name: value for name, value in batch.items() if name != "return_loss"}
         ids = rest.pop("image_ids"), rest.pop("text_image_ids")
-        stand_in, teachers = bool(rest.pop("stand_in", False)), take_teachers(rest)
+        is_padding, teachers = bool(rest.pop("is_padding", False)), take_teachers(rest)
         images = {
             name: rest.pop(name)
             for name in list(rest)
             if name == "pixel_values" or name.startswith(("region", "image_"))
         }
-        return cls(images, rest, *ids, stand_in, teachers)
+        return cls(images, rest, *ids, is_padding, teachers)
 
 
 class Objective(nn.Module):
@@ -138,7 +138,7 @@ class Objective(nn.Module):
 
     def score(self, images: Any, texts: Any, sides: Sides) -> dict[str, Any]:
         """The loss of the global batch from this process's encoded share; returns what `forward` does."""
-        own = slice(0, 0) if sides.stand_in else slice(None)
+        own = slice(0, 0) if sides.is_padding else slice(None)
         image_ids, text_ids = sides.image_ids[own], sides.text_image_ids[own]
         image_counts, text_counts = gather_counts(len(image_ids), len(text_ids), device=image_ids.device)
         ids = gather_rows(image_ids, image_counts), gather_rows(text_ids, text_counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..data import RawItem, ShuffledStream
-from .batches import Phase, ShareCollator, make_phases
+from .batches import PaddingCollator, Phase, make_phases
 from .distributed import gather_bytes
 from .phases import PhaseConfig
 
@@ -84,7 +84,7 @@ class StreamBatches(Sampler[list[RawItem]]):
         return sorted({name for names in self._shards.values() for name in names})
 
 
-class StreamCollator(ShareCollator):
+class StreamCollator(PaddingCollator):
     """Also hands on the images' ids as they are, for messages."""
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ DEFAULT_COUNTS = {"train": 4000, "validation": 250, "test": 250}
 FAMILY_SIZE = 4
 CAPTION_COUNTS = (2, 5)
 MIN_IMAGE_SIZE = 32
-KEPT_PICTURES = 2**27  # bytes: every epoch of a usual training set, drawn once
+KEPT_IMAGES = 2**27  # bytes: every epoch of a usual training set, drawn once
 _FRUITLESS_FAMILIES = 2000  # in a row: the split is used up
 
 
@@ -65,7 +65,7 @@ class SceneRecords(Sequence[dict[str, Any]]):
         picture = draw_scene(objects, self.image_size, self._rng(row, 2))
         boxes = np.array([item.box for item in objects], dtype=np.float32)
         drawn = picture, boxes, [f"{item.size} {item.colour} {item.shape}" for item in objects]
-        if (len(self._kept) + 1) * 3 * self.image_size**2 <= KEPT_PICTURES:
+        if (len(self._kept) + 1) * 3 * self.image_size**2 <= KEPT_IMAGES:
             self._kept[row] = drawn
         return drawn
 
