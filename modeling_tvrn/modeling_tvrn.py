@@ -31,14 +31,6 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .dual_encoder_tvrn import (
-    build_dual_encoder,
-    image_features,
-    load_dual_encoder,
-    plain_dual_encoder,
-    probe,
-    without_scale,
-)
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
@@ -59,9 +51,21 @@ from .layers_tvrn import (
     valid_first,
     wide,
 )
-from .matching_tvrn import PairMatching
-from .pair_tvrn import PairStage, weighted_components
-from .towers_tvrn import build_tower, freeze_unused, load_tower, load_word_embeddings, region_feature_size, region_map
+from .pair_tvrn import PairMatching, PairStage, weighted_components
+from .towers_tvrn import (
+    build_dual_encoder,
+    build_tower,
+    freeze_unused,
+    image_features,
+    load_dual_encoder,
+    load_tower,
+    load_word_embeddings,
+    plain_dual_encoder,
+    probe,
+    region_feature_size,
+    region_map,
+    without_scale,
+)
 
 
 @dataclass
