@@ -71,6 +71,7 @@ def positive_mask(image_ids: Tensor, text_image_ids: Tensor) -> Tensor:
                 f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected one integer for each item, at "
                 "least one. Number string ids first, the same way on both sides (the collator does)."
             )
+    # (I, 1) against (1, T).
     positives = image_ids[:, None] == text_image_ids.to(image_ids.device)[None, :]
     _refuse_lonely("image_ids", image_ids, positives.any(dim=1), "caption")
     _refuse_lonely("text_image_ids", text_image_ids, positives.any(dim=0), "image")
@@ -113,12 +114,14 @@ def matching_loss(
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0, such as 0.05.")
     scores, positives = _checked(scores, image_ids, text_image_ids, bounded=True)
+    # Rows: images against captions; columns, by the transposes: captions against images.
     return _matching_rows(scores, positives, margin, temperature) + _matching_rows(
         scores.T, positives.T, margin, temperature
     )
 
 
 def _matching_rows(scores: Tensor, positives: Tensor, margin: float, temperature: float) -> Tensor:
+    # One row for each positive pair: its anchor's scores (pairs, T), less the score of the positive itself.
     anchors, matches = positives.nonzero(as_tuple=True)
     violations = F.relu(margin + scores[anchors] - scores[anchors, matches][:, None]) / temperature
     violations = violations.masked_fill(positives[anchors], -torch.inf)
@@ -129,6 +132,7 @@ def _matching_rows(scores: Tensor, positives: Tensor, margin: float, temperature
 
 def _mean_over_anchors(terms: Tensor, anchors: Tensor, positives: Tensor) -> Tensor:
     """The mean over an anchor's positives, then over anchors, of one term (pairs,) for each positive pair."""
+    # An image with five captions counts as much as one with a single caption.
     counts = positives.sum(dim=1)
     return (terms / counts[anchors]).sum() / len(counts)
 
@@ -176,6 +180,7 @@ def hardest_negative_loss(scores: Tensor, image_ids: Tensor, text_image_ids: Ten
 
 def _hinge_rows(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
     anchors, matches = positives.nonzero(as_tuple=True)
+    # −∞ where there is no negative: the hinge of −∞ is 0, and so is its gradient.
     hardest = scores.masked_fill(positives, -torch.inf).amax(dim=1)
     return _mean_over_anchors(F.relu(margin + hardest[anchors] - scores[anchors, matches]), anchors, positives)
 
@@ -253,6 +258,7 @@ def sigmoid_contrastive_loss(
     logits = _scaled_cosines(image_embeds, text_embeds, logit_scale)
     logits = logits + torch.as_tensor(logit_bias, device=logits.device).to(logits.dtype)
     logits, positives = _checked(logits, image_ids, text_image_ids, bounded=False)
+    # log σ itself: the log of a sigmoid is −∞ from a logit of −104 on in float32.
     signs = 2.0 * positives.to(logits.dtype) - 1.0
     return -F.logsigmoid(signs * logits).sum(dim=0).mean()
 
@@ -305,12 +311,14 @@ def distillation_loss(
             f"pair_logits has shape {tuple(pair_logits.shape)}, {int((~pair_logits.isfinite()).sum())} of them NaN or "
             f"infinite; expected a finite number for each of {tuple(logits.shape)} pairs."
         )
+    # The temperature softens the targets alone: the scale of the cosines is learned, and would undo it.
     targets = pair_logits.detach().to(logits.dtype) / temperature
     return (_divergence_rows(targets, logits) + _divergence_rows(targets.T, logits.T)) / 2
 
 
 def _divergence_rows(targets: Tensor, logits: Tensor) -> Tensor:
     """Mean over rows of KL(softmax(targets) ‖ softmax(logits))."""
+    # "batchmean": torch's default divides by the number of entries, not of rows.
     return F.kl_div(logits.log_softmax(dim=1), targets.log_softmax(dim=1), reduction="batchmean", log_target=True)
 
 
@@ -336,6 +344,7 @@ def positives_cross_entropy(
 
 
 def _cross_entropy_rows(logits: Tensor, positives: Tensor, label_smoothing: float) -> Tensor:
+    # Probabilities as targets, 1/n on each of an anchor's n positives.
     targets = positives.to(logits.dtype)
     return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True), label_smoothing=label_smoothing)
 
@@ -495,13 +504,15 @@ class CUSA(nn.Module):
         on_logits: bool = False,
     ) -> None:
         super().__init__()
-        _check_weights(alpha, beta)
+        if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
+            raise ValueError(f"alpha is {alpha} and beta is {beta}; expected both at least 0 and one above it.")
         if teachers not in TEACHER_COMBINATIONS:
             raise ValueError(f"teachers is {teachers!r}; expected one of {', '.join(TEACHER_COMBINATIONS)}.")
         _check_temperature("teacher_temperature", teacher_temperature)
         self.alpha, self.beta, self.teachers = alpha, beta, teachers
         self.teacher_temperature = teacher_temperature
         self.exclude_self, self.center_teachers, self.on_logits = exclude_self, center_teachers, on_logits
+        # Those that are learned; with `on_logits` the cross-modal one is not there at all.
         uni_modal = dict.fromkeys(("image_temperature", "text_temperature"), uni_modal_temperature_bounds)
         cross_modal = {} if on_logits else {"student_temperature": temperature_bounds}
         self.bounds: Mapping[str, tuple[float, float]] = cross_modal | uni_modal
@@ -519,6 +530,7 @@ class CUSA(nn.Module):
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
         """Bring the learned temperatures back into their bounds."""
+        # After the step, not in `forward`: a clamped temperature has no gradient, and would never come back.
         for name, (low, high) in self.bounds.items():
             self.get_parameter(name).clamp_(low, high)
 
@@ -550,11 +562,16 @@ class CUSA(nn.Module):
                 "set the weight of the part that needs it (alpha: similarity, beta: embeddings) to 0."
             )
         _check_pairs(image_teacher_embeds, text_teacher_embeds, least=3 if self.exclude_self else 2)
-        cosines = self._teacher_cosines(image_teacher_embeds, text_teacher_embeds)
+        with torch.no_grad():
+            cosines = (
+                _cosines("image_teacher_embeds", image_teacher_embeds, self.center_teachers),
+                _cosines("text_teacher_embeds", text_teacher_embeds, self.center_teachers),
+            )
         labels = self._labels(*cosines)
         self._look_at_entropy(*labels)
         parts: dict[str, Tensor] = {}
         if similarity is not None and self.alpha:
+            # Logits have a learned scale already: a second temperature would only trade with it.
             crossed = labels if self.teachers == "own" else self._labels(*self._combined(*cosines))
             temperature = 1.0 if self.on_logits else self.get_parameter("student_temperature")
             parts["cross_modal"] = cross_modal_soft_label_loss(similarity, *crossed, temperature, self.exclude_self)
@@ -562,6 +579,7 @@ class CUSA(nn.Module):
             students = _cosines("image_embeds", image_embeds), _cosines("text_embeds", text_embeds)
             temperatures = self.get_parameter("image_temperature"), self.get_parameter("text_temperature")
             parts["uni_modal"] = uni_modal_soft_label_loss(*students, *labels, *temperatures, self.exclude_self)
+        # `parts` has what was computed: a part of weight 0 is left out, not multiplied, and its input may be missing.
         weights = {"cross_modal": self.alpha, "uni_modal": self.beta}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}
@@ -573,6 +591,7 @@ class CUSA(nn.Module):
         if not self.looks_at_entropy:
             return
         self.looks_at_entropy = False
+        # As a share of log N: of log (N − 1) where a row leaves the item itself out. `entr` gives 0 at p = 0.
         for side, rows in zip(("image", "text"), labels, strict=True):
             entropies = torch.special.entr(rows).sum(dim=1) / math.log(len(rows) - self.exclude_self)
             low, high = entropies.min().item(), entropies.max().item()
@@ -591,11 +610,6 @@ class CUSA(nn.Module):
         else:
             both = (image_cosines * text_cosines).clamp(min=0).sqrt()
         return both, both
-
-    @torch.no_grad()
-    def _teacher_cosines(self, image_teacher_embeds: Tensor, text_teacher_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        images = _cosines("image_teacher_embeds", image_teacher_embeds, self.center_teachers)
-        return images, _cosines("text_teacher_embeds", text_teacher_embeds, self.center_teachers)
 
     def _labels(self, image_cosines: Tensor, text_cosines: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.teacher_temperature, self.exclude_self
@@ -641,6 +655,7 @@ def _cosines(name: str, embeds: Tensor, about_mean: bool = False) -> Tensor:
     """(N, N) cosines of (N, D) vectors, in float32 at least; of what is left without their mean direction."""
     if embeds.ndim != 2 or 0 in embeds.shape:
         raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected (items, size), neither of them 0.")
+    # A norm is finite and above 0 only where every value is finite and one is not 0.
     norms = at_least_float32(embeds.detach()).norm(dim=1)
     usable = norms.isfinite() & (norms > 0)
     if not usable.all():
@@ -653,6 +668,7 @@ def _cosines(name: str, embeds: Tensor, about_mean: bool = False) -> Tensor:
     with torch.autocast(embeds.device.type, enabled=False):
         unit = F.normalize(at_least_float32(embeds), dim=1)
         if about_mean:
+            # The mean of the unit vectors: of the vectors as they came, a few long ones would decide it.
             unit = F.normalize(unit - unit.mean(dim=0), dim=1)
         return unit @ unit.T
 
@@ -668,8 +684,10 @@ def _divergence(
             "be (N, N), one row and one column for each pair of the batch. A narrower label would broadcast and teach "
             "nothing."
         )
+    # What the sum of a row's labels may be off by, in the dtype in which they came.
     rounding = 2e-2 if labels.dtype in (torch.float16, torch.bfloat16) else 1e-3
     labels, similarity = at_least_float32(labels.detach()), at_least_float32(similarity)
+    # One condition, so that a GPU is waited for once.
     distributions = (labels >= 0).all() & ((labels.sum(dim=1) - 1).abs() < rounding).all()
     if not (distributions & similarity.isfinite().all()):
         raise ValueError(
@@ -692,8 +710,3 @@ def _check_temperature(name: str, temperature: Tensor | float) -> None:
     value = temperature.item() if isinstance(temperature, Tensor) else temperature
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; expected a number above 0, such as 0.45.")
-
-
-def _check_weights(alpha: float, beta: float) -> None:
-    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
-        raise ValueError(f"alpha is {alpha} and beta is {beta}; expected both at least 0 and one above it.")

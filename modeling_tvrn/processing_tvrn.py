@@ -390,7 +390,7 @@ def pad_regions(
     if len(widths) > 1:
         raise ValueError(f"region_features have {widths} columns in one batch: every region needs the same number")
     counts = [len(array) for array in features]
-    mask = _pad(_keep_rows(region_mask, counts))
+    mask = _pad(_keep_rows(region_mask, counts))  # (B, R), False where it pads
     padded = {"region_features": _masked(_pad(features), mask), "region_mask": mask}
     _check_finite(padded["region_features"])
     if region_boxes is not None:
@@ -488,58 +488,50 @@ def _relative_boxes(boxes: np.ndarray, mask: np.ndarray, image_sizes: Any) -> np
     if image_sizes is None:
         _check_boxes(boxes, mask, np.ones((len(boxes), 2), dtype=np.float32), BOX_SLACK)
         return np.clip(boxes, 0, 1)
-    sizes = _check_sizes(image_sizes, len(boxes))
-    _refuse_relative(boxes, sizes)
-    _check_boxes(boxes, mask, sizes, PIXEL_SLACK)
-    return np.clip(boxes / sizes[:, None, [1, 0, 1, 0]], 0, 1)
-
-
-def _check_sizes(image_sizes: Any, count: int) -> np.ndarray:
     sizes = np.atleast_2d(_to_numpy(image_sizes, "image_sizes"))
-    if sizes.shape != (count, 2):
-        raise ValueError(f"image_sizes has shape {sizes.shape}, expected ({count}, 2): (height, width) of each image")
+    if sizes.shape != (len(boxes), 2):
+        raise ValueError(
+            f"image_sizes has shape {sizes.shape}, expected ({len(boxes)}, 2): (height, width) of each image"
+        )
     if not (sizes > 0).all():
         raise ValueError(f"image_sizes {sizes.tolist()} must be positive pixels (height, width)")
-    return sizes
-
-
-def _refuse_relative(boxes: np.ndarray, sizes: np.ndarray) -> None:
-    """Dividing fractions by the image's size would shrink every box to a point without a word."""
+    # Fractions divided by the image's size would shrink every box to a point without a word.
     largest = boxes.max(axis=(1, 2))
     for i in np.flatnonzero((largest <= 1) & (sizes.min(axis=1) > 2)):
         raise ValueError(
             f"image_sizes makes region_boxes pixels, but the largest coordinate of image {i} is {largest[i]:g} "
             f"(its size is {sizes[i].tolist()}): leave image_sizes out where boxes are fractions already"
         )
+    _check_boxes(boxes, mask, sizes, PIXEL_SLACK)
+    # (height, width) to x1, y1, x2, y2: (B, 1, 4) against (B, R, 4).
+    return np.clip(boxes / sizes[:, None, [1, 0, 1, 0]], 0, 1)
 
 
 def _check_boxes(boxes: np.ndarray, mask: np.ndarray, sizes: np.ndarray, slack: float) -> None:
-    limits = sizes[:, None, [1, 0, 1, 0]]
+    limits = sizes[:, None, [1, 0, 1, 0]]  # (B, 1, 4): width, height, width, height
+    # A NaN is inside nothing: comparisons asked this way round find it.
     with np.errstate(invalid="ignore"):
         outside = ~((boxes >= -slack) & (boxes <= limits + slack)).all(axis=-1) & mask
         flipped = (boxes[..., 2:] < boxes[..., :2]).any(axis=-1) & mask
     if outside.any():
         image, region = np.argwhere(outside)[0]
-        raise ValueError(_describe_outside(boxes[image, region], image, region, limits[image, 0], slack))
+        where = f"region_boxes[{image}][{region}] is {boxes[image, region].tolist()}"
+        if slack == PIXEL_SLACK:
+            width, height = limits[image, 0, :2]
+            raise ValueError(
+                f"{where}: outside its image of height {height:g} and width {width:g}; check image_sizes (height, "
+                "width)"
+            )
+        raise ValueError(
+            f"{where}: expected x1, y1, x2, y2 in [0, 1], fractions of the image; for boxes in pixels pass "
+            "image_sizes=[(height, width), ...]"
+        )
     if flipped.any():
         image, region = np.argwhere(flipped)[0]
         raise ValueError(
             f"region_boxes[{image}][{region}] is {boxes[image, region].tolist()}: x2 < x1 or y2 < y1; expected "
             "corners (x1, y1, x2, y2), not (x, y, width, height)"
         )
-
-
-def _describe_outside(box: np.ndarray, image: int, region: int, limits: np.ndarray, slack: float) -> str:
-    where = f"region_boxes[{image}][{region}] is {box.tolist()}"
-    if slack == PIXEL_SLACK:
-        width, height = limits[0], limits[1]
-        return (
-            f"{where}: outside its image of height {height:g} and width {width:g}; check image_sizes (height, width)"
-        )
-    return (
-        f"{where}: expected x1, y1, x2, y2 in [0, 1], fractions of the image; for boxes in pixels pass "
-        "image_sizes=[(height, width), ...]"
-    )
 
 
 # -- captions --------------------------------------------------------------------------------------------------------
@@ -642,6 +634,7 @@ def encode(
         options["padding"] = "max_length"
         encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
     inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    # (T, W): attended, and no special token.
     inputs["word_mask"] = inputs["attention_mask"] * ~np.isin(inputs["input_ids"], special_ids(tokenizer))
     return inputs, lengths
 
@@ -680,6 +673,7 @@ def build_word_tokenizer(captions: Iterable[str], min_frequency: int = 1) -> Pre
     counts: Counter[str] = Counter()
     for caption in check_captions(captions):
         counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    # Of equally frequent words the first in the alphabet: the same captions in any order give the same ids.
     words = sorted((word for word in counts if counts[word] >= min_frequency), key=lambda word: (-counts[word], word))
     if not words:
         raise ValueError(

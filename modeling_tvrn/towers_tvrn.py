@@ -97,7 +97,7 @@ def load_word_embeddings(path: str | os.PathLike, trust_remote_code: bool = Fals
     tower: Any = load_tower(path, "text_config", trust_remote_code)
     table = tower.get_input_embeddings().weight.detach()
     pad = getattr(tower.config, "pad_token_id", None)
-    table = table / table.std()
+    table = table / table.std()  # a new tensor: the tower keeps its own
     if pad is not None:
         table[pad] = 0.0
     return table, {"vocab_size": table.shape[0], "word_embedding_size": table.shape[1], "pad_token_id": pad}
@@ -160,6 +160,7 @@ def region_map(output: Any, pixel_values: Tensor, config: PreTrainedConfig) -> T
             "with a spatial output."
         )
     rows, columns = grid
+    # (B, extra + h·w, C) -> (B, C, h, w): what is no patch comes first in every tower.
     patches = hidden[:, hidden.shape[1] - rows * columns :]
     return patches.transpose(1, 2).reshape(hidden.shape[0], -1, rows, columns)
 
@@ -178,20 +179,23 @@ def _patch_grid(tokens: int, size: tuple[int, int], config: PreTrainedConfig) ->
     # Plain patch towers cut off what does not divide.
     rows, columns = (length // side for length, side in zip(size, patches, strict=True))
     extra = tokens - rows * columns
-    return (rows, columns) if rows * columns and 0 <= extra <= 2 + _registers(config) else None
+    # A class and a distillation token at most, beside the registers.
+    most = 2 + (getattr(config, "num_register_tokens", 0) or 0)
+    return (rows, columns) if rows * columns and 0 <= extra <= most else None
 
 
-def _registers(config: PreTrainedConfig) -> int:
-    return getattr(config, "num_register_tokens", 0) or 0
+def _image_size(config: Any) -> tuple[int, int]:
+    """(height, width) that a vision tower was made for; of one that does not say, the usual 224."""
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
 
 
 @torch.no_grad()
 def region_feature_size(tower: nn.Module) -> int:
     """Channels of a tower's map, found by running it once on an empty picture."""
-    size = getattr(tower.config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
     weight = next(tower.parameters())
-    pixels = torch.zeros(1, getattr(tower.config, "num_channels", 3), height, width).to(weight)
+    pixels = torch.zeros(1, getattr(tower.config, "num_channels", 3), *_image_size(tower.config)).to(weight)
     was_training = tower.training
     features = region_map(tower.eval()(pixel_values=pixels), pixels, tower.config)
     tower.train(was_training)
@@ -309,12 +313,6 @@ def image_features(model: Any, pixels: Tensor) -> Any:
         ) from error
 
 
-def _image_size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(height), int(width)
-
-
 @torch.no_grad()
 def probe(model: Any) -> ProbedSizes:
     """Run one image and one caption through a dual encoder, both ways, and compare.
@@ -390,6 +388,7 @@ def _refused(kind: str, reason: str) -> ValueError:
 
 def plain_dual_encoder(config: PreTrainedConfig, nested: nn.Module, scale: Tensor, bias: Tensor | None) -> Any:
     """The dual encoder as a model of its original class, with the scale and bias that TVRN trained."""
+    # A copy: building a model writes into its configuration.
     model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False).to(next(nested.parameters()).dtype)
     state = dict(nested.state_dict())
     for name, value in (
