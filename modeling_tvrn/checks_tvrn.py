@@ -37,6 +37,7 @@ def _check_boxes(boxes: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"region_boxes has shape {tuple(boxes.shape)}; expected {(*mask.shape, 4)}, xyxy in [0, 1].")
     inside = (boxes >= 0) & (boxes <= 1)
     ordered = boxes[..., 2:] >= boxes[..., :2]
+    # Asked for what is right, so that NaN, for which every comparison is false, is wrong.
     wrong = ~(inside.all(dim=-1) & ordered.all(dim=-1)) & mask
     if wrong.any():
         image, region = wrong.nonzero()[0].tolist()

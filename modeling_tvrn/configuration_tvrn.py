@@ -326,7 +326,9 @@ class TVRNConfig(PreTrainedConfig):
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         known = set(type(self).__dataclass_fields__)
         for key in kwargs:
-            if key.startswith("_") or key in _BASE_KEYWORDS or _is_base_attribute(key):
+            # Also what every configuration has without a field of its own (`name_or_path`, …); methods are none.
+            attribute = hasattr(PreTrainedConfig, key) and not callable(getattr(PreTrainedConfig, key))
+            if key.startswith("_") or key in _BASE_KEYWORDS or attribute:
                 continue
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see help(TVRNConfig)."
@@ -353,11 +355,6 @@ class TVRNConfig(PreTrainedConfig):
                 "(for example 'vit' or 'bert'), or a config object."
             )
         return CONFIG_MAPPING[model_type].from_dict(without_code(value))
-
-
-def _is_base_attribute(name: str) -> bool:
-    """Whether every configuration has it without a field of its own (`name_or_path`, …); methods are none."""
-    return hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
 
 
 def _is_number(value: Any) -> bool:

@@ -18,8 +18,8 @@ from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out
 from .explain import Explanation, explain
 from .explain.page import html_body
 from .index import Hit, ImageTextIndex
+from .processing_tvrn import check_length, encode
 from .scoring.models import evaluating
-from .words_tvrn import check_length, encode
 
 logger = logging.getLogger(__name__)
 

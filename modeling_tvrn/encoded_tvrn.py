@@ -63,6 +63,7 @@ class EncodedItems:
         """The items at `indices` (a slice, a list or a 1-d tensor of row numbers), in that order."""
         if isinstance(indices, slice):
             return self._map(lambda value: value[indices])
+        # A list may be flags as well; index_select wants integers, on the tensors' device.
         rows = torch.as_tensor(indices, device=next(iter(self.tensors().values())).device)
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
@@ -76,7 +77,12 @@ class EncodedItems:
         names = [list(part.tensors()) for part in parts]
         if any(other != names[0] for other in names):
             raise ValueError(f"cat got galleries of different model variants, with the tensors {names}.")
-        tensors = {name: _cat_padded([getattr(part, name) for part in parts]) for name in names[0]}
+        tensors: dict[str, Tensor] = {}
+        for name in names[0]:
+            values = [getattr(part, name) for part in parts]
+            # Every axis but the item's grows to the longest: regions, words, and both axes of a Gram matrix.
+            sizes = [max(value.shape[axis] for value in values) for axis in range(1, values[0].ndim)]
+            tensors[name] = torch.cat([_padded(value, sizes) for value in values])
         return cls(**tensors, model_fingerprint=common_fingerprint(*parts))
 
     def to(self: Encoded, *args: Any, **kwargs: Any) -> Encoded:
@@ -92,13 +98,22 @@ class EncodedItems:
             "word_weights",
             "region_boxes",
         )
-        casts = {name: name not in exact and value.is_floating_point() for name, value in self.tensors().items()}
-        return self._like({k: _to(value, casts[k], *args, **kwargs) for k, value in self.tensors().items()})
+        # The same call without its dtype; with nothing left of it `to` would raise.
+        places = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        options = {key: arg for key, arg in kwargs.items() if key != "dtype"}
+        moved: dict[str, Tensor] = {}
+        for name, value in self.tensors().items():
+            if name not in exact and value.is_floating_point():
+                moved[name] = value.to(*args, **kwargs)
+            else:
+                moved[name] = value.to(*places, **options) if places or options else value
+        return self._like(moved)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tensors to a safetensors file."""
         tensors: dict[str, Tensor] = {}
         for name, value in self.tensors().items():
+            # A slice has to be made contiguous: the format writes the storage as it lies.
             value = value.detach().cpu().contiguous()
             # With as many tokens as regions the two masks are one tensor, which the format refuses to write twice.
             shared = value.data_ptr() in {other.data_ptr() for other in tensors.values()}
@@ -190,19 +205,18 @@ class EncodedTexts(EncodedItems):
 
     def trim(self) -> "EncodedTexts":
         """Drop the columns that are padding in every text."""
-        return self if self.word_mask is None else _trimmed(self, self.word_mask)
+        if self.word_mask is None:
+            return self
+        width = max(int(self.word_mask.sum(dim=1).max()), 1)
+        if width == self.word_mask.shape[1]:
+            return self
+        # (T, W, …) to (T, width, …), where words are a prefix; what has no words stays as it is.
+        flat = ("embeds", "recurrent_state")
+        return self._like({k: v if k in flat else v[:, :width] for k, v in self.tensors().items()})
 
     def grouped(self, groups: int) -> "EncodedTexts":
         """(T, …) as (groups, T / groups, …): for each image its own texts. Only the pair stage reads such."""
         return self._map(lambda value: value.unflatten(0, (groups, -1)))
-
-
-def _trimmed(texts: Encoded, mask: Tensor) -> Encoded:
-    width = max(int(mask.sum(dim=1).max()), 1)
-    if width == mask.shape[1]:
-        return texts
-    flat = ("embeds", "recurrent_state")
-    return texts._like({k: v if k in flat else v[:, :width] for k, v in texts.tensors().items()})
 
 
 def common_fingerprint(*sides: EncodedItems) -> str | None:
@@ -230,9 +244,11 @@ def model_fingerprint(model: nn.Module) -> str | None:
         return None
     # Calibration changes no logit: what was encoded before stays valid.
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("calibration_")}
+    # By name, since the order of a state is that in which modules were assigned.
     weights = {name: value for name, value in sorted(own.items()) if value.is_floating_point()}
     if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):
         return None
+    # A tensor's version counts its changes in place; one made in inference mode has none (−1) and is read every time.
     state = [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights.values()]
     known = model.__dict__.get("_known_fingerprint")
     if known is None or known[0] != state or any(version < 0 for _, version in state):
@@ -245,6 +261,7 @@ def _hash_of_samples(weights: dict[str, Tensor]) -> str:
     samples: dict[torch.device, list[Tensor]] = {}
     for name, value in weights.items():
         total.update(f"{name} {tuple(value.shape)}\n".encode())
+        # In bfloat16, where a model and its half-precision copy agree.
         spread = value.detach().flatten()[:: max(value.numel() // FINGERPRINT_VALUES, 1)]
         samples.setdefault(value.device, []).append(spread.to(torch.bfloat16).float())
     for parts in samples.values():  # one transfer a device
@@ -252,21 +269,10 @@ def _hash_of_samples(weights: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _cat_padded(values: list[Tensor]) -> Tensor:
-    sizes = [max(value.shape[d] for value in values) for d in range(1, values[0].ndim)]
-    return torch.cat([_pad_to(value, sizes) for value in values])
-
-
-def _pad_to(value: Tensor, sizes: list[int]) -> Tensor:
+def _padded(value: Tensor, sizes: list[int]) -> Tensor:
+    """Zeros (False of a mask) after what is there, up to these sizes of the axes behind the first."""
     pads: list[int] = []
+    # `pad` counts from the last axis, with two numbers an axis: before and after.
     for size, current in zip(reversed(sizes), reversed(value.shape[1:]), strict=True):
         pads += [0, size - current]
     return torch.nn.functional.pad(value, pads) if any(pads) else value
-
-
-def _to(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:
-    if cast:
-        return value.to(*args, **kwargs)
-    args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
-    kwargs = {key: arg for key, arg in kwargs.items() if key != "dtype"}
-    return value.to(*args, **kwargs) if args or kwargs else value

@@ -32,6 +32,7 @@ def normalize(x: Tensor, dim: int = -1) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x)).clamp_min(1e-8)
     if x.dtype == torch.float16:  # in which the floor is 0, and the norm of a long vector infinite
         return (x / norm).to(x.dtype)
+    # Cast first: x / norm in float32 would be one more tensor of x's size, twice as wide.
     return x / norm.to(x.dtype)
 
 
@@ -40,17 +41,20 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # which on a GPU, not on a CPU, would sum in float32
         weights = mask.to(x.dtype)
         weights = weights / weights.sum(dim=1, keepdim=True)
+        # (B, 1, N) @ (B, N, D). Padding counts 0 times, so it has to be finite: 0 · NaN is NaN.
         return (weights.unsqueeze(1) @ x).squeeze(1)
 
 
 def masked_softmax(x: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Softmax in float32 (or better) over the valid entries, of which there is at least one; exactly 0 elsewhere."""
     x = x.to(wide(x))
+    # Filled in before the softmax: a score multiplied by its mask is 0, which still counts exp(0).
     return x.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(dim=dim)
 
 
 def gram(x: Tensor) -> Tensor:
     """x xᵀ of every item's fragments in float32 (or better): (B, N, D) -> (B, N, N)."""
+    # A context's norm is the root of wᵀ G w, a sum of N² terms of either sign: half precision would be felt in it.
     with torch.autocast(x.device.type, enabled=False):
         return x.to(wide(x)) @ x.to(wide(x)).transpose(1, 2)
 
@@ -62,17 +66,20 @@ def valid_first(mask: Tensor) -> Tensor:
 
 def take(x: Tensor, order: Tensor) -> Tensor:
     """Reorder the fragments of every item: (B, N, …), (B, M) -> (B, M, …)."""
+    # (B, M) -> (B, M, 1, …) -> (B, M, …): expanded without a copy, one index for all features of a fragment.
     index = order.view(*order.shape, *([1] * (x.ndim - 2))).expand(*order.shape, *x.shape[2:])
     return x.gather(1, index)
 
 
 def box_iou(boxes: Tensor) -> Tensor:
     """Intersection over union of an image's boxes with each other: (B, R, 4) xyxy -> (B, R, R)."""
+    # Each box with each: (B, R, 1, 2) against (B, 1, R, 2).
     low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     intersection = (high - low).clamp_min(0).prod(dim=-1)
     area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
     union = area[:, :, None] + area[:, None, :] - intersection
+    # Padding's boxes have no area: 0, not 0 / 0.
     return intersection / union.clamp_min(torch.finfo(boxes.dtype).tiny)
 
 
@@ -94,6 +101,7 @@ class FeatureDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
+        # Dropout of ones (B, 1, F) is the mask, divided by 1 − p already.
         return x * super().forward(torch.ones_like(x[:, :1]))
 
 
@@ -113,13 +121,16 @@ class FragmentAttention(nn.Module):
         Each source's affinities are L2-normalised over the *valid* queries first, so padding never shifts them.
         """
         scores = F.leaky_relu(scores.to(wide(scores)), self.slope)
+        # Normalised along the queries (last), softmax along the sources (last but one): two different axes.
         scores = normalize(scores.masked_fill(~query_mask.unsqueeze(-2), 0.0))
         return masked_softmax(self.scale * scores, source_mask.unsqueeze(-1), dim=-2)
 
     def forward(self, fragments: Tensor, mask: Tensor) -> Tensor:
         """Self-attention: (B, N, D), (B, N) -> contexts (B, N, D), unit norm."""
+        # Keys on the left: sources are rows and queries columns, as the pair stage has them.
         scores = self.key(fragments) @ self.query(fragments).transpose(1, 2)
         weights = self.weights(scores, mask, mask).to(fragments.dtype)
+        # (B, queries, sources) @ (B, sources, D).
         return normalize(weights.transpose(1, 2) @ fragments)
 
 
@@ -136,6 +147,7 @@ class GeometricAttention(nn.Module):
     def forward(self, regions: Tensor, boxes: Tensor, mask: Tensor) -> Tensor:
         """(B, R, D), (B, R, 4), (B, R) -> (B, R, D), unit norm."""
         cosine = normalize(self.query(regions)) @ normalize(self.key(regions)).transpose(1, 2)
+        # A region is its own neighbour, padding too and boxes without an area: no row of the softmax is empty.
         itself = torch.eye(regions.shape[1], dtype=torch.bool, device=regions.device)
         near = (box_iou(boxes) >= self.threshold - IOU_SLACK) & mask.unsqueeze(1) | itself
         weights = masked_softmax(self.scale * cosine, near, dim=-1).to(regions.dtype)
@@ -169,6 +181,7 @@ class Recurrence(nn.Module):
 
     def read(self, fragments: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """First half: (B, N, D) -> refined fragments (B, N, D) and the state at the last valid one (B, D)."""
+        # Not packed: a GRU that runs forwards shows nothing of the padding behind the last valid fragment.
         outputs, _ = self.gru(fragments)
         last = (mask.sum(dim=1) - 1).clamp_min(0)
         state = outputs[torch.arange(outputs.shape[0], device=outputs.device), last]
@@ -180,6 +193,7 @@ class Recurrence(nn.Module):
 
     def steps(self, input_gates: Tensor, state: Tensor) -> Tensor:
         """GRU over prepared input gates (B, N, 3D) from `state` (B, D) -> (B, N, D); a loop over fragments only."""
+        # Written out, since nn.GRU takes no prepared input gates: torch's formula in torch's order of the three gates.
         gates = input_gates + cast(Tensor, self.gru.bias_ih_l0)
         weight, bias = cast(Tensor, self.gru.weight_hh_l0), cast(Tensor, self.gru.bias_hh_l0)
         outputs = []
@@ -187,14 +201,16 @@ class Recurrence(nn.Module):
             reset_in, update_in, new_in = gates[:, step].chunk(3, dim=-1)
             reset_state, update_state, new_state = F.linear(state, weight, bias).chunk(3, dim=-1)
             update = torch.sigmoid(update_in + update_state)
+            # The reset gate is applied behind W_hn h + b_hn, not to h: as in cuDNN, other than in the first paper.
             new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_state) * new_state)
-            state = new + update * (state - new)
+            state = new + update * (state - new)  # (1 − z)·new + z·state with one product less
             outputs.append(state)
         return torch.stack(outputs, dim=1)
 
     def forward(self, fragments: Tensor, contexts: Tensor, mask: Tensor) -> Tensor:
         """(B, N, D), (B, N, D), (B, N) -> (B, 2N, D)."""
         first, state = self.read(fragments, mask)
+        # The state (1, B, D) has to be contiguous: cuDNN takes no view.
         outputs, _ = self.gru(contexts, state.unsqueeze(0).contiguous())
         return torch.cat([first, normalize(outputs + fragments)], dim=1)
 
@@ -211,6 +227,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, fragments: Tensor, mask: Tensor) -> Tensor:
         """Weights of the fragments: (B, N, D), (B, N) -> (B, N), summing to 1 over the valid ones."""
+        # (B, 1, D) against each of (B, N, D).
         mean = self.overall(masked_mean(fragments, mask)).unsqueeze(1)
         scores = self.score(self.local(fragments) * mean).squeeze(-1)
         return masked_softmax(scores, mask, dim=-1).to(fragments.dtype)
@@ -270,11 +287,13 @@ class WordEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """(T, W) ids, (T, W) with the valid words first -> words (T, W, D)."""
+        # Packed: the direction that runs backwards starts at a caption's last word, not in its padding. The lengths
+        # have to be on the CPU.
         packed = nn.utils.rnn.pack_padded_sequence(
             self.dropout(self.embeddings(input_ids)), mask.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False
         )
         outputs, _ = nn.utils.rnn.pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, total_length=input_ids.shape[1]
         )
-        forward, backward = outputs.chunk(2, dim=-1)
+        forward, backward = outputs.chunk(2, dim=-1)  # of (T, W, 2D)
         return (forward + backward) / 2

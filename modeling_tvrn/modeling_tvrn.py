@@ -31,14 +31,6 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .dual_encoder_tvrn import (
-    build_dual_encoder,
-    image_features,
-    load_dual_encoder,
-    plain_dual_encoder,
-    probe,
-    without_scale,
-)
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
@@ -59,9 +51,21 @@ from .layers_tvrn import (
     valid_first,
     wide,
 )
-from .matching_tvrn import PairMatching
-from .pair_tvrn import PairStage, weighted_components
-from .towers_tvrn import build_tower, freeze_unused, load_tower, load_word_embeddings, region_feature_size, region_map
+from .pair_tvrn import PairMatching, PairStage, weighted_components
+from .towers_tvrn import (
+    build_dual_encoder,
+    build_tower,
+    freeze_unused,
+    image_features,
+    load_dual_encoder,
+    load_tower,
+    load_word_embeddings,
+    plain_dual_encoder,
+    probe,
+    region_feature_size,
+    region_map,
+    without_scale,
+)
 
 
 @dataclass
@@ -99,6 +103,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # By transformers' `init`, which leaves alone what loading has filled; torch's would start it again.
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -131,6 +136,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        # transformers starts what a checkpoint lacks at random and only reports it.
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
         if wrong and not tolerant:
@@ -190,6 +196,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         # Shape [1]: 0-d parameters break fully_shard.
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.logit_bias = nn.Parameter(torch.zeros(1)) if config.use_logit_bias else None
+        # Buffers: saved with the weights, but no optimizer moves them.
         self.register_buffer("calibration_scale", torch.ones(1))
         self.register_buffer("calibration_shift", torch.zeros(1))
         self.gradient_checkpointing = False
@@ -235,6 +242,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             _check_words(word_embeddings, sizes, config)
             config |= sizes
         model = cls(TVRNConfig(**config))
+        # Their random twins, which the config asked for, give way.
         for name, tower in towers.items():
             setattr(model, name, tower)
         if model.word_encoder is not None and table is not None:
@@ -272,6 +280,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                 raise ValueError(
                     f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
                 )
+        # Built with a dual encoder of random weights, which gives way to the pretrained one: as loading does it.
         own = next(model.parameters()).dtype
         tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(own)
         tvrn.dual_encoder = without_scale(model)
@@ -305,6 +314,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def _freeze(self) -> None:
         if self.dual_encoder is not None and self.config.freeze_first_stage:
+            # Its projections and the logit's scale; its towers have switches of their own, below.
             towers = {id(weight) for tower, _ in self.towers() for weight in tower.parameters()}
             for weight in (*self.dual_encoder.parameters(), self.logit_scale, self.logit_bias):
                 if weight is not None and id(weight) not in towers:
@@ -336,12 +346,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """
         super().train(mode)
         for tower, frozen in self.towers():
-            if frozen:
+            if frozen:  # no dropout either: a cache of its features is what training sees
                 tower.eval()
             for module in tower.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         if self.dual_encoder is not None and self.config.freeze_first_stage:
+            # What a dual encoder has beside its towers: projections, in some also a pooling head.
             for name, module in self.dual_encoder.named_children():
                 if name not in ("vision_model", "text_model"):
                     module.eval()
@@ -361,13 +372,6 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """The vision tower's regions, boxes and mask, and a dual encoder's embeddings."""
         with self._looking(pixel_values):
             return self._grid_regions(pixel_values)
-
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        """A dual encoder's embeddings (B, P) alone: its patches are neither arranged nor pooled."""
-        with self._looking(pixel_values):
-            embeds = self._run_vision(pixel_values)[1]
-            assert embeds is not None
-            return embeds
 
     def _looking(self, pixel_values: Tensor) -> contextlib.AbstractContextManager:
         """Checks pixels for the vision tower, and runs it without gradients where it is frozen."""
@@ -395,6 +399,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
         rows, columns = grid.shape[-2:]
+        # (B, C, h, w) -> (B, C, h·w) -> (B, h·w, C), row by row as `grid_boxes` numbers the cells.
         features = grid.flatten(2).transpose(1, 2)
         boxes = grid_boxes(rows, columns, device=grid.device).expand(grid.shape[0], -1, -1)
         mask = torch.ones(features.shape[:2], dtype=torch.bool, device=grid.device)
@@ -448,7 +453,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self._only_embeds(level) and self.dual_encoder is not None:
             others = (region_features, region_boxes, region_mask, image_embeds)
             if pixel_values is not None and all(value is None for value in others):
-                image_embeds, pixel_values = self._embed(pixel_values), None
+                # Embeddings alone: the patches are neither arranged nor pooled.
+                with self._looking(pixel_values):
+                    image_embeds, pixel_values = self._run_vision(pixel_values)[1], None
             if pixel_values is None and image_embeds is not None:
                 embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
                 return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
@@ -467,14 +474,22 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if self._only_embeds(level):
             return EncodedImages(self._image_embeds(None, features, mask, embeds), model_fingerprint=name)
         regions = normalize(self.region_projection(self.image_dropout(features)))
+        # Embeddings that see no refined regions, and no reasoning wanted: nothing that follows is read.
         if not self.config.use_refined_features and (level != "full" or not self.config.use_reasoning):
             embeds = self._image_embeds(None, features, mask, embeds)
             encoded = EncodedImages(embeds, mask, boxes, regions, model_fingerprint=name)
             return encoded.at_level(level)
-        contexts = self._visual_contexts(regions, boxes, mask)
+        contexts = self.attention(regions, mask)
+        if self.geometry is not None and boxes is not None:
+            contexts = normalize((contexts + self.geometry(regions, boxes, mask)) / 2)
+        # Element by element, regions with their contexts: what both agree on.
         joint = normalize(F.leaky_relu(regions * contexts, self.config.leaky_slope))
-        refined, refined_mask = self._refine_regions(regions, joint, mask)
+        if isinstance(self.visual_refinement, Gate):
+            refined, refined_mask = self.visual_refinement(regions, joint), mask
+        else:  # regions, then their expansions: (I, 2R, D)
+            refined, refined_mask = self.visual_refinement(regions, joint, mask), torch.cat([mask, mask], dim=1)
         weights = self.image_pooling(refined, refined_mask)
+        # (I, 1, N) @ (I, N, D).
         overall = normalize((weights.unsqueeze(1).to(refined.dtype) @ refined).squeeze(1))
         summary = torch.cat([overall, masked_mean(refined, refined_mask)], dim=-1)
         encoded = EncodedImages(
@@ -519,6 +534,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             region_features, region_boxes, region_mask, self.config.region_feature_size, self.geometry is not None
         )
         if not mask.all():
+            # A mask may have holes; from here on valid fragments are a prefix, as GRUs and chunks want it.
             order = valid_first(mask)
             features, mask = take(features, order), take(mask, order)
             boxes = take(boxes, order) if boxes is not None else None
@@ -536,30 +552,21 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             parts.append(self.pooled_image_embedding(masked_mean(features, mask)))
         return normalize(torch.stack(parts).sum(dim=0).to(self.logit_scale.dtype))
 
-    def _visual_contexts(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> Tensor:
-        contexts = self.attention(regions, mask)
-        if self.geometry is None or boxes is None:
-            return contexts
-        return normalize((contexts + self.geometry(regions, boxes, mask)) / 2)
-
-    def _refine_regions(self, regions: Tensor, joint: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.visual_refinement, Gate):
-            return self.visual_refinement(regions, joint), mask
-        return self.visual_refinement(regions, joint, mask), torch.cat([mask, mask], dim=1)
-
     def _region_saliency(self, tokens: Tensor, overall: Tensor, mask: Tensor) -> Tensor:
         """log a^v (I, N): log-softmax over the valid tokens of λ⟨U_i, g^v⟩; 0 (uniform) without semantic alignment."""
+        # (I, N, D) @ (I, D, 1). Kept as a logarithm: the pair stage adds it to its affinities.
         scores = self.config.attention_scale * (tokens @ overall.unsqueeze(-1)).squeeze(-1)
         if not self.config.use_semantic_alignment:
             scores = torch.zeros_like(scores)
         scores = scores.to(wide(scores))
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
-        return scores.masked_fill(~mask, 0.0)
+        return scores.masked_fill(~mask, 0.0)  # finite in any dtype that a gallery is stored in
 
     def _expansion_sources(self, contexts: Tensor) -> dict[str, Tensor]:
         """What the textual refinement reads of an image: keys, transformed contexts and their Gram matrix."""
         if self.textual_refinement is None:
             return {}
+        # Linear maps, so they commute with the attention's sum: once an image here, not once a pair and word.
         if isinstance(self.textual_refinement, Gate):
             values = self.textual_refinement.context(contexts)
         else:
@@ -602,6 +609,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         self, words: Tensor, mask: Tensor, positions: Tensor, pooled: Tensor, level: str = "full"
     ) -> EncodedTexts:
         """`encode_texts` of words (T, W, D), and what `_text_inputs` gives beside them."""
+        # What depends on the words alone is computed here, once a caption; the pair stage adds what an image brings.
         extras: dict[str, Tensor] = {}
         summary = words
         refines = self.config.use_refined_features or level == "full"
@@ -636,9 +644,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         dual encoder's embeddings, whose tower outputs stay as they are where no `words` are wanted."""
         given = self._check_texts(input_ids, text_features)
         attended, mask = check_words(given, attention_mask, word_mask)
+        # Words to match come first, and only as many columns as the longest caption has of them.
         positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
         mask = take(mask, positions)
         if self.word_encoder is not None:
+            # The GRU reads the words to match alone; a text tower, below, every attended token.
             given = take(given, positions)
             return given, mask, positions, masked_mean(self.word_encoder.embeddings(given), mask)
         hidden = given
@@ -651,6 +661,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             return hidden, mask, positions, embeds
         hidden = in_dtype(hidden, self.logit_scale.dtype, "text_features")
         if self.dual_encoder is None:
+            # The mean is over all that the tower attended to, [CLS] and [SEP] too.
             return take(hidden, positions), mask, positions, masked_mean(hidden, attended)
         embeds = check_embeds("text_embeds", text_embeds, len(given), self.config.projection_size)
         return take(hidden, positions), mask, positions, embeds
@@ -667,6 +678,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """Unit-norm embeddings (T, P): a dual encoder's, or from the mean word and the mean input feature."""
         if self.dual_encoder is not None:
             return normalize(pooled.to(self.logit_scale.dtype))
+        # Maps of each part, added up: with a part more or fewer the others keep their shapes.
         parts = []
         if self.config.use_refined_features:
             assert summary is not None
@@ -720,7 +732,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """
         images = self.encode_images(pixel_values, region_features, region_boxes, region_mask, image_embeds, level)
         texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features, text_embeds, level)
+        # Before the pairs are scored, which is most of a step's time.
         check_row_ids(len(images), len(texts), image_ids, text_image_ids)
+        # Unweighted for the losses: each component learns by its own, its weight by that of the sum.
         components = self.unweighted_components(images, texts, level=level)
         logits = self.pair_logits(self.weigh_components(components))
         loss, parts = None, None
@@ -809,6 +823,7 @@ def _width(config: TVRNConfig) -> int:
     return int(getattr(config.text_config, "hidden_size", config.word_embedding_size))
 
 
+# Saving then puts this file beside the weights, with every file that it imports.
 TVRNModel.register_for_auto_class("AutoModel")
 
 __all__ = ["TVRNModel", "TVRNOutput", "TVRNPreTrainedModel"]

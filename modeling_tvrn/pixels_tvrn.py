@@ -47,7 +47,12 @@ class PixelTable:
         ready = [image for image in resized if image is not None]
         if len({image.size for image in ready}) != 1:
             return None
-        return self._look_up(ready)
+        pixels = np.empty((len(ready), 3, ready[0].height, ready[0].width), dtype=np.float32)
+        for target, image in zip(pixels, ready, strict=True):
+            for channel, band in enumerate(image.split()):
+                # mode="clip" never clips a byte here; it spares NumPy a buffered copy of the output
+                np.take(self.values[channel], np.asarray(band), out=target[channel], mode="clip")
+        return pixels
 
     def _resize(self, image: PIL.Image.Image) -> PIL.Image.Image | None:
         target = image.size if self.size is None else _target_size(image.size, self.size)
@@ -60,14 +65,6 @@ class PixelTable:
         if left < 0 or top < 0:  # such an image is padded: the processor's business
             return None
         return image.crop((left, top, left + width, top + height))
-
-    def _look_up(self, images: list[PIL.Image.Image]) -> np.ndarray:
-        pixels = np.empty((len(images), 3, images[0].height, images[0].width), dtype=np.float32)
-        for target, image in zip(pixels, images, strict=True):
-            for channel, band in enumerate(image.split()):
-                # mode="clip" never clips a byte here; it spares NumPy a buffered copy of the output
-                np.take(self.values[channel], np.asarray(band), out=target[channel], mode="clip")
-        return pixels
 
 
 def pixel_table(image_processor: Any) -> PixelTable | None:
@@ -197,5 +194,6 @@ def _target_size(size: tuple[int, int], target: dict[str, int]) -> tuple[int, in
     """PIL's (width, height) after resizing to `target`."""
     if "shortest_edge" not in target:
         return target["width"], target["height"]
+    # Cut, not rounded: so do transformers and torchvision.
     (width, height), short = size, target["shortest_edge"]
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)

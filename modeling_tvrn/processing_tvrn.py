@@ -1,15 +1,22 @@
-"""TVRNProcessor: photographs, region features and captions in, checked and padded model inputs out."""
+"""TVRNProcessor: photographs, region features and captions in, checked and padded model inputs out.
+
+The class comes first; what it does with regions (`pad_regions`) and captions (`tokenize`) stands below it.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -17,11 +24,14 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from .pixels_tvrn import PixelTable, hub_pixels, pixel_table, rgb_images, with_image_size
-from .regions_tvrn import pad_regions
 from .trust_tvrn import HUB_ARGUMENTS, MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
-from .words_tvrn import build_word_tokenizer, caption_problems, check_captions, check_length, tokenize
 
 logger = logging.getLogger(__name__)
+
+BOX_SLACK = 1e-4  # a box divided by its image's size in float32 may end a rounding above 1
+PIXEL_SLACK = 1.0  # detectors disagree by one pixel on where an image ends
+PAD, UNKNOWN = "<pad>", "<unk>"
+_LETTER = re.compile("[A-Za-z0-9]")
 
 
 class TVRNProcessor(ProcessorMixin):
@@ -350,6 +360,330 @@ def _load(
             f"no {what} in {os.fspath(name)!r} ({reason}): expected a Hub id or a folder that holds one; check the "
             "name and the connection, or pass a loaded one to TVRNProcessor"
         ) from error
+
+
+# -- regions ---------------------------------------------------------------------------------------------------------
+
+
+def pad_regions(
+    region_features: Any, region_boxes: Any = None, region_mask: Any = None, image_sizes: Any = None
+) -> dict[str, np.ndarray]:
+    """Check the regions of B images and pad them to the longest, R.
+
+    Args:
+        region_features: `(B, R, F)`, one image's `(R, F)`, or a list of B arrays `(R_i, F)`.
+        region_boxes: xyxy, `(B, R, 4)`, `(R, 4)` or a list of `(R_i, 4)`: fractions of the image in [0, 1], or pixels
+            where `image_sizes` is given. Optional.
+        region_mask: `(B, R)`, `(R,)` or a list of `(R_i,)`, 1 for the regions to use. Optional: all of them.
+        image_sizes: B pairs (height, width) in pixels; the boxes are then divided by them.
+
+    Returns:
+        `region_features (B, R, F)` float32, `region_mask (B, R)` bool and, with boxes, `region_boxes (B, R, 4)`
+        float32 in [0, 1]. Whatever the mask leaves out is zero.
+
+    Raises:
+        ValueError: wrong shapes, no images, an image without regions, NaN or infinite features, pixel boxes without
+            sizes, boxes outside the image or with x2 < x1 or y2 < y1.
+    """
+    features = _split_images(region_features, "region_features", "(regions, features)", ndim=2)
+    widths = sorted({array.shape[1] for array in features})
+    if len(widths) > 1:
+        raise ValueError(f"region_features have {widths} columns in one batch: every region needs the same number")
+    counts = [len(array) for array in features]
+    mask = _pad(_keep_rows(region_mask, counts))  # (B, R), False where it pads
+    padded = {"region_features": _masked(_pad(features), mask), "region_mask": mask}
+    _check_finite(padded["region_features"])
+    if region_boxes is not None:
+        boxes = _split_images(region_boxes, "region_boxes", "(regions, 4)", ndim=2)
+        _check_counts("region_boxes", boxes, counts)
+        padded["region_boxes"] = _relative_boxes(_masked(_pad(boxes), mask), mask, image_sizes)
+    elif image_sizes is not None:
+        raise ValueError("image_sizes turn pixel boxes into fractions, but region_boxes is missing: pass both")
+    return padded
+
+
+def _split_images(value: Any, name: str, shape: str, ndim: int) -> list[np.ndarray]:
+    """One float32 array of `ndim` dimensions for each image."""
+    images = list(value) if isinstance(value, (list, tuple)) else _split_array(value, name, shape, ndim)
+    if not images:
+        raise ValueError(f"{name} holds zero images: pass at least one")
+    arrays = [_to_numpy(image, f"{name}[{i}]") for i, image in enumerate(images)]
+    for i, array in enumerate(arrays):
+        if array.ndim != ndim:
+            raise ValueError(f"{name}[{i}] has shape {array.shape}, expected {shape}: pass one such array an image")
+    return arrays
+
+
+def _split_array(value: Any, name: str, shape: str, ndim: int) -> list[Any]:
+    array = _to_numpy(value, name)
+    if array.ndim == ndim:
+        return [array]
+    if array.ndim != ndim + 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected {shape} for one image, (images, {shape[1:]} for a batch, "
+            "or a list with one array an image"
+        )
+    return list(array)
+
+
+def _to_numpy(value: Any, name: str) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float().cpu().numpy()  # float first: NumPy has no bfloat16
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no numeric array ({type(value).__name__}: {error})") from error
+
+
+def _keep_rows(region_mask: Any, counts: Sequence[int]) -> list[np.ndarray]:
+    """The regions to use of each image, all where no mask is given; every image must keep one."""
+    if region_mask is None:
+        rows = [np.ones(count, dtype=bool) for count in counts]
+    else:
+        values = _split_images(region_mask, "region_mask", "(regions,)", ndim=1)
+        _check_counts("region_mask", values, counts)
+        rows = [value > 0 for value in values]
+    empty = [i for i, row in enumerate(rows) if not row.any()]
+    if empty:
+        raise ValueError(
+            f"region_mask keeps no region of image {empty[0]} ({len(empty)} such images, {counts[empty[0]]} regions "
+            "given): every image needs at least one; leave the others out of the batch"
+        )
+    return rows
+
+
+def _check_counts(name: str, values: Sequence[np.ndarray], counts: Sequence[int]) -> None:
+    if len(values) != len(counts):
+        raise ValueError(f"{name} holds {len(values)} images, region_features {len(counts)}: pass the same images")
+    for i, (value, count) in enumerate(zip(values, counts, strict=True)):
+        if len(value) != count:
+            raise ValueError(f"{name}[{i}] has {len(value)} regions, region_features[{i}] has {count}: one each")
+        if name == "region_boxes" and value.shape[1] != 4:
+            raise ValueError(f"region_boxes[{i}] has shape {value.shape}, expected ({count}, 4): x1, y1, x2, y2")
+
+
+def _pad(rows: Sequence[np.ndarray]) -> np.ndarray:
+    padded = np.zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), dtype=rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def _masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    values[~mask] = 0  # assigned, not multiplied: NaN times 0 is NaN
+    return values
+
+
+def _check_finite(features: np.ndarray) -> None:
+    if not np.isfinite(features).all():
+        image, region, column = np.argwhere(~np.isfinite(features))[0]
+        raise ValueError(
+            f"region_features[{image}][{region}] holds {features[image, region, column]} in column {column}: expected "
+            "finite numbers; extract this image again, or mask the region out with region_mask"
+        )
+
+
+def _relative_boxes(boxes: np.ndarray, mask: np.ndarray, image_sizes: Any) -> np.ndarray:
+    """Boxes as fractions of the image, clipped to [0, 1]."""
+    if image_sizes is None:
+        _check_boxes(boxes, mask, np.ones((len(boxes), 2), dtype=np.float32), BOX_SLACK)
+        return np.clip(boxes, 0, 1)
+    sizes = np.atleast_2d(_to_numpy(image_sizes, "image_sizes"))
+    if sizes.shape != (len(boxes), 2):
+        raise ValueError(
+            f"image_sizes has shape {sizes.shape}, expected ({len(boxes)}, 2): (height, width) of each image"
+        )
+    if not (sizes > 0).all():
+        raise ValueError(f"image_sizes {sizes.tolist()} must be positive pixels (height, width)")
+    # Fractions divided by the image's size would shrink every box to a point without a word.
+    largest = boxes.max(axis=(1, 2))
+    for i in np.flatnonzero((largest <= 1) & (sizes.min(axis=1) > 2)):
+        raise ValueError(
+            f"image_sizes makes region_boxes pixels, but the largest coordinate of image {i} is {largest[i]:g} "
+            f"(its size is {sizes[i].tolist()}): leave image_sizes out where boxes are fractions already"
+        )
+    _check_boxes(boxes, mask, sizes, PIXEL_SLACK)
+    # (height, width) to x1, y1, x2, y2: (B, 1, 4) against (B, R, 4).
+    return np.clip(boxes / sizes[:, None, [1, 0, 1, 0]], 0, 1)
+
+
+def _check_boxes(boxes: np.ndarray, mask: np.ndarray, sizes: np.ndarray, slack: float) -> None:
+    limits = sizes[:, None, [1, 0, 1, 0]]  # (B, 1, 4): width, height, width, height
+    # A NaN is inside nothing: comparisons asked this way round find it.
+    with np.errstate(invalid="ignore"):
+        outside = ~((boxes >= -slack) & (boxes <= limits + slack)).all(axis=-1) & mask
+        flipped = (boxes[..., 2:] < boxes[..., :2]).any(axis=-1) & mask
+    if outside.any():
+        image, region = np.argwhere(outside)[0]
+        where = f"region_boxes[{image}][{region}] is {boxes[image, region].tolist()}"
+        if slack == PIXEL_SLACK:
+            width, height = limits[image, 0, :2]
+            raise ValueError(
+                f"{where}: outside its image of height {height:g} and width {width:g}; check image_sizes (height, "
+                "width)"
+            )
+        raise ValueError(
+            f"{where}: expected x1, y1, x2, y2 in [0, 1], fractions of the image; for boxes in pixels pass "
+            "image_sizes=[(height, width), ...]"
+        )
+    if flipped.any():
+        image, region = np.argwhere(flipped)[0]
+        raise ValueError(
+            f"region_boxes[{image}][{region}] is {boxes[image, region].tolist()}: x2 < x1 or y2 < y1; expected "
+            "corners (x1, y1, x2, y2), not (x, y, width, height)"
+        )
+
+
+# -- captions --------------------------------------------------------------------------------------------------------
+
+
+def check_captions(text: str | Iterable[str]) -> list[str]:
+    """The captions as a list.
+
+    Raises:
+        ValueError: no captions, an empty one, or something that is no string (the message names its index).
+    """
+    captions = [text] if isinstance(text, str) else list(text)
+    if not captions:
+        raise ValueError("text holds zero captions: pass at least one")
+    faults = {i: fault for i, caption in enumerate(captions) if (fault := _fault(caption)) is not None}
+    if faults:
+        i = next(iter(faults))
+        raise ValueError(
+            f"text[{i}] {faults[i]} ({len(faults)} of {len(captions)} captions cannot be used): drop it, and with it "
+            "its pairing with an image"
+        )
+    return captions
+
+
+def _fault(caption: Any) -> str | None:
+    """What is wrong with a caption before it is tokenized."""
+    if not isinstance(caption, str):
+        return f"is {type(caption).__name__} {caption!r:.80}, expected a string a caption"
+    if not caption.strip():
+        return f"is an empty caption {caption!r:.80}"
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return f"is no Unicode text, it holds lone surrogates: {caption!r:.80}"
+    return None
+
+
+def caption_problems(tokenizer: Any, captions: Sequence[Any], max_length: int) -> dict[int, str]:
+    """Why captions cannot be used, by their place; good ones are not in it. Most are known without being tokenized."""
+    found: dict[int, str] = {}
+    unsure = []
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    for i, caption in enumerate(captions):
+        fault = _fault(caption)
+        if fault is not None:
+            found[i] = fault
+        # a letter or digit becomes a word, or at least the unknown one, unless a special token is spelt with it
+        elif tokenizer.unk_token is None or not _LETTER.search(caption) or any(token in caption for token in special):
+            unsure.append(i)
+    if unsure:
+        inputs, _ = encode(tokenizer, [captions[i] for i in unsure], max_length)
+        for i, count in zip(unsure, inputs["word_mask"].sum(axis=1).tolist(), strict=True):
+            if not count:
+                found[i] = f"{captions[i]!r:.80} has no word left after {type(tokenizer).__name__}"
+    return dict(sorted(found.items()))
+
+
+def tokenize(
+    tokenizer: Any, captions: Sequence[str], max_length: int, text_padding: str = "longest"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Token ids of T captions and the lengths they would have uncut.
+
+    Args:
+        max_length: longest caption in tokens, special tokens included.
+        text_padding: "longest", or "max_length": every caption to that length and without an attention mask, as a
+            dual encoder wants it that pools the last position (SigLIP).
+
+    Returns:
+        `input_ids`, `attention_mask` and `word_mask (T, W)` int64, padded on the right; uncut lengths `(T,)`.
+
+    Raises:
+        ValueError: the tokenizer cannot pad, or leaves a caption without a single word.
+    """
+    inputs, lengths = encode(tokenizer, captions, max_length, text_padding)
+    wordless = np.flatnonzero(inputs["word_mask"].sum(axis=1) == 0)
+    if wordless.size:
+        i = wordless[0]
+        raise ValueError(f"text[{i}] {captions[i]!r:.80} has no word left after {type(tokenizer).__name__}: drop it")
+    if text_padding == "max_length":
+        del inputs["attention_mask"]
+    return inputs, lengths
+
+
+def encode(
+    tokenizer: Any, captions: Sequence[str], max_length: int, text_padding: str = "longest"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """As `tokenize`, also where a caption has no word."""
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no padding token, which a batch of captions needs: set "
+            "tokenizer.pad_token (tokenizer.eos_token will do)"
+        )
+    options = {"padding": True, "padding_side": "right", "return_tensors": "np", "return_attention_mask": True}
+    # uncut at first: only so are the captions that get cut known, and few batches need the second call
+    encoded = tokenizer(captions, truncation=False, verbose=False, **options)
+    lengths = encoded["attention_mask"].sum(axis=1)
+    if (lengths > max_length).any():
+        encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
+    if text_padding == "max_length":
+        options["padding"] = "max_length"
+        encoded = tokenizer(captions, truncation=True, max_length=max_length, **options)
+    inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    # (T, W): attended, and no special token.
+    inputs["word_mask"] = inputs["attention_mask"] * ~np.isin(inputs["input_ids"], special_ids(tokenizer))
+    return inputs, lengths
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that are no words: all special ones but the unknown token, which stands for a word."""
+    tokens = [token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"]
+    flat = [one for token in tokens for one in (token if isinstance(token, (list, tuple)) else [token])]
+    return sorted({tokenizer.convert_tokens_to_ids(str(token)) for token in flat})
+
+
+def check_length(max_length: int, tokenizer: Any) -> int:
+    """The longest caption in tokens that both the setting and the tokenizer allow.
+
+    Raises:
+        ValueError: it leaves no room for a word beside the special tokens.
+    """
+    special = 0 if tokenizer is None else tokenizer.num_special_tokens_to_add()
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= special:
+        raise ValueError(
+            f"max_text_length={max_length!r}: expected an integer above {special}, the tokenizer's special tokens"
+        )
+    return max_length if tokenizer is None else min(max_length, tokenizer.model_max_length)
+
+
+def build_word_tokenizer(captions: Iterable[str], min_frequency: int = 1) -> PreTrainedTokenizerFast:
+    """A lower-case word tokenizer, punctuation split off: `<pad>` 0, `<unk>` 1, then words by falling frequency.
+
+    Raises:
+        ValueError: no captions, an empty one, or no word seen `min_frequency` times.
+    """
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency}: expected at least 1")
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.Whitespace()
+    counts: Counter[str] = Counter()
+    for caption in check_captions(captions):
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    # Of equally frequent words the first in the alphabet: the same captions in any order give the same ids.
+    words = sorted((word for word in counts if counts[word] >= min_frequency), key=lambda word: (-counts[word], word))
+    if not words:
+        raise ValueError(
+            f"no word is seen min_frequency={min_frequency} times, at most {max(counts.values())}: lower it"
+        )
+    vocabulary = {word: i for i, word in enumerate([PAD, UNKNOWN, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN)
 
 
 TVRNProcessor.register_for_auto_class("AutoProcessor")

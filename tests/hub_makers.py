@@ -8,7 +8,7 @@ from model_makers import shake
 from transformers import BertConfig, ViTConfig, ViTImageProcessorPil
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
-from modeling_tvrn.words_tvrn import build_word_tokenizer
+from modeling_tvrn.processing_tvrn import build_word_tokenizer
 
 CAPTIONS = ["A dog runs in the snow.", "two dogs, one cat!", "the cat sleeps", "snow"]
 SIZES: dict[str, Any] = {"hidden_size": 12, "projection_size": 10, "similarity_size": 7, "pooled_hidden_size": 11}

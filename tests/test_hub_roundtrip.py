@@ -33,7 +33,7 @@ from transformers import (
 
 import modeling_tvrn
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
-from modeling_tvrn.words_tvrn import build_word_tokenizer
+from modeling_tvrn.processing_tvrn import build_word_tokenizer
 
 CAPTIONS = ["A dog runs in the snow.", "two dogs, one cat!", "the cat sleeps", "snow"]
 FEATURES = 13

@@ -55,19 +55,14 @@ MAY_IMPORT |= {"demo": TOP, "export": TOP, "cli": {*TOP, "demo", "export"}}
 # Shipped files by the layer they belong to; a new one is named here.
 LAYER_OF_SHIPPED = {
     "checks_tvrn": "modeling",
-    "dual_encoder_tvrn": "modeling",
     "encoded_tvrn": "modeling",
     "layers_tvrn": "modeling",
-    "matching_tvrn": "modeling",
     "pair_tvrn": "modeling",
     "towers_tvrn": "modeling",
     "pixels_tvrn": "processing",
-    "regions_tvrn": "processing",
-    "words_tvrn": "processing",
     "configuration_tvrn": "configuration",
     "modeling_tvrn": "modeling",
     "processing_tvrn": "processing",
-    "soft_labels_tvrn": "losses",
     "trust_tvrn": "configuration",
 }
 

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from modeling_tvrn.pixels_tvrn import pixel_table
-from modeling_tvrn.processing_tvrn import TVRNProcessor
-from modeling_tvrn.words_tvrn import build_word_tokenizer
+from modeling_tvrn.processing_tvrn import TVRNProcessor, build_word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CAPTIONS = ["A dog runs in the snow.", "Two dogs, one cat!", "the cat sleeps"]

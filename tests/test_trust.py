@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli import app
-from modeling_tvrn.dual_encoder_tvrn import load_dual_encoder
 from modeling_tvrn.evaluation import evaluate
 from modeling_tvrn.hub import doctor, push_to_hub
+from modeling_tvrn.processing_tvrn import build_word_tokenizer
 from modeling_tvrn.teachers import Teacher
+from modeling_tvrn.towers_tvrn import load_dual_encoder
 from modeling_tvrn.training import train
-from modeling_tvrn.words_tvrn import build_word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """from pathlib import Path

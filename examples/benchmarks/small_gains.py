@@ -21,7 +21,7 @@ import torch
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from modeling_tvrn import TVRNConfig, TVRNModel
-from modeling_tvrn.matching_tvrn import CAPTIONS_PER_CHUNK
+from modeling_tvrn.pair_tvrn import CAPTIONS_PER_CHUNK
 from modeling_tvrn.training.optim import WeightAverage
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..modeling_tvrn import TVRNModel
 from ..pixels_tvrn import pixel_table
+from ..processing_tvrn import check_length, special_ids, tokenize
 from ..storage.files import publish_folder, replacing
-from ..words_tvrn import check_length, special_ids, tokenize
 from .graphs import Graph, exportable, image_graph, pair_graph, text_graph
 from .parity import compare
 from .report import ExportReport, Parity

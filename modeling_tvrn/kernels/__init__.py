@@ -52,8 +52,7 @@ from torch import Tensor
 
 from ..encoded_tvrn import EncodedImages, EncodedTexts
 from ..layers_tvrn import FragmentAttention, Gate, Recurrence, normalize
-from ..matching_tvrn import PairMatching
-from ..pair_tvrn import PairStage
+from ..pair_tvrn import PairMatching, PairStage
 
 __all__ = ["FusedPairs", "available", "enable", "fused_late_interaction", "fused_reasoning"]
 

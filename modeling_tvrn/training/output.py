@@ -16,8 +16,8 @@ from ..evaluation.encoding import encode_images
 from ..hub import split_label, write_run_card
 from ..metrics import recall_table
 from ..plots import plot_search_results, plot_training_curve
+from ..processing_tvrn import tokenize
 from ..redaction import redacted, redacted_text
-from ..words_tvrn import tokenize
 from .best_model import TRAINED, save_model
 from .calibration import calibrate
 from .interpolation import interpolate, starting_weights
