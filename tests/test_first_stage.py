@@ -261,7 +261,8 @@ class TestRefused:
 
 class TestFrontDoor:
     @pytest.fixture(scope="class")
-    def clip(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def clip(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save_dual_encoder(tmp_path_factory.mktemp("front") / "clip")
 
     def test_it_scores_as_the_dual_encoder(self, clip: Path, tmp_path: Path) -> None:
