@@ -51,7 +51,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no_reasoning": {"use_reasoning": False},
     "every_loss": {f"{loss}_loss_weight": 1.0 for loss in LOSSES},
 }
-# Variants that lack several parts wait for the whole suite: half precision is slow on a CPU, and rarely a matter of two.
+# Variants that lack several parts wait for the whole suite: half precision is slow on a CPU, and rarely hangs on two.
 MODELS = pytest.mark.parametrize(
     "settings",
     [
