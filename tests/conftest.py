@@ -29,7 +29,9 @@ os.environ.update(
 )
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
     os.environ.pop(name, None)
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # the tensors are tiny: more threads only wait for each other
+# The tensors are tiny: more threads only wait for each other. One alone would hide what forks and ties do in several.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -160,7 +160,8 @@ class TestRegions:
     """Region features and a BiGRU, gate and SAF: every recurrence is in the text side."""
 
     @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory):
+    @classmethod
+    def exported(cls, tmp_path_factory):
         from modeling_tvrn.export import export_onnx
 
         model, processor = region_model()
@@ -168,7 +169,8 @@ class TestRegions:
         return model, processor, folder, export_onnx(model, processor, folder)
 
     @pytest.fixture(scope="class")
-    def runner(self, exported):
+    @classmethod
+    def runner(cls, exported):
         from modeling_tvrn.export import OnnxModel
 
         return OnnxModel(exported[2], threads=1)
@@ -320,7 +322,8 @@ class TestPictures:
     """A ViT and a BERT, GRU refinement and SGR: recurrences on both sides and in the pair stage."""
 
     @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory):
+    @classmethod
+    def exported(cls, tmp_path_factory):
         from modeling_tvrn.export import OnnxModel, export_onnx
 
         model, processor = pixel_model(refinement="gru", similarity_head="sgr")

@@ -193,6 +193,7 @@ class TestProcessor:
         again = TVRNProcessor.from_pretrained(tmp_path / "again")(text=captions)
         assert {name: value.tolist() for name, value in again.items()} == {name: ours[name].tolist() for name in again}
 
+    @pytest.mark.slow
     def test_model_and_processor_leave_together(self, tmp_path: Path) -> None:
         folder = save_dual_encoder(tmp_path / "clip")
         model, processor = TVRNModel.from_dual_encoder(folder, **SIZES), TVRNProcessor.from_dual_encoder(folder)
@@ -261,7 +262,8 @@ class TestRefused:
 
 class TestFrontDoor:
     @pytest.fixture(scope="class")
-    def clip(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def clip(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save_dual_encoder(tmp_path_factory.mktemp("front") / "clip")
 
     def test_it_scores_as_the_dual_encoder(self, clip: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from hub_makers import VIT, pixel_model, region_model, save
-from model_makers import FEATURES, HEADS, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
+from model_makers import FEATURES, HEADS, SWITCHES, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from transformers import AutoModel, BertConfig, MobileNetV2Config, ViTConfig
@@ -52,7 +52,17 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no_reasoning": {"use_reasoning": False},
     "every_loss": {f"{loss}_loss_weight": 1.0 for loss in LOSSES},
 }
-MODELS = pytest.mark.parametrize("settings", [*VARIANTS, *OTHERS.values()], ids=[*map(name, VARIANTS), *OTHERS])
+# Variants that lack several parts wait for the whole suite: half precision is slow on a CPU, and rarely hangs on two.
+MODELS = pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            pytest.param(variant, id=name(variant), marks=[pytest.mark.slow] * (sum(map(variant.get, SWITCHES)) < 3))
+            for variant in VARIANTS
+        ),
+        *(pytest.param(settings, id=label) for label, settings in OTHERS.items()),
+    ],
+)
 
 
 def batch(model: TVRNModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

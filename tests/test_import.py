@@ -36,6 +36,7 @@ def test_importing_the_package_loads_none_of_its_requirements(run_python: Callab
     assert ours == {"modeling_tvrn", "modeling_tvrn.registration"}
 
 
+@pytest.mark.slow
 def test_the_configuration_loads_neither_models_nor_data_libraries(run_python: Callable[..., str]) -> None:
     """A script that only reads a config pays for transformers' own config class, not for the model's."""
     loaded = loaded_after(run_python, "from modeling_tvrn import TVRNConfig")
@@ -44,6 +45,7 @@ def test_the_configuration_loads_neither_models_nor_data_libraries(run_python: C
     assert not loaded & {"transformers.modeling_utils", "accelerate", "datasets", "evaluate", "matplotlib", "pandas"}
 
 
+@pytest.mark.slow
 def test_the_model_and_the_processor_load_no_training_library(run_python: Callable[..., str]) -> None:
     """accelerate is absent from the list: transformers imports it with its own model class."""
     loaded = loaded_after(run_python, "from modeling_tvrn import TVRNModel, TVRNProcessor")

@@ -437,6 +437,7 @@ def test_a_half_written_segment_is_encoded_again(processor: TVRNProcessor, tmp_p
     assert report.encoded in (7, COUNT % 7) and report.reused == COUNT - report.encoded
 
 
+@pytest.mark.slow
 def test_it_is_imported_without_its_extras(run_python: Any) -> None:
     code = (
         "import sys, modeling_tvrn.index; print([n for n in ('faiss', 'qdrant_client', 'gradio') if n in sys.modules])"

@@ -86,6 +86,8 @@ class TestGradients:
             model.config.pair_chunk_size, model.config.checkpoint_pair_chunks = chunk_size, checkpointed
             torch.testing.assert_close(gradients(model, **inputs), whole, rtol=0, atol=1e-10)
 
+    # Called by the name that every supported transformers knows; later ones have another.
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
     def test_gradient_checkpointing(self):
         """Towers and pair stage recompute; what they compute stays the same, also where only the tower is frozen."""
         towers = {

@@ -481,7 +481,7 @@ class TestRealTowers:
         if not photographs.exists():
             pytest.skip(f"needs {photographs}")
         from datasets import Image, load_dataset
-        from transformers import AutoImageProcessor
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         rows = load_dataset("parquet", data_files=str(photographs), split="train[:8]").cast_column("image", Image())
         images = list(rows["image"])

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -133,3 +134,14 @@ def test_continuous_integration_runs_the_readmes_test_command() -> None:
     taken = subprocess.run(["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert taken.strip() == 'python -m pip install -e ".[test]" && python -m pytest'
     assert taken in blocks("bash")
+
+
+def test_the_lowest_versions_that_are_tested_are_those_of_setup_py() -> None:
+    pytest.importorskip("setuptools")
+    script = [sys.executable, str(ROOT / ".ci" / "lowest.py")]
+    lowest = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+    source = (ROOT / "setup.py").read_text("utf-8")
+    required = re.search(r"^REQUIREMENTS = \[\n(.*?)^\]", source, re.MULTILINE | re.DOTALL)[1].count(">=")
+    assert required >= 16 and len(lowest) > required
+    # torch's lowest was run on a GPU; here the one build for CPUs alone stands for it.
+    assert [pin for pin in lowest if pin.replace("==", ">=") not in source and pin not in source] == ["torch==2.13.0"]

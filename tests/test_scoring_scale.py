@@ -391,6 +391,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """One, two and three processes: the same metrics, ranks and bits in every process, each pair scored once."""
     found = {world: run(everything, world, tmp_path / f"world{world}") for world in (1, 2, 3)}
@@ -405,6 +406,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_goes_on_with_three(tmp_path: Path) -> None:
     folder = tmp_path / "blocks"
     processes = start(slowly, 2, tmp_path / "killed", folder)

@@ -348,6 +348,7 @@ def killed_at(work: Callable[[], None], events: tuple[str, ...], number: int) ->
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("what", ["json", "tensors", "table", "model", "folder"])
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, processor: TVRNProcessor, what: str) -> None:
     torch.set_num_threads(1)
     models = {value: tiny_model(attention_scale=value) for value in (8.0, 9.0)}

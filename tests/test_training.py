@@ -211,6 +211,7 @@ def forget_precision() -> Iterator[Callable[[], None]]:
     forget()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_what_float32_does_but_for_its_digits(
     configure: Configure, forget_precision: Callable[[], None]
 ) -> None:
@@ -244,6 +245,7 @@ def test_a_precision_that_is_slower_is_said(
     assert ("use mixed_precision=no" in caplog.text) is not fast
 
 
+@pytest.mark.slow
 def test_evaluating_on_a_subset_ends_with_all_images(configure: Configure) -> None:
     result = train(configure(evaluation_images=7))
     assert result["metrics"]["image_count"] == 20 and result["embedding_metrics"]["image_count"] == 20
@@ -393,6 +395,7 @@ def test_the_losses_of_a_phase_are_those_of_what_it_trains(configure: Configure)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_of_embeddings_alone_is_evaluated_as_it_goes(configure: Configure) -> None:
     result = train(configure(phases=[{"train": "embeddings", "epochs": 3}]))
     assert [event["step"] for event in result["history"] if "rsum" in event] == [6, 12, 18]
@@ -409,12 +412,14 @@ def test_accumulated_batches_make_one_step(configure: Configure) -> None:
     assert run.step == run.total_steps == len(updates) == 6
 
 
+@pytest.mark.slow
 def test_max_steps_ends_a_run_anywhere_and_is_evaluated(configure: Configure) -> None:
     result = train(configure(max_steps=8, epochs=1))
     assert result["steps"] == 8
     assert [event["step"] for event in result["history"] if "rsum" in event] == [6, 8]
 
 
+@pytest.mark.slow
 def test_cached_text_features_train_as_the_tower_does(configure: Configure, tmp_path: Path) -> None:
     tower = tmp_path / "tower"
     keys = {"epochs": 1, "max_steps": 4, "model": {"freeze_text": True, "dropout": 0.0}}
@@ -443,6 +448,7 @@ def save_text_tower(folder: Path) -> None:
     BertModel(BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_pictures_train_a_tower_from_scratch_and_a_query_is_drawn(configure: Configure, tmp_path: Path) -> None:
     options = {"count": 12, "image_size": 32}
     query = load_pairs("scenes", "validation", **options).captions[3][0]

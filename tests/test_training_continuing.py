@@ -179,6 +179,7 @@ def test_all_of_a_dual_encoder_learns_at_the_towers_rate(clip: Path, pairs: Path
         assert rates[id(weight)] == (1e-2 if name.startswith("dual_encoder.") else 3e-3), name
 
 
+@pytest.mark.slow
 def test_the_mean_of_start_and_end_is_kept_and_taken_once(clip: Path, pairs: Path, tmp_path: Path) -> None:
     result = train(tuned(clip, pairs, tmp_path, weight_interpolation=0.25))
     start = AutoModel.from_pretrained(clip).state_dict()
@@ -247,6 +248,7 @@ def test_the_heads_of_a_dual_encoder_lie_beside_it(clip: Path, tmp_path: Path) -
         UnimodalHeads.load(clip)
 
 
+@pytest.mark.slow
 def test_adapters_in_a_dual_encoder(clip: Path, pairs: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason='low-rank adapters come with pip install ".[lora]"')
     with pytest.raises(ValueError, match="vision_lora_rank = 2 and model.freeze_vision = True"):

@@ -205,7 +205,8 @@ class TestCommands:
     @pytest.mark.slow
     def test_the_script_answers_as_the_verb_does(self, own: Path) -> None:
         command = [sys.executable, str(ROOT / "examples" / "train.py"), "epochs=1", "--config", "own", "--data", "x"]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HOME": str(own)})
+        environment = {"PYTHONPATH": str(ROOT), "HOME": str(own), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 2 and "write data=x in place of --data x" in done.stderr
 
 

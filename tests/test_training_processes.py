@@ -197,6 +197,7 @@ def observed_parts(config: TrainingConfig, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", SHARDED)
+@pytest.mark.slow
 def test_weights_in_parts_learn_what_whole_ones_do(data: Path, tmp_path: Path, variant: str) -> None:
     keys = sharded_keys(data, tmp_path, **SHARDED[variant])
     runner, found = Processes(tmp_path), {}
@@ -229,6 +230,7 @@ def fit_parts(config: TrainingConfig, stop_after: int | None = None) -> dict[str
     return {"best": [run.best.step, run.best.rsum]}
 
 
+@pytest.mark.slow
 def test_a_run_of_parts_goes_on_with_the_same_bits_and_among_whole_ones(data: Path, tmp_path: Path) -> None:
     keys = sharded_keys(data, tmp_path, **SHARDED["phases, embeddings kept, means of weights"])
     keys |= phases("embeddings", 1, "late_interaction", 2, "reasoning", 5)

@@ -345,6 +345,7 @@ def signal_after(config: TrainingConfig, steps: int, number: int, rank: int) -> 
 
 
 @pytest.mark.parametrize(("number", "count"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+@pytest.mark.slow
 def test_a_scheduler_s_signal_saves_and_leaves_with_code_0(
     configure: Callable[..., TrainingConfig], processes: Processes, number: int, count: int
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def _enter(folder: Path, rank: int, environment: dict[str, Any], function: Calla
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    # accelerate knows only the old name of an argument that torch has renamed (broadcast_buffers); no error here.
+    warnings.filterwarnings("default", module=r"(accelerate|torch)\.")
     AcceleratorState._reset_state(True)  # of the parent
     GradientState._reset_state()
     code = 1

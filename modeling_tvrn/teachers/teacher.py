@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see processing_tvrn
 from transformers.utils import cached_file
 
 from ..storage.fingerprints import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
