@@ -17,7 +17,7 @@ def version() -> str:
     return found[1]
 
 
-# Lower bounds of what moves fast are the versions tested with; those below transformers' own would never be installed.
+# Lower bounds of what moves fast are the versions tested with; lower ones than transformers' own could not be installed.
 REQUIREMENTS = [
     # A newer torch than was tested would come with gigabytes of CUDA packages where a CPU build serves. 2.11 was run on
     # a GPU (examples/benchmarks/LOG.md); 2.13 is what the tests run with.
