@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train": 16, "validation": 12, "test": 10}
 PRESETS = ("jxie/flickr8k", "umaru97/flickr30k_train_val_test")
 MINILM, MPNET = "sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"
+DUAL_ENCODERS = {
+    "openai/clip-vit-base-patch32": "clip",
+    "google/siglip2-base-patch16-224": "siglip",
+    "STAND-IN": "vision-text-dual-encoder",
+}
 MOBILENET = "google/mobilenet_v2_1.0_224"
 SIDE = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
 
@@ -29,7 +34,7 @@ def build(house: Path) -> Path:
     """All of it, but for what the pages' own commands write."""
     os.symlink(ROOT / "examples", house / "examples")
     _write_towers(house)
-    for kind, name in (("clip", "openai/clip-vit-base-patch32"), ("siglip", "google/siglip2-base-patch16-224")):
+    for name, kind in DUAL_ENCODERS.items():
         save_dual_encoder(house / name, kind)
     save(house / "me" / "my-tvrn", *pixel_model())
     for number, name in enumerate(PRESETS):
