@@ -6,6 +6,7 @@ as printed; what is laid over them are small sizes and few steps alone.
 
 import contextlib
 import gc
+import importlib.util
 import io
 import logging
 import os
@@ -55,9 +56,11 @@ SMALL = {
     "ablation.py": "--images 12 --shortlist-size 4",
     "shortlist.py": "--sizes 4 8",
     "terms.py": "",
-    "pair_stage.py": "--images 6 --captions 8 --loop-captions 2 --hidden-size 32 --similarity-size 16 --repeats 1",
+    "pair_stage.py": "--images 6 --captions 8 --loop-captions 2 --hidden-size 32 --similarity-size 16 --repeats 1"
+    " --products 1",
 }
 LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
+EXTRAS = {"search": {"gradio": "demo", "onnxscript": "export", "onnxruntime": "export"}}  # that a page needs
 WRITTEN = ("--output", "-o", "--picture", "--html", "--plot")  # options whose values are files or folders
 
 
@@ -101,6 +104,8 @@ class House:
         """A page's commands, once; first those of the regions' page, whose caches and model the others read."""
         if page in self.done:
             return
+        for module, extra in EXTRAS.get(page, {}).items():
+            pytest.importorskip(module, reason=f'this page needs pip install ".[{extra}]"')
         if page != "regions":
             self.run_page("regions")
         for command in commands(page):
@@ -232,7 +237,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             patch.setitem(PRESETS, name, replace(preset, images=house_makers.SPLITS))
         for name in ("flickr8k-1k", "flickr30k-1k"):
             patch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], image_count=house_makers.SPLITS["test"]))
-        patch.setattr("gradio.Blocks.block_thread", lambda page: page.close())
+        if importlib.util.find_spec("gradio") is not None:
+            patch.setattr("gradio.Blocks.block_thread", lambda page: page.close())
         patch.setattr("modeling_tvrn.plots.DPI", 30)
         made = House(folder, hub)
         gc.collect()
