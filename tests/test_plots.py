@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,12 @@ def test_shortlist_curves_show_every_search_and_what_exhaustive_scoring_takes(tm
         plot_shortlist([points[0], {"shortlist_size": 2, "rsum": 3.0}], tmp_path / "d.png", exhaustive=exact)
     with pytest.raises(ValueError, match="no points to draw"):
         plot_shortlist([], tmp_path / "d.png", exhaustive=exact)
+
+
+def test_the_readmes_figure_is_what_its_script_draws(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    script = runpy.run_path(str(root / "examples" / "draw_architecture.py"))
+    kept = root / "examples" / "pictures" / "architecture.png"
+    assert pixels(script["draw"](tmp_path / "drawn.png")).shape == pixels(kept).shape
+    assert pixels(kept).shape[1] > 1200 and kept.stat().st_size < 60_000
+    assert np.abs(pixels(tmp_path / "drawn.png") - pixels(kept)).mean() < 2  # fonts differ by version

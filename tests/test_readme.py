@@ -1,5 +1,6 @@
 """What README and guides show works: Python, flags, keys and files; and .ci/run takes its command from README."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -73,6 +74,19 @@ def test_every_guide_is_linked_from_the_readme_and_no_longer_than_two_screens() 
     for path in GUIDES:
         assert f"(examples/guides/{path.name})" in README
     assert len(README.splitlines()) < 150
+
+
+def test_the_index_of_the_examples_names_each_with_a_command_that_its_file_has_on_top() -> None:
+    folder = ROOT / "examples"
+    index = (folder / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| \[[\w.]+\]\(([\w./]+)\): .+ \| `(.+)` \|$", index, re.MULTILINE))
+    assert set(rows) == {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("*/*.py")]}
+    for name, command in rows.items():
+        top = ast.get_docstring(ast.parse((folder / name).read_text("utf-8"))) or ""
+        assert command in re.sub(r"\s+", " ", top.replace("\\\n", " ")), name
+    for path in re.findall(r"\]\(([^)#:]+)\)", index):
+        assert (folder / path).exists(), path
+    assert "(examples/README.md)" in README
 
 
 def commands(page: str) -> list[list[str]]:

@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--similarity-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--products", type=int, default=20, help="matrix products that the machine's rate is taken of")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds by threads, instead of wall time")
     parser.add_argument(
         "--compile", action="store_true", help="score with a compiled pair stage too (minutes to compile)"
@@ -154,11 +155,11 @@ def median_seconds(function, repeats: int, clock: Callable[[], float]) -> tuple[
     return statistics.median(times), result
 
 
-def gemm_rate(dtype: torch.dtype, repeats: int, clock: Callable[[], float]) -> float:
+def gemm_rate(dtype: torch.dtype, products: int, repeats: int, clock: Callable[[], float]) -> float:
     """GFLOP/s of a 2048 × 1024 × 1024 matrix product."""
     left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    seconds, _ = median_seconds(lambda: [left @ right for _ in range(20)], repeats, clock)
-    return 20 * 2 * 2048 * 1024 * 1024 / seconds / 1e9
+    seconds, _ = median_seconds(lambda: [left @ right for _ in range(products)], repeats, clock)
+    return products * 2 * 2048 * 1024 * 1024 / seconds / 1e9
 
 
 @torch.no_grad()
@@ -169,7 +170,8 @@ def measure(arguments: argparse.Namespace) -> None:
     contexts, text_contexts = _contexts(model, images, texts)
     few = texts.select(slice(0, arguments.loop_captions))
     clock = (lambda: time.process_time() / arguments.threads) if arguments.cpu_time else time.perf_counter
-    rates = {dtype: gemm_rate(dtype, arguments.repeats, clock) for dtype in (torch.float32, torch.bfloat16)}
+    precisions, effort = (torch.float32, torch.bfloat16), (arguments.products, arguments.repeats)
+    rates = {dtype: gemm_rate(dtype, *effort, clock) for dtype in precisions}
     flops = flops_per_pair(words, 36, arguments.hidden_size, arguments.similarity_size)
     machine = platform.processor() or platform.machine()
     kind = "CPU seconds by threads" if arguments.cpu_time else "wall time"

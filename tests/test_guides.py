@@ -1,0 +1,258 @@
+"""Every fenced command and every Python block of README and guides is really run, at tiny scale, to its end.
+
+`house_makers` builds a folder where ids, data and photographs lie under the names that the pages use, so commands run
+as printed; what is laid over them are small sizes and few steps alone.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import io
+import logging
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import house_makers
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from hub_server import HubServer, online
+
+from modeling_tvrn import load_model
+from modeling_tvrn.cli import main as tvrn
+from modeling_tvrn.data import load_pairs
+from modeling_tvrn.data.loading import PRESETS
+from modeling_tvrn.evaluation import PROTOCOLS
+from modeling_tvrn.hub import Check
+from modeling_tvrn.hub.apart import Outcome
+from modeling_tvrn.training import TrainingConfig
+from modeling_tvrn.training.command import settings_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md")))}
+
+# What cannot run here: how the command begins, and why.
+NOT_RUN = {
+    "python -m pip install .": "changes the environment that the tests run in",
+    'python -m pip install -e ".[test]" && python -m pytest': "is these tests (test_readme.py holds .ci/run to it)",
+    "accelerate launch --config_file examples/configs/accelerate/eight_gpus.yaml": "needs eight GPUs",
+}
+SIZES = {
+    "hidden_size": 16, "projection_size": 12, "similarity_size": 8, "word_hidden_size": 16, "pooled_hidden_size": 16,
+}  # fmt: skip
+# Laid over a script's options; of an option given twice the last counts.
+SMALL = {
+    "dual_encoder.py": "--epochs 1 --batch-size 8 --hidden-size 16 --projection-size 12",
+    "ablation.py": "--images 12 --shortlist-size 4",
+    "shortlist.py": "--sizes 4 8",
+    "terms.py": "",
+    "pair_stage.py": "--images 6 --captions 8 --loop-captions 2 --hidden-size 32 --similarity-size 16 --repeats 1"
+    " --products 1",
+}
+LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
+EXTRAS = {"search": {"gradio": "demo", "onnxscript": "export", "onnxruntime": "export"}}  # that a page needs
+WRITTEN = ("--output", "-o", "--picture", "--html", "--plot")  # options whose values are files or folders
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page].read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    """Every command of a page's shell blocks, continued lines joined."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+def why_not(command: str) -> str | None:
+    return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def test_what_is_not_run_is_on_a_list_without_leftovers() -> None:
+    every = [command for page in PAGES for command in commands(page)]
+    assert len(every) > 50
+    assert all(any(command.startswith(start) for command in every) for start in NOT_RUN)
+
+
+def test_a_block_is_shell_python_or_yaml_and_the_yaml_is_the_recipes() -> None:
+    """What has no language, or another one, would slip past these tests."""
+    for page, path in PAGES.items():
+        fences = re.findall(r"^```(.*)$", path.read_text("utf-8"), re.MULTILINE)
+        assert set(fences[::2]) <= {"bash", "python", "yaml"} and set(fences[1::2]) <= {""}, page
+    [phases] = [block for page in PAGES for block in blocks(page, "yaml")]
+    assert phases in (ROOT / "examples" / "configs" / "flickr8k.yaml").read_text("utf-8")
+
+
+class House:
+    """The folder, and what has been run in it."""
+
+    def __init__(self, folder: Path, hub: HubServer) -> None:
+        self.folder, self.hub = house_makers.build(folder), hub
+        self.done: set[str] = set()
+
+    def run_page(self, page: str) -> None:
+        """A page's commands, once; first those of the regions' page, whose caches and model the others read."""
+        if page in self.done:
+            return
+        for module, extra in EXTRAS.get(page, {}).items():
+            pytest.importorskip(module, reason=f'this page needs pip install ".[{extra}]"')
+        if page != "regions":
+            self.run_page("regions")
+        for command in commands(page):
+            words = shlex.join(shlex.split(command, comments=True))
+            if words not in self.done and why_not(command) is None:  # some stand on two pages
+                self.run(command)
+                self.done.add(words)
+        self.done.add(page)
+
+    def run_python(self, page: str) -> None:
+        """A page's Python, after its commands, in one namespace with what the text takes for granted."""
+        self.run_page(page)
+        names: dict[str, Any] = {}
+        if page in ("regions", "search"):
+            names["model"], names["processor"] = load_model("runs/flickr8k")
+            names["records"] = load_pairs("flickr8k", "validation")
+        if page == "own-pairs":
+            names["dataset"] = datasets.Dataset.from_parquet(f"{house_makers.PRESETS[0]}/data/train-00000.parquet")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "path", list(sys.path))
+            if page == "sharing":
+                _reach(self.hub, patch)
+            for block in blocks(page, "python"):
+                fresh_process()
+                exec(compile(block, str(PAGES[page]), "exec"), names)
+
+    def run(self, command: str) -> None:
+        """A command to exit code 0 and the last file that it promises."""
+        words = [os.path.expanduser(word) for word in shlex.split(command, comments=True)]
+        words, redirected = (words[:-2], Path(words[-1])) if ">" in words else (words, None)
+        more, promised = small(words)
+        with pytest.MonkeyPatch.context() as patch:
+            if words[:2] == ["tvrn", "push"]:
+                _reach(self.hub, patch)
+            code, said, log = started(words + more)
+        whole = f"{shlex.join(words + more)}\n{said}\n{log}"
+        assert code == 0 and "Traceback" not in log, whole
+        if redirected is not None:
+            assert said, whole
+            redirected.write_text(said)
+        assert [str(path) for path in promised if not path.exists()] == [], whole
+
+
+def small(words: list[str]) -> tuple[list[str], list[Path]]:
+    """What makes a command tiny, and the files and folders that it is to leave."""
+    name = Path(next((word for word in words if word.endswith(".py")), "")).name
+    recipe = next((words[place + 1] for place, word in enumerate(words) if word in ("-c", "--config")), None)
+    keys = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
+    if name == "train.py" or (words[:2] == ["tvrn", "train"] and "--keys" not in words):
+        config = settings_of(recipe, keys)
+        if words[0] in LAUNCHERS and config.data in PRESETS:  # a process of its own would count the images
+            keys = [f"data={PRESETS[config.data].repositories['train']}"]
+        else:
+            keys = []
+        files = ("model.safetensors", "results.json", "README.md", "curve.png", "tokenizer.json")
+        return keys + tiny_keys(config), [Path(config.output_dir) / file for file in files]
+    more = SMALL.get(name, "").split()
+    if name == "ablation.py":
+        more += tiny_keys(settings_of(recipe, keys))
+    return more, [Path(words[place + 1]) for place, word in enumerate(words) if word in WRITTEN]
+
+
+def tiny_keys(config: TrainingConfig) -> list[str]:
+    """Keys that end a recipe after a few small batches, with small sizes."""
+    keys = [f"model.{name}={size}" for name, size in SIZES.items() if name in config.model]
+    for number in range(len(config.phases or [])):
+        keys += [f"phases.{number}.epochs=null", f"phases.{number}.steps=2", f"phases.{number}.batch_size=8"]
+    if not config.phases:
+        keys += ["epochs=1", "batch_size=8"]
+    if config.data == "scenes":
+        keys += ["max_train_images=16", "data_options.count=24"]
+    return keys
+
+
+def started(words: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; in this process, but for launchers of processes."""
+    variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    if words[0] in LAUNCHERS:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        done = subprocess.run(
+            [sys.executable, "-m", LAUNCHERS[words[0]], *words[1:]], env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+    program: Callable[[], Any] = tvrn
+    if words[0] == "python":
+        words = words[1:]
+        program = lambda: runpy.run_path(words[0], run_name="__main__")  # noqa: E731
+    out, log = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(log):
+        patch.setattr(sys, "argv", words)
+        patch.syspath_prepend(str(Path(words[0]).parent.resolve()))
+        fresh_process()
+        try:
+            program()
+        except SystemExit as leaving:
+            return int(leaving.code or 0), out.getvalue(), log.getvalue()
+        except Exception:
+            return 1, out.getvalue(), log.getvalue() + traceback.format_exc()
+    return 0, out.getvalue(), log.getvalue()
+
+
+def _reach(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    """Let this process push to that Hub; what the doctor does in other processes is what `tvrn doctor` shows here."""
+    online(patch)
+    patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    patch.setattr("modeling_tvrn.hub.running.load_apart", lambda *_: {"with": Outcome({"model": {}})})
+    for check in ("_check_loading", "_check_logits"):
+        patch.setattr(f"modeling_tvrn.hub.running.{check}", lambda *_: Check("loads", "ok", "not looked at"))
+
+
+def fresh_process() -> None:
+    """What one command leaves behind in a process, and the next must not find."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    logging.getLogger().handlers.clear()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("house")
+    with pytest.MonkeyPatch.context() as patch, HubServer() as hub:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(folder / "home"))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("HF_TOKEN", hub.token)
+        for name, preset in PRESETS.items():
+            patch.setitem(PRESETS, name, replace(preset, images=house_makers.SPLITS))
+        for name in ("flickr8k-1k", "flickr30k-1k"):
+            patch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], image_count=house_makers.SPLITS["test"]))
+        if importlib.util.find_spec("gradio") is not None:
+            patch.setattr("gradio.Blocks.block_thread", lambda page: page.close())
+        patch.setattr("modeling_tvrn.plots.DPI", 30)
+        made = House(folder, hub)
+        gc.collect()
+        gc.freeze()  # a run collects garbage at its end, and what the tests have loaded is none
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run_to_their_end(house: House, page: str) -> None:
+    house.run_page(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_a_page_runs(house: House, page: str) -> None:
+    house.run_python(page)
