@@ -17,10 +17,10 @@ def version() -> str:
     return found[1]
 
 
-# Lower bounds of what moves fast are the versions tested with; lower ones than transformers' own could not be installed.
+# Lower bounds are the versions tested with; lower ones than transformers' own could not be installed beside it.
 REQUIREMENTS = [
     # A newer torch than was tested would come with gigabytes of CUDA packages where a CPU build serves. 2.11 was run on
-    # a GPU (examples/benchmarks/LOG.md); 2.13 is what the tests run with.
+    # a GPU (LOG of the benchmarks); 2.13 is what the tests run with.
     "torch>=2.11,<2.14",
     "transformers>=5.17,<6",
     "datasets>=5.2,<6",
