@@ -19,8 +19,8 @@ def version() -> str:
 
 # Lower bounds are the versions tested with; lower ones than transformers' own could not be installed beside it.
 REQUIREMENTS = [
-    # A newer torch than was tested would come with gigabytes of CUDA packages where a CPU build serves. 2.11 was run on
-    # a GPU (LOG of the benchmarks); 2.13 is what the tests run with.
+    # A newer torch than was tested would come with gigabytes of CUDA packages where a CPU build serves. 2.11 was run
+    # on a GPU (LOG of the benchmarks); 2.13 is what the tests run with.
     "torch>=2.11,<2.14",
     "transformers>=5.17,<6",
     "datasets>=5.2,<6",
