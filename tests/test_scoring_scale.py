@@ -5,6 +5,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -236,6 +237,20 @@ class TestResume:
         assert rank(model, images, texts, rows, folder=tmp_path, progress=False) == retrieval_metrics(matrix, rows)
         assert torch.equal(score_matrix(model, images, texts, folder=tmp_path, progress=False), matrix)
         assert calls == []
+
+    def test_a_block_that_another_run_left_there_is_scored_again(self, tmp_path: Path) -> None:
+        """Of two runs that began in one empty folder at once, where the disk has no locks."""
+        model, images, texts, _ = galleries()
+        images.model_fingerprint = texts.model_fingerprint = None  # both models take them
+        small = {"memory_budget": 2e-5, "progress": False}
+        expected = score_matrix(model, images, texts, folder=tmp_path / "own", **small)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.logit_scale += 1.0
+        score_matrix(other, images, texts, folder=tmp_path / "other", **small)
+        for path in list((tmp_path / "other").glob("block-*"))[::2]:
+            shutil.copy(path, tmp_path / "own")
+        assert torch.equal(score_matrix(model, images, texts, folder=tmp_path / "own", **small), expected)
 
     def test_a_folder_of_another_run_is_refused(self, tmp_path: Path) -> None:
         """Another model, another gallery, another precision: each is named with both values."""

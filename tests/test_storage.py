@@ -1,14 +1,17 @@
 """A flipped byte, a cut or lost file is found; a kill leaves old or new; equal scores have one fingerprint."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -563,3 +566,46 @@ def test_tensors_come_back_bit_for_bit_here_and_by_the_library(tmp_path: Path) -
             assert torch.equal(value, plain[key])
     with pytest.raises(ValueError, match=r"'x' is complex64, expected one of"):
         write_tensors(tmp_path / "x", {"x": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_a_disk_that_flushes_no_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_json(tmp_path / "manifest.json", "tvrn-array-store", {"kept": True})
+    assert read_json(tmp_path / "manifest.json", "tvrn-array-store")["kept"]
+
+
+def test_two_writers_of_one_file_in_one_process_leave_a_whole_one(tmp_path: Path) -> None:
+    """Threads have one process number, and so have containers on a common disk."""
+    path = tmp_path / "file"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_model_before_the_mean_goes_with_the_mean_and_not_before(tmp_path: Path, processor: TVRNProcessor) -> None:
+    for folder in (tmp_path, tmp_path / "trained"):
+        save_model(folder, tiny_model(), processor)
+    better = SimpleNamespace(metrics=SimpleNamespace(rsum=50.0))
+
+    class Full:
+        def save_pretrained(self, folder: Path, **_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def named_modules(self) -> list[Any]:
+            return []
+
+    best = BestModel(tmp_path)
+    assert not best.offer(3, better, Full(), processor) and (tmp_path / "trained" / "config.json").is_file()
+    assert best.offer(4, better, tiny_model(), processor) and not (tmp_path / "trained").exists()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())

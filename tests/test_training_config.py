@@ -38,6 +38,10 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         ("decay_epochs=[3, 5]", [3, 5]),
         ("trackers=tensorboard", ["tensorboard"]),
         ("query=left: a red circle", "left: a red circle"),
+        ("query=2024-01-02", "2024-01-02"),
+        ("query=1:30", "1:30"),
+        ("query=010", "010"),
+        ("batch_size=64", 64),
         ("data_options={count: 3}", {"count": 3}),
     ],
 )
@@ -72,6 +76,9 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
         (["trackers=comet"], "trackers = 'comet'; expected one of tensorboard, trackio, wandb"),
         (["model=8"], "model = 8 is a int; expected dict"),
+        (["batch_size=010"], "batch_size = '010' is a str; expected int"),
+        (["model.freeze_vision=no"], "model.freeze_vision = 'no'; expected true or false"),
+        (["model.hidden_size=64.0"], "model.hidden_size = 64.0; expected a whole number such as 1024"),
         (["scheduler=step"], "scheduler = 'step' needs decay_epochs"),
         (["batch_size=6", "batch_captions_per_image=5"], "batch_captions_per_image = 5 leaves .* use at most 3"),
         (
@@ -95,6 +102,8 @@ def test_a_missing_or_misshapen_file_is_refused(tmp_path: Path) -> None:
         TrainingConfig.from_yaml(tmp_path / "gone.yaml")
     with pytest.raises(ValueError, match="holds a list; expected `key: value` lines"):
         TrainingConfig.from_yaml(written(tmp_path, "- batch_size\n"))
+    with pytest.raises(ValueError, match="the key 'model' stands twice; keep one of the two"):
+        TrainingConfig.from_yaml(written(tmp_path, "model: {hidden_size: 8}\nseed: 1\nmodel: {dropout: 0.1}\n"))
     assert TrainingConfig.from_yaml(written(tmp_path, "# nothing\n")) == TrainingConfig()
 
 

@@ -193,6 +193,24 @@ def test_a_finished_run_has_nothing_left_to_do(configure: Callable[..., Training
 # -- what does not fit -----------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_of_another_folder_brings_no_best_model_with_it(
+    configure: Callable[..., TrainingConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its model lies in that folder: what counts here is what this run keeps, if need be the one it begins with."""
+    former = fit(configure(name="former"))
+    steps = Snapshots(Path(configure(name="former").output_dir) / "checkpoints").steps()
+    run = Training(
+        configure(
+            name="here",
+            resume=str(Snapshots(Path(configure(name="former").output_dir) / "checkpoints").path(steps[-1])),
+        )
+    )
+    assert run.best.step == 0 and "stays in the folder of" in caplog.text
+    run.fit()
+    assert run.best.step == run.step == STEPS and former
+    run.best.load()
+
+
 def test_another_phase_is_named_by_its_place_and_key(configure: Callable[..., TrainingConfig]) -> None:
     fit(configure())
     changed = [PHASES[0], {**PHASES[1], "epochs": 3}]

@@ -17,7 +17,7 @@ import torch
 from ..encoded_tvrn import EncodedItems
 from ..explain.scene import read_scene
 from ..scoring.models import evaluating
-from ..storage.files import flush
+from ..storage.files import StorageError, flush
 from ..storage.tables import Where
 from ..storage.verify import verify as verify_files
 from .build import BuildReport, BuildSettings, build_version
@@ -223,6 +223,8 @@ class ImageTextIndex:
             return target
         (target / SEGMENTS).mkdir(parents=True, exist_ok=True)
         for name in self.backend.manifest["segments"]:
+            if name != os.path.basename(name):  # of a made-up manifest: it would be written outside the folder
+                raise StorageError(self.backend.version, f"damaged: it names a segment {name!r}")
             shutil.copyfile(self.backend.segments.directory / name, target / SEGMENTS / name)
             flush(target / SEGMENTS / name)
         version = next_version(target)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.files import StorageError, read_json, write_json
+from ..storage.files import StorageError, locked, read_json, write_json
 from ..storage.fingerprints import digest, module_fingerprint, weights_digest
 from ..storage.tensors import TensorFile, write_tensors
 from .models import AveragedGallery, AveragedModel, EmbeddingScore
@@ -46,9 +46,10 @@ class FinishedBlocks:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "manifest.json"
         wanted = dict(fingerprint) | {"caption order": plan.order_digest}
-        if not path.exists():
-            shape = {"block_images": plan.block_images, "block_captions": plan.block_captions}
-            write_json(path, FORMAT, {"fingerprint": wanted, "plan": shape})
+        with locked(self.folder / "manifest.lock", wait=True):
+            if not path.exists():
+                shape = {"block_images": plan.block_images, "block_captions": plan.block_captions}
+                write_json(path, FORMAT, {"fingerprint": wanted, "plan": shape})
         manifest = read_json(path, FORMAT)
         stored = manifest["fingerprint"]
         different = [name for name in wanted if stored.get(name) != wanted[name]]
@@ -60,6 +61,8 @@ class FinishedBlocks:
                 + "\nGive this run a folder of its own, or delete that one."
             )
         self.plan = BlockPlan(plan.image_count, plan.order, **manifest["plan"])
+        # In every block too: where a disk has no locks, two runs could start in one folder.
+        self.stamp = {"run": digest(manifest)}
 
     def load(self, block: tuple[int, int]) -> Tensor | None:
         """The scores of a block, None where they are still to be computed."""
@@ -68,7 +71,10 @@ class FinishedBlocks:
             return None
         shape = (len(self.plan.rows(block[0])), len(self.plan.columns(block[1])))
         try:
-            scores = TensorFile.open(path).read()["scores"]
+            file = TensorFile.open(path)
+            if file.about.get("run") != self.stamp["run"]:
+                raise StorageError(path, "a block of another run")
+            scores = file.read()["scores"]
             if tuple(scores.shape) != shape:
                 raise StorageError(path, f"damaged: it has shape {tuple(scores.shape)}, not {shape}")
         except StorageError as error:
@@ -78,7 +84,7 @@ class FinishedBlocks:
 
     def save(self, block: tuple[int, int], scores: Tensor) -> None:
         """Keep a block's scores."""
-        write_tensors(self._path(block), {"scores": scores})
+        write_tensors(self._path(block), {"scores": scores}, self.stamp)
 
     def _path(self, block: tuple[int, int]) -> Path:
         return self.folder / f"block-{block[0]:06d}-{block[1]:06d}.safetensors"

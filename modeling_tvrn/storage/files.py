@@ -7,11 +7,13 @@ before its name is. Manifests are JSON that carries its own checksum; they list 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ FORMATS = {
     "tvrn-score-blocks": (2, "give another folder, or delete this one and run the same command again"),
     "tvrn-model-files": (1, "copy the folder again or train again; if you changed it yourself, delete its files.json"),
 }
+BUILD_LOCK = "build.lock"  # held by the one process that builds in a folder
 FILES = "files.json"  # the list of a model's files, in its folder
 
 
@@ -65,6 +68,9 @@ def flush(path: str | os.PathLike[str]) -> None:
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # some network disks flush no folders, and write their names at once
     finally:
         os.close(descriptor)
 
@@ -72,7 +78,8 @@ def flush(path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; the file then takes its place, whole, or the place stays as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Not the process's number alone: threads share it, and so do containers on one disk.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         flush(temporary)

@@ -12,14 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..storage.arrays import LENGTHS, ArrayStore, StoredCache, StoreWriter, check_space, finished_store
-from ..storage.files import locked
+from ..storage.files import BUILD_LOCK, locked
 from ..storage.fingerprints import module_fingerprint, tokenizer_digest
 from .extraction import evaluating
 
 logger = logging.getLogger(__name__)
 
 FEATURES, WORDS, EMBEDS = "text_features", "word_mask", "text_embeds"
-LOCK = "build.lock"
 MEASURED = 64  # captions from which the size of a cache is told beforehand
 
 Arrays = dict[str, np.ndarray | Sequence[np.ndarray]]
@@ -79,7 +78,7 @@ class CaptionCache(StoredCache):
         made_from = caption_fingerprint(model, processor)
         # Captions of nearly equal length share a batch, so that little of it is padding.
         wanted = sorted(set(captions), key=lambda caption: (len(caption), caption))
-        with locked(Path(directory) / LOCK, wait=True), evaluating(model):
+        with locked(Path(directory) / BUILD_LOCK, wait=True), evaluating(model):
             finished = finished_store(directory, made_from)
             if finished is not None and not (missing := _missing(finished, wanted)):
                 return cls(finished)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
+from ..storage.files import BUILD_LOCK, locked
 from ..storage.fingerprints import ItemId, items_fingerprint, plain_id
 from .extraction import ImagePreparation, RegionExtraction
 
@@ -85,14 +86,19 @@ class RegionCache(StoredCache):
         # Of a stream, whose images nobody knows before, a cache can't be known to be whole.
         if not overwrite and ids is not None and (finished := finished_store(directory, made_from)) is not None:
             return cls(finished)
-        writer = StoreWriter(directory, made_from, shard_size, overwrite)
-        facts = _origin(extraction) | {"resumed_after": len(writer.ids)}
-        started = time.monotonic()
-        cut = _fill(writer, extraction, records, ids, batch_size, num_workers, progress)
-        if cut:
-            logger.warning("%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions)
-        facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
-        return cls(writer.finish(facts | dict(info or {})))
+        with locked(Path(directory) / BUILD_LOCK, wait=True):
+            if not overwrite and ids is not None and (finished := finished_store(directory, made_from)) is not None:
+                return cls(finished)  # another process built it meanwhile
+            writer = StoreWriter(directory, made_from, shard_size, overwrite)
+            facts = _origin(extraction) | {"resumed_after": len(writer.ids)}
+            started = time.monotonic()
+            cut = _fill(writer, extraction, records, ids, batch_size, num_workers, progress)
+            if cut:
+                logger.warning(
+                    "%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions
+                )
+            facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
+            return cls(writer.finish(facts | dict(info or {})))
 
     @property
     def ids(self) -> tuple[ItemId, ...]:

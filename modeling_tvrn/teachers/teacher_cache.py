@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, finished_store, read_manifest, shard_name
+from ..storage.files import BUILD_LOCK, locked
 from ..storage.fingerprints import ItemId, StaleStoreError, items_fingerprint
 from .regions import RegionCache
 from .teacher import Teacher
@@ -139,9 +140,12 @@ class TeacherCache(StoredCache):
             whole = made_from | {"data": items_fingerprint(item_ids(dataset, teacher.modality) or ())}
             if not overwrite and (finished := finished_store(directory, whole)) is not None:
                 return cls(finished)
-        writer = StoreWriter(directory, whole, shard_size, overwrite)
-        facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
-        return cls(writer.finish(facts | dict(info or {})))
+        with locked(Path(directory) / BUILD_LOCK, wait=True):
+            if not overwrite and ids is not None and (finished := finished_store(directory, whole)) is not None:
+                return cls(finished)  # another process built it meanwhile
+            writer = StoreWriter(directory, whole, shard_size, overwrite)
+            facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
+            return cls(writer.finish(facts | dict(info or {})))
 
     @classmethod
     def from_regions(

@@ -19,14 +19,18 @@ logger = logging.getLogger(__name__)
 __all__ = ["TRAINED", "BestModel", "save_model"]
 
 TRAINED = "trained"  # folder of the model before the mean with its start was taken
+ALONE = ".alone"  # a mark in it: `trained` belongs to the model that is replaced
 WRITTEN = ".saved"  # holds a model that is whole, while its files are moved
 
 
-def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> None:
+def save_model(folder: str | os.PathLike[str], model: Any, processor: Any, alone: bool = False) -> None:
     """Write model and processor so that the folder loads with `trust_remote_code`, then move the files into place.
 
     A kill while they are written leaves the folder's former model as it was; one while they are moved is made up for
     by the next `finish_saving`.
+
+    Args:
+        alone: The folder's `trained` model, of which its former one was a mean, goes with that.
     """
     target = Path(folder)
     finish_saving(target)
@@ -36,6 +40,8 @@ def save_model(folder: str | os.PathLike[str], model: Any, processor: Any) -> No
     model.save_pretrained(aside, state_dict=merged_state(model))
     processor.save_pretrained(aside)
     list_files(aside)
+    if alone:
+        (aside / ALONE).touch()
     publish_folder(aside, target / WRITTEN)
     finish_saving(target)
 
@@ -44,6 +50,10 @@ def finish_saving(target: Path) -> None:
     """Move the files of a model that was written whole into their places, unless it was done."""
     written = target / WRITTEN
     if written.is_dir():
+        if (written / ALONE).exists():
+            # Not before the new model is whole: else a kill would leave a mean of weights that passes for the trained.
+            shutil.rmtree(target / TRAINED, ignore_errors=True)
+            (written / ALONE).unlink()
         for path in sorted(written.iterdir()):
             os.replace(path, target / path.name)
         written.rmdir()
@@ -83,8 +93,7 @@ class BestModel:
             return False
         try:
             if self.writes:
-                shutil.rmtree(self.folder / TRAINED, ignore_errors=True)  # of the model that is replaced
-                save_model(self.folder, model, processor)
+                save_model(self.folder, model, processor, alone=True)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             logger.error(

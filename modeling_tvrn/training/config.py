@@ -341,10 +341,16 @@ class TrainingConfig(BaseModel):
                     f"{name} = {REDACTED!r} stands where results.json or a card hides a secret; give the secret "
                     "itself, or leave the key out"
                 )
-        known = model_fields() if self.model else {}
+        known = model_fields(has_dual_encoder=False) if self.model else {}
         for key in self.model:
             if key not in known:
                 raise ValueError(f"unknown key model.{key}; {near_matches(key, known)} (fields of TVRNConfig)")
+            value, usual = self.model[key], known[key]
+            if isinstance(usual, bool) and not isinstance(value, bool):
+                raise ValueError(f"model.{key} = {value!r}; expected true or false")
+            whole = isinstance(usual, int) and not isinstance(usual, bool)
+            if whole and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"model.{key} = {value!r}; expected a whole number such as {usual}")
         return self
 
     @model_validator(mode="after")

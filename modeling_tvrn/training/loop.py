@@ -84,6 +84,8 @@ class Training(Run):
             with self.interrupt.watching():
                 while self.step < self.total_steps:
                     self._run_phase(self.phases[self.phase_number], self.loaders[self.phase_number])
+                if not self.best.step:  # nothing was left to do of a checkpoint from another folder
+                    self._evaluate()
             self.guard.check()
         except TrainingStopped:
             self._say_what_is_kept()

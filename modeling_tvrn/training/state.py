@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,7 +155,13 @@ def _restore(run: Run, snapshot: Snapshot) -> None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if run.average is not None and "average" in tensors:
         run.average.restore(tensors["average"], state["average_steps"])
-    run.best.step, run.best.rsum = state["best"]["step"], state["best"]["rsum"]
+    if snapshot.path.resolve().is_relative_to(Path(run.config.output_dir).resolve()):
+        run.best.step, run.best.rsum = state["best"]["step"], state["best"]["rsum"]
+    elif state["best"]["step"]:
+        logger.warning(
+            "the best model so far, of step %d, stays in the folder of %s: this run keeps the best of what comes now",
+            *(state["best"]["step"], snapshot.path),
+        )
     run.guard.restore(state["watch"])
     run.progress.restore(state["progress"], run.step)
     run.waited = state["waited"]
