@@ -76,6 +76,7 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
         (["trackers=comet"], "trackers = 'comet'; expected one of tensorboard, trackio, wandb"),
         (["model=8"], "model = 8 is a int; expected dict"),
+        (["cpu=yes"], "cpu = 'yes' is a str; expected true or false"),
         (["batch_size=010"], "batch_size = '010' is a str; expected int"),
         (["model.freeze_vision=no"], "model.freeze_vision = 'no'; expected true or false"),
         (["model.hidden_size=64.0"], "model.hidden_size = 64.0; expected a whole number such as 1024"),
@@ -171,6 +172,13 @@ def test_an_override_wins_over_a_dotted_key_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "model.hidden_size: 8\nphases: [{train: all, epochs: 1}]\nphases.0.epochs: 2\n")
     config = TrainingConfig.from_yaml(path, ["model.hidden_size=16", "phases.0.epochs=3"])
     assert config.model == {"hidden_size": 16} and config.as_dict()["phases"] == [{"train": "all", "epochs": 3}]
+
+
+def test_paths_and_tuples_of_python_are_strings_and_lists(tmp_path: Path) -> None:
+    phases = ({"train": "embeddings", "epochs": 1}, {"train": "all", "epochs": 2})
+    config = TrainingConfig(data=tmp_path / "pairs.csv", output_dir=tmp_path, phases=phases)
+    assert (config.data, config.output_dir) == (str(tmp_path / "pairs.csv"), str(tmp_path))
+    assert [phase.epochs for phase in config.phases] == [1, 2]
 
 
 def test_the_caller_s_own_values_are_not_changed() -> None:

@@ -171,7 +171,7 @@ class Bench:
     def peak(self) -> Iterator[dict[str, float]]:
         """MiB that tensors took at most, beyond what was there; nothing on a CPU."""
         found: dict[str, float] = {}
-        if self.device != "cuda":
+        if self.device == "cpu":
             yield found
             return
         torch.cuda.empty_cache()
@@ -268,8 +268,8 @@ def machine(bench: Bench) -> dict[str, Any]:
         "copy_tb_a_second": 2 * size / bench.seconds(lambda: target.copy_(source)) / 1e12,
         "tflops": {short(dtype): bench.rate(dtype) / 1e12 for dtype in (torch.float32, *HALVES)},
     }
-    if bench.device == "cuda":
-        card = torch.cuda.get_device_properties(0)
+    if bench.device != "cpu":
+        card = torch.cuda.get_device_properties(bench.device)
         found |= {"card": card.name, "gib": card.total_memory / 2**30, "cuda": torch.version.cuda}
     return found
 
@@ -752,7 +752,7 @@ def main() -> int:
             result["sections"][name] = {"error": traceback.format_exc()}
             failed.append(name)
             print(traceback.format_exc(), flush=True)
-        if bench.device == "cuda":
+        if bench.device != "cpu":
             torch.cuda.empty_cache()
         result["seconds"][name] = time.perf_counter() - begun
         result["failed"] = {"sections": failed, "checks": bench.failures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,7 +316,9 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nest_dotted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return undotted(values)
+        # What Python has for a path and a list; files and command lines have neither.
+        plain = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in values.items()}
+        return undotted({key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()})
 
     @field_validator("phases", mode="before")
     @classmethod

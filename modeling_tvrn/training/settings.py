@@ -207,7 +207,7 @@ def _told(problem: Any, cls: type[BaseModel]) -> str:
     if kind == "model_type":
         expected = f"a mapping, as in {(field.examples or [''])[0]}"
     elif kind.endswith("_type"):
-        expected = "str" if kind == "string_type" else kind.removesuffix("_type")
+        expected = {"string_type": "str", "bool_type": "true or false"}.get(kind, kind.removesuffix("_type"))
         expected += " or null" if type(None) in typing.get_args(field.annotation) else ""
     elif kind in LIMITS:
         expected = f"{LIMITS[kind]} {next(iter(context.values())):g} ({field.description})"
