@@ -21,6 +21,7 @@ import tempfile
 import time
 
 import torch
+from origin import say_origin
 from safetensors.torch import load_file
 from terms import match_blocks
 from transformers.utils import cached_file
@@ -100,6 +101,7 @@ def measure(run: Training, arguments: argparse.Namespace) -> dict[str, Retrieval
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     logging.getLogger("modeling_tvrn").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     reference: tuple[str, RetrievalMetrics] | None = None

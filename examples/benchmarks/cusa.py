@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import dual_encoder
 import torch
+from origin import say_origin
 from torch import Tensor
 
 from modeling_tvrn import TVRNProcessor
@@ -193,6 +194,7 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     material = read(arguments)
     results: dict[str, list[Result]] = {row: [] for row in arguments.rows}

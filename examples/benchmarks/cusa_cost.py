@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import say_origin
 
 from modeling_tvrn.teachers import StoreWriter, Teacher, TeacherCache
 from modeling_tvrn.training import TrainingConfig
@@ -178,6 +179,7 @@ def report(when: str) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     {"tvrn": tvrn, "dual": dual, "memory": memory}[arguments.what](arguments)
 

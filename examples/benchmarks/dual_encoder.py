@@ -17,6 +17,7 @@ import statistics
 import time
 
 import torch
+from origin import say_origin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -191,6 +192,7 @@ def evaluate(model: DualEncoder, splits: dict):
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     splits, vocabulary = read(arguments)
     sums = []

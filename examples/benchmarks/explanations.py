@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from origin import say_origin
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
@@ -81,6 +82,7 @@ def summary(named: np.ndarray, other: np.ndarray, seed: int) -> dict:
 def main() -> None:
     """Measure, print, write."""
     options = parse_arguments()
+    say_origin(options)
     torch.manual_seed(options.seed)
     model = TVRNModel.from_pretrained(options.model).eval()
     processor = TVRNProcessor.from_pretrained(options.model)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import say_origin
 from torch import Tensor
 
 from modeling_tvrn import TVRNConfig, TVRNModel, kernels
@@ -177,6 +178,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     if arguments.warm:
         warm(arguments)
     cuts = measure_cuts(arguments) if arguments.cuts else []

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import say_origin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -202,6 +203,7 @@ def _predict(kind: str, pairs: np.ndarray, seconds: np.ndarray, search: float) -
 @torch.inference_mode()
 def main() -> int:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {"variants": count_all()}
     if arguments.fit:

@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from origin import say_origin
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -164,6 +165,7 @@ def gemm_rate(dtype: torch.dtype, products: int, repeats: int, clock: Callable[[
 
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> None:
+    say_origin(arguments)
     model = build(arguments)
     keep_freed_memory()
     images, texts, words = encode(model, arguments, arguments.captions)

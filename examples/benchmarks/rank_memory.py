@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import say_origin
 from pair_costs import PAPER, VARIANTS, build, encode
 
 from modeling_tvrn import TVRNModel
@@ -85,6 +86,7 @@ def resident(field: str) -> float:
 @torch.no_grad()
 def main() -> int:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     model = build(VARIANTS[0], PAPER)
     images, texts = gallery(model, arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from origin import say_origin
 
 from modeling_tvrn import EncodedImages, TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
@@ -211,6 +212,7 @@ def vectors(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_arguments()
+    say_origin(arguments)
     if arguments.cpu_time:
         time.perf_counter = time.process_time  # of the index as well, which tells the parts of a search
     {"photographs": photographs, "items": items, "vectors": vectors}[arguments.verb](arguments)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import say_origin
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.data import load_pairs
@@ -128,6 +129,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 def main() -> int:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     report = measure(arguments)
     print(verdict(report))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from origin import say_origin
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from modeling_tvrn import TVRNConfig, TVRNModel
@@ -99,6 +100,7 @@ def lengths(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     optimizers(arguments)
     tower(arguments)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import say_origin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -147,6 +148,7 @@ def train(maps: Maps, data: dict[str, Tensor], arguments: argparse.Namespace) ->
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.manual_seed(arguments.seed)
     model, processor = build(arguments)
     splits = read(arguments, model, processor)

@@ -23,6 +23,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+from origin import say_origin
 from torch.utils.data import DataLoader, Sampler
 
 from modeling_tvrn.data import PairStream, RawItem, ShuffledStream, StreamItems, keep_image_memory, load_pairs
@@ -94,6 +95,7 @@ def resident() -> float:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(1)
     stream = load_pairs(arguments.data, split=arguments.split, streaming=True)
     keep_image_memory()

@@ -25,6 +25,7 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import torch
+from origin import say_origin
 from transformers import BertConfig, BertModel
 
 from modeling_tvrn import TVRNProcessor
@@ -102,6 +103,7 @@ def resident() -> float:
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(1)
     found: list[tuple[int, float]] = []

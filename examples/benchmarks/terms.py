@@ -13,6 +13,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from origin import say_origin
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -67,6 +68,7 @@ def match_blocks(model: TVRNModel, images, texts, level: str = "full") -> dict[s
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     started = time.process_time()
     components, rows = score_components(arguments)
     metrics: dict[tuple[str, ...], RetrievalMetrics] = {}

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from origin import say_origin
 from torch import Tensor
 
 from modeling_tvrn import TVRNConfig, TVRNModel
@@ -143,6 +144,7 @@ def main() -> None:
         size, chunk, what = arguments.one
         print(json.dumps(measure(arguments, int(size), int(chunk), what)))
         return
+    say_origin(arguments)
     columns = ["chunk", "batch", "features MB", "encoding MB", "step MB", "pair stage MB", "cached MB", "pairs/s"]
     columns.append("cached pairs/s")
     print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import training_memory
+from origin import say_origin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,6 +169,7 @@ def measure(
 
 def main() -> None:
     arguments = parse_arguments()
+    say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     names = sorted({variant.split("-")[1] for variant in arguments.variants})
     rates = {name: gemm_rate(getattr(torch, name), arguments.device) for name in names}
