@@ -349,7 +349,7 @@ class TrainingConfig(BaseModel):
             if key not in known:
                 raise ValueError(f"unknown key model.{key}; {near_matches(key, known)} (fields of TVRNConfig)")
             value, usual = self.model[key], known[key]
-            if isinstance(usual, bool) and not isinstance(value, bool):
+            if isinstance(usual, bool) and value is not None and not isinstance(value, bool):
                 raise ValueError(f"model.{key} = {value!r}; expected true or false")
             whole = isinstance(usual, int) and not isinstance(usual, bool)
             if whole and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
