@@ -20,6 +20,7 @@ import torch
 from model_makers import regions, tiny_model, words
 from safetensors.torch import load_file
 from test_index import CAPTIONS, records
+from training_makers import killed_at_call
 
 from modeling_tvrn import TVRNConfig, TVRNProcessor, load_model
 from modeling_tvrn.index import ImageTextIndex, OtherModelError
@@ -328,16 +329,7 @@ def killed_at(work: Callable[[], None], events: tuple[str, ...], number: int) ->
     """Do the work in a process that is killed before the number-th of some calls of `os`; whether it was."""
     child = os.fork()
     if child == 0:
-        left = [number]
-
-        def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **keywords: Any) -> Any:
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **keywords)
-
-            return call
+        watched = killed_at_call(number)
 
         for event in events:
             setattr(os, event, watched(getattr(os, event)))

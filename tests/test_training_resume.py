@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_makers import Processes, tiny_config, write_scan
+from training_makers import Processes, killed_at_call, tiny_config, write_scan
 
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
 from modeling_tvrn.training.loop import Training
@@ -82,16 +82,7 @@ def kill_at(config: TrainingConfig, event: str, count: int) -> dict[str, Any]:
     from modeling_tvrn.storage import files
     from modeling_tvrn.training import objective, snapshots
 
-    left = [count]
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-
-        return call
+    watched = killed_at_call(count)
 
     if event == "forward":
         objective.Objective.score = watched(objective.Objective.score)  # type: ignore[method-assign]

@@ -28,15 +28,12 @@ from modeling_tvrn import TVRNConfig, TVRNModel, kernels
 from modeling_tvrn.layers_tvrn import grid_boxes
 
 CUTS = [
-    {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3, "KEPT": False},
-    {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 2, "KEPT": False},
-    {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3, "KEPT": True},
-    {"rows": 128, "columns": 64, "num_warps": 8, "num_stages": 2, "KEPT": True},
-    {"rows": 128, "columns": 64, "num_warps": 8, "num_stages": 2, "KEPT": False},
-    {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 2, "KEPT": False},
-    {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3, "KEPT": False},
-    {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 2, "KEPT": True},
-    {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2, "KEPT": False},
+    {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3},
+    {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 2},
+    {"rows": 128, "columns": 64, "num_warps": 8, "num_stages": 2},
+    {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 2},
+    {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3},
+    {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},
 ]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

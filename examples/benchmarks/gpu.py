@@ -46,7 +46,7 @@ import transformers
 from pair_costs import operations
 from torch import Tensor, nn
 
-from modeling_tvrn import TVRNConfig, TVRNModel, kernels
+from modeling_tvrn import EncodedImages, EncodedTexts, TVRNConfig, TVRNModel, kernels
 from modeling_tvrn.layers_tvrn import grid_boxes
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.scoring import rank, score_matrix, search_then_rerank
@@ -232,12 +232,7 @@ def gallery(model: TVRNModel, images: int, texts: int, sizes: Sizes, device: str
             parts[1].append(
                 model.encode_texts(**random_texts(min(5000, texts - start), sizes.words, device, start)).to(dtype)
             )
-    return tuple(_joined(side) for side in parts)
-
-
-def _joined(parts: list) -> Any:
-    fields = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
-    return dataclasses.replace(parts[0], **fields)
+    return EncodedImages.cat(parts[0]), EncodedTexts.cat(parts[1])
 
 
 def name_of(variant: dict[str, Any]) -> str:

@@ -14,23 +14,22 @@ captions, and walks twice over the D columns, 32 at a time, because the weights 
     second pass T̃ again; (‖T̃‖ ctx − T̃)², its product with W_l; Σ_j w_j T_j, written
     head        SAF leaves two numbers a pair; for SGR the normalised nodes are written
 
-T̃ is computed a second time, or (`KEPT`) each of as many programs as the GPU holds keeps its M rows of it in the L2
-cache and goes from block to block. The global node needs ‖g^t‖ first and is one row a pair: its product with W_g is
-left to the library, over all pairs.
+T̃ is computed a second time: kept in the L2 cache from one pass to the next it took as long or longer (H100; the log
+of the benchmarks). The global node needs ‖g^t‖ first and is one row a pair: its product with W_g is left to the
+library, over all pairs.
 
-What bounds it on an H100, at D = 1024, S = 256, R = 36 in bfloat16, eight captions of up to 16 words a program:
+What bounds it on an H100, at D = 1024, S = 256, R = 36 in bfloat16, four captions of up to 16 words a program:
 
-    operations  2·M·D·(6·64 + S) = 168 MFLOP a program, 21 a pair (13 of them not padding): 26 ns at 800 TFLOP/s
-    L2 reads    t and A t twice 1 MB, gate and carried twice 288 KB, U twice 144 KB, W_l 512 KB: 2 MB a program,
-                0.25 MB a pair: 45 ns at 5.5 TB/s. Captions are the fastest axis of the grid, so neighbours share the
+    operations  2·M·D·(6·64 + S) = 84 MFLOP a program, 21 a pair (13 of them not padding): 26 ns at 800 TFLOP/s
+    L2 reads    t and A t twice 512 KB, gate and carried twice 288 KB, U twice 144 KB, W_l 512 KB: 1.5 MB a program,
+                0.36 MB a pair: 66 ns at 5.5 TB/s. Captions are the fastest axis of the grid, so neighbours share the
                 image; the 32 captions of a chunk are 2 MB, and W_l half of one: all of them stay in the 50 MB L2.
-                KEPT trades a second reading of 656 KB and two products of six for 512 KB of T̃.
     memory      affinities 1 KB, Σ_j w_j T_j 2 KB, each written and read, and the global node's squares: about 12 KB,
                 4 ns at 3 TB/s; the plain path's tensors of 28 KB are written and read about ten times, 190 ns
-    on chip     108 KB of shared memory and 255 registers of 256 threads, the S similarity vectors half of them: one
-                program an SM. With 64 rows and four warps two fit, and read W_l twice as often.
+    on chip     255 registers of 128 threads, the S similarity vectors half of them. With 128 rows and eight warps W_l
+                is read half as often; measured, 64 rows are faster, 137 ns a pair for 154.
 
-So L2 traffic and the tensor cores bound it alike. `late_interaction` is a matrix product of 128 × 128 tiles with its
+So L2 traffic bounds it. `late_interaction` is a matrix product of 128 × 128 tiles with its
 log-sum-exp on chip: 1 MFLOP a pair, 2.1 with padding (3 ns), 4 bytes written. These are bounds, not measurements:
 `examples/benchmarks/fused_kernels.py` measures.
 
@@ -59,7 +58,7 @@ __all__ = ["FusedPairs", "available", "enable", "fused_late_interaction", "fused
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
 # How the reasoning is cut in half precision; benchmarks try others.
-FAST = {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3, "KEPT": False}
+FAST = {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3}
 # Fewer pairs than this aren't worth the seconds that a program's first use takes to compile.
 LEAST_PAIRS = 1024
 MAX_WORDS, MAX_REGIONS, MAX_SIMILARITY = 64, 128, 512
@@ -273,17 +272,13 @@ def reasoning(
         head, bias = torch.cat([reader.gate.weight, reader.logit.weight]).float(), reader.gate.bias.float()
     floor = 1e-8 if words.dtype == torch.float16 else 1e-16
     programs_count = -(-captions // tile.captions) * image_count
-    rows = tile.captions * tile.settings["WORDS"]
-    if tile.settings["KEPT"]:
-        programs_count = min(programs_count, _programs_at_once(words.device))
-    kept = words.new_empty(programs_count if tile.settings["KEPT"] else 0, rows, size)
     given = [words, gates, mask, texts.word_weights.float(), scores, values, gram, region_mask, images.refined_regions]
     given += [images.refined_region_gram.float(), images.refined_region_saliency.float(), images.refined_region_mask]
     given += [images.global_vector, pair.local_similarity.weight.to(words.dtype), head, bias]
     with _on(words):
         programs.reasoning[(programs_count,)](
             *(value.detach().contiguous() for value in given),
-            *(overall, nodes, weights, kept, int(own), image_count, captions, word_count, *strides),
+            *(overall, nodes, weights, int(own), image_count, captions, word_count, *strides),
             *(float(config.attention_scale), float(config.leaky_slope), floor),
             D=size,
             S=config.similarity_size,
@@ -356,7 +351,7 @@ class Tile:
         width, similar = _power_of_two(regions, 16), _power_of_two(similarity, 16)
         cut: dict[str, Any] = dict(FAST)
         if dtype == torch.float32:
-            cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2, "KEPT": False}
+            cut = {"rows": 16, "columns": 32, "num_warps": 8, "num_stages": 2}
         elif width > 64 or similar > 256:
             cut |= {"num_warps": 4 if similar <= 256 else 8, "num_stages": 2}
         count, settings = _rows(dtype, words, cut.pop("rows"))
@@ -387,13 +382,6 @@ def _rows(dtype: torch.dtype, words: int, rows: int) -> tuple[int, dict[str, Any
 
 def _power_of_two(value: int, least: int) -> int:
     return max(1 << (value - 1).bit_length(), least)
-
-
-def _programs_at_once(device: torch.device) -> int:
-    """About as many as the device has room for: each keeps its rows of T̃ in the L2 cache."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if FAST["rows"] <= 64 else 1)
 
 
 def _on(value: Tensor) -> AbstractContextManager[Any]:

@@ -64,34 +64,40 @@ def refined_words(
     return refined
 
 
-@triton.jit
-def reason(
-    first,  # the first caption
-    image,
-    words,
-    gates,
-    word_mask,
-    word_weights,
-    scores,
-    values,
-    context_gram,
-    region_mask,
-    refined_regions,
-    refined_gram,
-    refined_saliency,
-    refined_mask,
-    global_vector,
-    projection,
-    head,
-    gate_bias,
-    overall,
-    nodes,
-    weights,
-    kept,
-    own_captions,
-    captions,
-    words_count,
-    score_row,
+# What lies at odd addresses in a part of a gallery, and would compile the program again for every mixture of these.
+UNALIGNED = ["word_mask", "word_weights", "context_gram", "region_mask"]
+UNALIGNED += ["refined_gram", "refined_saliency", "refined_mask"]
+
+
+@triton.jit(
+    do_not_specialize=["own_captions", "images", "captions", "words_count", "score_row", "score_image"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
+def reasoning(
+    words,  # (T, W, D)
+    gates,  # (T, W, D)
+    word_mask,  # (T, W)
+    word_weights,  # (T, W) float32
+    scores,  # queries · keys: (t·W, I, R), or (I, t·W, R) where each image has its own captions
+    values,  # (I, R, 2D)
+    context_gram,  # (I, R, R) float32
+    region_mask,  # (I, R)
+    refined_regions,  # (I, N, D)
+    refined_gram,  # (I, N, N) float32
+    refined_saliency,  # (I, N) float32
+    refined_mask,  # (I, N)
+    global_vector,  # (I, D)
+    projection,  # (S, D)
+    head,  # (2, S) float32: SAF's weights of the gate and of the vote
+    gate_bias,  # (1,) float32
+    overall,  # (I, t, D) out: Σ_j w_j T_j
+    nodes,  # (I, t, 1 + W, S) out, from the second on: the words' similarity vectors; SAF has none
+    weights,  # (I, t, 1 + W) float32 out, from the second on: ω; SAF: (I, t, 2), Σ ωβ (w·s) and Σ ωβ
+    own_captions,  # 1 where each image has its own t captions, else 0
+    images,  # I
+    captions,  # t
+    words_count,  # W
+    score_row,  # the strides of `scores`
     score_image,
     scale,
     slope,
@@ -105,13 +111,18 @@ def reason(
     SAF: tl.constexpr,
     CAPTIONS: tl.constexpr,
     WORDS: tl.constexpr,
-    N: tl.constexpr,
-    SIMILARITY: tl.constexpr,
+    N: tl.constexpr,  # ≥ REGIONS, TOKENS
+    SIMILARITY: tl.constexpr,  # ≥ S
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    KEPT: tl.constexpr,
 ):
-    """One image with CAPTIONS captions; see `reasoning`."""
+    """One image with CAPTIONS captions.
+
+    Captions are the fastest axis, so that programs beside each other read the same image.
+    """
+    groups = tl.cdiv(captions, CAPTIONS)
+    first = tl.program_id(0) % groups * CAPTIONS
+    image = tl.program_id(0) // groups
     M: tl.constexpr = CAPTIONS * WORDS
     row = tl.arange(0, M)
     caption = first + row // WORDS
@@ -147,8 +158,6 @@ def reason(
         known = (d < D)[:, None] & (n < TOKENS)[None, :]
         tokens = tl.load(refined_regions + n[None, :] * D + d[:, None], mask=known, other=0.0)
         cosine = tl.dot(refined, tokens, cosine, input_precision=PRECISION)
-        if KEPT:
-            tl.store(kept + row[:, None] * D + d[None, :], refined, mask=(d < D)[None, :] & (row < M)[:, None])
         wide = refined.to(tl.float32)
         squares += tl.sum(wide * wide, axis=1)
         if SALIENT:
@@ -169,8 +178,6 @@ def reason(
     mean = tl.sum(valid, axis=1) / tl.where(total > 0, total, 1.0)
     omega = tl.reshape(salient * tl.reshape(mean, (CAPTIONS, 1)), (M,))
 
-    if KEPT:
-        tl.debug_barrier()
     # Second pass: the captions' global vectors, and the words' similarity vectors.
     share = tl.load(word_weights + rows, mask=here, other=0.0).to(tl.float32) / norm
     similar = tl.arange(0, SIMILARITY)
@@ -178,11 +185,7 @@ def reason(
     local = tl.zeros((M, SIMILARITY), tl.float32)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
-        if KEPT:
-            there = (d < D)[None, :] & (row < M)[:, None]
-            refined = tl.load(kept + row[:, None] * D + d[None, :], mask=there, other=0.0)
-        else:
-            refined = refined_words(words, gates, values, alpha, rows, here, d, D, REGIONS, REFINED, PRECISION)
+        refined = refined_words(words, gates, values, alpha, rows, here, d, D, REGIONS, REFINED, PRECISION)
         wide = refined.to(tl.float32)
         known = (n < TOKENS)[:, None] & (d < D)[None, :]
         tokens = tl.load(refined_regions + n[:, None] * D + d[None, :], mask=known, other=0.0)
@@ -212,122 +215,6 @@ def reason(
         found = (local * inverse[:, None]).to(nodes.dtype.element_ty)
         there = here[:, None] & (similar < S)[None, :]
         tl.store(nodes + node[:, None] * S + similar[None, :], found, mask=there)
-
-
-# What lies at odd addresses in a part of a gallery, and would compile the program again for every mixture of these.
-UNALIGNED = ["word_mask", "word_weights", "context_gram", "region_mask"]
-UNALIGNED += ["refined_gram", "refined_saliency", "refined_mask"]
-
-
-@triton.jit(
-    do_not_specialize=["own_captions", "images", "captions", "words_count", "score_row", "score_image"],
-    do_not_specialize_on_alignment=UNALIGNED,
-)
-def reasoning(
-    words,  # (T, W, D)
-    gates,  # (T, W, D)
-    word_mask,  # (T, W)
-    word_weights,  # (T, W) float32
-    scores,  # queries · keys: (t·W, I, R), or (I, t·W, R) where each image has its own captions
-    values,  # (I, R, 2D)
-    context_gram,  # (I, R, R) float32
-    region_mask,  # (I, R)
-    refined_regions,  # (I, N, D)
-    refined_gram,  # (I, N, N) float32
-    refined_saliency,  # (I, N) float32
-    refined_mask,  # (I, N)
-    global_vector,  # (I, D)
-    projection,  # (S, D)
-    head,  # (2, S) float32: SAF's weights of the gate and of the vote
-    gate_bias,  # (1,) float32
-    overall,  # (I, t, D) out: Σ_j w_j T_j
-    nodes,  # (I, t, 1 + W, S) out, from the second on: the words' similarity vectors; SAF has none
-    weights,  # (I, t, 1 + W) float32 out, from the second on: ω; SAF: (I, t, 2), Σ ωβ (w·s) and Σ ωβ
-    kept,  # (programs, M, D) out: T̃, where it is kept
-    own_captions,  # 1 where each image has its own t captions, else 0
-    images,  # I
-    captions,  # t
-    words_count,  # W
-    score_row,  # the strides of `scores`
-    score_image,
-    scale,
-    slope,
-    floor,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    REGIONS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    REFINED: tl.constexpr,
-    SALIENT: tl.constexpr,
-    SAF: tl.constexpr,
-    CAPTIONS: tl.constexpr,
-    WORDS: tl.constexpr,
-    N: tl.constexpr,  # ≥ REGIONS, TOKENS
-    SIMILARITY: tl.constexpr,  # ≥ S
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KEPT: tl.constexpr,  # T̃ goes through the L2 cache, else it is computed twice
-):
-    """Blocks of one image with CAPTIONS captions: a program's own, or every so many where T̃ is kept.
-
-    Captions are the fastest axis, so that programs beside each other read the same image.
-    """
-    groups = tl.cdiv(captions, CAPTIONS)
-    own = tl.program_id(0)
-    if KEPT:
-        kept += own * (CAPTIONS * WORDS * D)
-    blocks, step = groups * images - own, tl.num_programs(0)
-    # Constant bounds, a loop of one turn, cost no registers.
-    for other in range(0, blocks if KEPT else 1, step if KEPT else 1):
-        block = own + other
-        reason(
-            block % groups * CAPTIONS,
-            block // groups,
-            words,
-            gates,
-            word_mask,
-            word_weights,
-            scores,
-            values,
-            context_gram,
-            region_mask,
-            refined_regions,
-            refined_gram,
-            refined_saliency,
-            refined_mask,
-            global_vector,
-            projection,
-            head,
-            gate_bias,
-            overall,
-            nodes,
-            weights,
-            kept,
-            own_captions,
-            captions,
-            words_count,
-            score_row,
-            score_image,
-            scale,
-            slope,
-            floor,
-            D,
-            S,
-            REGIONS,
-            TOKENS,
-            REFINED,
-            SALIENT,
-            SAF,
-            CAPTIONS,
-            WORDS,
-            N,
-            SIMILARITY,
-            COLUMNS,
-            PRECISION,
-            KEPT,
-        )
-        if KEPT:
-            tl.debug_barrier()  # before the next block's rows replace this one's
 
 
 @triton.jit(
