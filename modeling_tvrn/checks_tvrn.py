@@ -24,8 +24,8 @@ def check_regions(
     _refuse_nonfinite(features, "Region features")
     if boxes is None and needs_boxes:
         raise ValueError(
-            "region_features came without region_boxes; the geometric context needs them: (images, regions, 4), xyxy "
-            "in [0, 1]. Without boxes, build the model with use_geometric_context=False."
+            "region_features came without region_boxes, which this model reads: (images, regions, 4), xyxy in [0, 1]. "
+            "Without boxes, build it with use_geometric_context=False and use_box_positions=False."
         )
     if boxes is not None:
         boxes = _check_boxes(boxes, mask)

@@ -76,6 +76,12 @@ class TVRNConfig(PreTrainedConfig):
         use_geometric_context (`bool`, defaults to `True`):
             A region's context holds its geometric neighbours too; needs boxes. The first of the paper's three ablation
             switches.
+        use_box_positions (`bool`, defaults to `False`):
+            Add an embedding of each box (corners, centre, size) to its region, which otherwise knows no place:
+            mirroring all boxes would change no score. Starts at 0; needs boxes.
+        use_relative_geometry (`bool`, defaults to `False`):
+            Where the geometric context looks also depends on how its two boxes lie to each other (offsets, ratios of
+            their sizes), not on their overlap alone. Starts at 0.
         use_text_refinement (`bool`, defaults to `True`):
             The contexts of the image that is scored refine the words.
         use_semantic_alignment (`bool`, defaults to `True`):
@@ -168,6 +174,8 @@ class TVRNConfig(PreTrainedConfig):
     refinement: str = "gate"
     similarity_head: str = "saf"
     use_geometric_context: bool = True
+    use_box_positions: bool = False
+    use_relative_geometry: bool = False
     use_text_refinement: bool = True
     use_semantic_alignment: bool = True
     use_first_stage: bool = True
@@ -252,6 +260,10 @@ class TVRNConfig(PreTrainedConfig):
             raise ValueError(
                 "use_first_stage, use_late_interaction and use_reasoning are all False; the score needs at least one."
             )
+        if self.use_relative_geometry and not self.use_geometric_context:
+            raise ValueError(
+                "use_relative_geometry is True, but use_geometric_context, which it belongs to, is False; set both."
+            )
         self._check_by_kind()
         self._check_words()
         if self.dual_encoder_config is not None:
@@ -293,6 +305,11 @@ class TVRNConfig(PreTrainedConfig):
         dual encoder all the rest as well."""
         frozen = bool(getattr(self, f"freeze_{side}"))
         return frozen and (self.dual_encoder_config is None or self.freeze_first_stage)
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether the model reads where its regions are."""
+        return self.use_geometric_context or self.use_box_positions
 
     @property
     def components(self) -> list[str]:

@@ -14,6 +14,9 @@ from .configuration_tvrn import TVRNConfig
 
 # A grid's IoUs are exactly 0.2 and 0.5: without a slack float32 decides at random whether they reach the threshold.
 IOU_SLACK = 1e-4
+# Of an image's side: a box without width or height, such as padding's, has no ratio to others.
+MIN_BOX_SIZE = 1e-3
+BOX_HIDDEN_SIZE = 64
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -83,6 +86,26 @@ def box_iou(boxes: Tensor) -> Tensor:
     return intersection / union.clamp_min(torch.finfo(boxes.dtype).tiny)
 
 
+def box_geometry(boxes: Tensor) -> Tensor:
+    """What a position embedding reads of boxes xyxy in [0, 1]: corners, centre, width and height, (…, 4) -> (…, 8)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([boxes, (low + high) / 2, high - low], dim=-1)
+
+
+def relative_geometry(boxes: Tensor) -> Tensor:
+    """How each box of an image lies to each other: (B, R, 4) -> (B, R, R, 4), [b, i, j] is j as i sees it.
+
+    Offsets of the centres in sizes of i, as sign(x)·log(1 + |x|) (relation networks take log |x|, which tells no left
+    from right), and logarithms of the sizes' ratios. Swapping i and j, not mirroring, negates the latter two.
+    """
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp_min(MIN_BOX_SIZE)
+    centre = (boxes[..., 2:] + boxes[..., :2]) / 2
+    # (B, 1, R, 2) − (B, R, 1, 2): j in columns.
+    offset = (centre.unsqueeze(1) - centre.unsqueeze(2)) / size.unsqueeze(2)
+    ratio = (size.unsqueeze(1) / size.unsqueeze(2)).log()
+    return torch.cat([offset.sign() * offset.abs().log1p(), ratio], dim=-1)
+
+
 def grid_boxes(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Boxes of grid cells, row by row: the 3×3 window of cells around each, clipped; (rows·columns, 4) in [0, 1]."""
     top, left = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
@@ -134,6 +157,26 @@ class FragmentAttention(nn.Module):
         return normalize(weights.transpose(1, 2) @ fragments)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weights start at 0."""
+
+
+class BoxPerceptron(nn.Sequential):
+    """Numbers of boxes (…, in) to features (…, out), which are 0 at the start: the model is then the one without."""
+
+    def __init__(self, size: int, out: int):
+        super().__init__(nn.Linear(size, BOX_HIDDEN_SIZE), nn.GELU(), ZeroLinear(BOX_HIDDEN_SIZE, out, bias=False))
+
+    def exact(self, boxes: Tensor) -> Tensor:
+        """Boxes in the precision that differences of them want: float32, or float64 where the weights are."""
+        return boxes.to(torch.promote_types(wide(boxes), wide(cast(Tensor, self[0].weight))))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """In the weights' precision, rounded only once the numbers were computed."""
+        with torch.autocast(numbers.device.type, enabled=False):
+            return super().forward(numbers.to(cast(Tensor, self[0].weight).dtype))
+
+
 class GeometricAttention(nn.Module):
     """n(P v): attention among regions whose boxes overlap."""
 
@@ -143,10 +186,13 @@ class GeometricAttention(nn.Module):
         self.threshold = config.iou_threshold
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.relation = BoxPerceptron(4, 1) if config.use_relative_geometry else None
 
     def forward(self, regions: Tensor, boxes: Tensor, mask: Tensor) -> Tensor:
         """(B, R, D), (B, R, 4), (B, R) -> (B, R, D), unit norm."""
         cosine = normalize(self.query(regions)) @ normalize(self.key(regions)).transpose(1, 2)
+        if self.relation is not None:
+            cosine = cosine + self.relation(relative_geometry(self.relation.exact(boxes))).squeeze(-1)
         # A region is its own neighbour, padding too and boxes without an area: no row of the softmax is empty.
         itself = torch.eye(regions.shape[1], dtype=torch.bool, device=regions.device)
         near = (box_iou(boxes) >= self.threshold - IOU_SLACK) & mask.unsqueeze(1) | itself

@@ -34,6 +34,7 @@ from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
 from .layers_tvrn import (
     AttentionPooling,
+    BoxPerceptron,
     FeatureDropout,
     FragmentAttention,
     Gate,
@@ -42,6 +43,8 @@ from .layers_tvrn import (
     Recurrence,
     UnimodalHead,
     WordEncoder,
+    ZeroLinear,
+    box_geometry,
     gram,
     grid_boxes,
     masked_mean,
@@ -104,7 +107,9 @@ class TVRNPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # By transformers' `init`, which leaves alone what loading has filled; torch's would start it again.
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -170,6 +175,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         self.uses_fragments = config.use_late_interaction or config.use_reasoning or config.use_refined_features
         if self.uses_fragments:
             self.region_projection = nn.Linear(config.region_feature_size, size)
+            self.box_embedding = BoxPerceptron(8, size) if config.use_box_positions else None
         if self.uses_fragments and config.text_tower_config is not None:
             self.word_projection = nn.Linear(_width(config), size)
             self.word_perceptron = perceptron(_width(config), config.word_hidden_size, size, config.dropout)
@@ -440,7 +446,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         Args:
             pixel_values: (I, 3, H, W), for a model with a vision tower.
             region_features: (I, R, F) instead.
-            region_boxes: (I, R, 4) xyxy in [0, 1]; required with region features unless `use_geometric_context=False`.
+            region_boxes: (I, R, 4) xyxy in [0, 1]; required with region features by models that read them
+                (`use_geometric_context`, `use_box_positions`).
             region_mask: (I, R), 1 = keep.
             image_embeds: (I, P) beside region features of a dual encoder, as `extract_image_features` gives them.
             level: What `match(…, level=…)` will read: "embeddings", "late_interaction" or "full". What a level leaves
@@ -473,7 +480,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         name = self.fingerprint()
         if self._only_embeds(level):
             return EncodedImages(self._image_embeds(None, features, mask, embeds), model_fingerprint=name)
-        regions = normalize(self.region_projection(self.image_dropout(features)))
+        regions = self.region_projection(self.image_dropout(features))
+        if self.box_embedding is not None and boxes is not None:
+            regions = regions + self.box_embedding(box_geometry(self.box_embedding.exact(boxes)))
+        regions = normalize(regions)
         # Embeddings that see no refined regions, and no reasoning wanted: nothing that follows is read.
         if not self.config.use_refined_features and (level != "full" or not self.config.use_reasoning):
             embeds = self._image_embeds(None, features, mask, embeds)
@@ -531,7 +541,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                 "image_embeds", image_embeds, len(region_features), self.config.projection_size
             )
         features, boxes, mask = check_regions(
-            region_features, region_boxes, region_mask, self.config.region_feature_size, self.geometry is not None
+            region_features, region_boxes, region_mask, self.config.region_feature_size, self.config.needs_boxes
         )
         if not mask.all():
             # A mask may have holes; from here on valid fragments are a prefix, as GRUs and chunks want it.

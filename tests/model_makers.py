@@ -21,9 +21,12 @@ SIZES = {
 FEATURES = 29
 HEADS = [{"refinement": r, "similarity_head": h} for r, h in product(("gate", "gru"), ("saf", "sgr"))]
 SWITCHES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment", "use_first_stage")
-# Late interaction comes with every second of them, so that it meets every other part on and off.
+# Late interaction and what reads boxes come with every second of them, so that they meet every other part on and off.
 VARIANTS = [
-    head | dict(zip(SWITCHES, on, strict=True)) | {"use_late_interaction": sum(on) % 2 == 0}
+    head
+    | dict(zip(SWITCHES, on, strict=True))
+    | {"use_late_interaction": sum(on) % 2 == 0}
+    | {"use_box_positions": on[1] != on[3], "use_relative_geometry": on[0] and on[1]}
     for head in HEADS
     for on in product((True, False), repeat=4)
 ]

@@ -65,6 +65,24 @@ def iou(a: Array, b: Array) -> float:
     return width * height / union
 
 
+def place(box: Array) -> Array:
+    """A box's corners, centre and size."""
+    x1, y1, x2, y2 = box
+    return np.array([x1, y1, x2, y2, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+
+
+def relation(box: Array, other: Array) -> Array:
+    """Where the other box lies, in sizes of this one, and how much larger it is; logarithms."""
+    numbers = []
+    for low, high in ((0, 2), (1, 3)):
+        size = max(box[high] - box[low], 1e-3)
+        offset = ((other[low] + other[high]) - (box[low] + box[high])) / 2 / size
+        numbers.append(math.copysign(math.log(1 + abs(offset)), offset))
+    for low, high in ((0, 2), (1, 3)):
+        numbers.append(math.log(max(other[high] - other[low], 1e-3) / max(box[high] - box[low], 1e-3)))
+    return np.array(numbers)
+
+
 @dataclass
 class Image:
     """One image: regions v, contexts c^v (R, D), regions U (N, D), g^v (D,), saliencies a^v (N,), embedding (P,)."""
@@ -179,7 +197,13 @@ class Reference:
     def image(self, features: Array, boxes: Array | None) -> Image:
         """§2 and §5 of one image: region features (R, F), boxes (R, 4)."""
         config = self.config
-        regions = np.array([unit(self.linear("region_projection", x)) for x in features])
+        regions = [self.linear("region_projection", x) for x in features]
+        if config.use_box_positions:
+            assert boxes is not None
+            regions = [
+                v + self.box_perceptron("box_embedding", place(box)) for v, box in zip(regions, boxes, strict=True)
+            ]
+        regions = np.array([unit(v) for v in regions])
         contexts = self.attend(regions, regions)
         if config.use_geometric_context:
             assert boxes is not None
@@ -196,6 +220,9 @@ class Reference:
         embedding = self.embedding("image", summary, features.mean(axis=0))
         return Image(regions, contexts, tokens, overall, saliency, embedding)
 
+    def box_perceptron(self, name: str, numbers: Array) -> Array:
+        return self.linear(f"{name}.2", gelu(self.linear(f"{name}.0", numbers)))
+
     def geometry(self, regions: Array, boxes: Array) -> Array:
         """n(P v), §2: contexts of regions whose boxes overlap."""
         queries = [unit(self.linear("geometry.query", v)) for v in regions]
@@ -204,7 +231,11 @@ class Reference:
         for i, query in enumerate(queries):
             overlaps = [iou(boxes[i], box) for box in boxes]
             near = [j for j, x in enumerate(overlaps) if j == i or x >= self.config.iou_threshold - IOU_SLACK]
-            p = softmax(self.config.attention_scale * np.array([query @ keys[j] for j in near]))
+            cosines = [query @ keys[j] for j in near]
+            if self.config.use_relative_geometry:
+                seen = [self.box_perceptron("geometry.relation", relation(boxes[i], boxes[j])).item() for j in near]
+                cosines = np.add(cosines, seen)
+            p = softmax(self.config.attention_scale * np.array(cosines))
             contexts.append(unit(p @ regions[near]))
         return np.array(contexts)
 

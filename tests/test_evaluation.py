@@ -1,10 +1,8 @@
 """Protocols, encoding and reports with tiny models, from records to printed numbers."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
+from typer.testing import CliRunner, Result
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
+from modeling_tvrn.cli.app import app
 from modeling_tvrn.data import data_fingerprint, load_pairs
 from modeling_tvrn.evaluation import PROTOCOLS, encode_dataset, evaluate
 from modeling_tvrn.evaluation import encoding as encoding_module
@@ -101,12 +101,17 @@ def test_the_report_holds_what_ranking_the_matrix_gives(processor: TVRNProcessor
     images, texts, rows = encode_dataset(model, processor, records, progress=False)
     assert report.metrics == retrieval_metrics(model.match(images, texts), rows)
     assert report.embedding_metrics == retrieval_metrics(images.embeds @ texts.embeds.T, rows)
+    assert report.gain == paired_bootstrap(report.metrics, report.embedding_metrics, 2000, caption_image_rows=rows)
+    assert report.gain.difference["rsum"] == pytest.approx(report.metrics.rsum - report.embedding_metrics.rsum)
+    assert f"Pair score over its embeddings, rSum: {report.gain.in_words()}" in report.table()
     assert report.chance == chance_level(11, len(rows), rows)
     by_hand = search_then_rerank(model, images, texts, rows, shortlist_size=4, progress=False)
     assert report.search is not None and report.search.rsum == by_hand.rsum
     assert report.search.costs.pairs_scored == by_hand.costs.pairs_scored < report.search.costs.pairs_total
     only_search = evaluate(model, processor, records, shortlist_size=4, embeddings=False, progress=False)
-    assert only_search.metrics.rsum == by_hand.rsum and only_search.embedding_metrics is None
+    assert (
+        only_search.metrics.rsum == by_hand.rsum and only_search.embedding_metrics is None and only_search.gain is None
+    )
 
 
 def test_the_report_says_where_its_numbers_come_from(processor: TVRNProcessor, tmp_path: Path) -> None:
@@ -266,13 +271,11 @@ def test_pictures_are_encoded_like_in_a_forward_pass(processor: TVRNProcessor) -
     torch.testing.assert_close(parallel.refined_regions, images.refined_regions)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "examples" / "evaluate_retrieval.py"
-    spec = importlib.util.spec_from_file_location("evaluate_retrieval", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(*arguments: str, code: int = 0) -> Result:
+    """`tvrn evaluate` in this process."""
+    outcome = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert outcome.exit_code == code, f"{outcome.stdout}\n{outcome.stderr}\n{outcome.exception!r}"
+    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -299,12 +302,12 @@ def checkpoints(tmp_path_factory) -> list[str]:
 SCENES = ["--data", "scenes", "--split", "validation", "--data-option", "count=12", "--device", "cpu"]
 
 
-def test_the_script_evaluates_searches_and_compares(script, checkpoints, tmp_path, capsys) -> None:
+def test_the_script_evaluates_searches_and_compares(checkpoints, tmp_path) -> None:
     """One command: an average of two models against one of them, with a shortlist, as a table and as JSON."""
     output = tmp_path / "deep" / "report.json"
     arguments = [*checkpoints, *SCENES, "--shortlist-size", "5", "--exhaustive", "--compare", checkpoints[0]]
-    assert script.main([*arguments, "--output", str(output)]) == 0
-    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    printed = run(*arguments, "--output", str(output)).stdout
+    written = json.loads(output.read_text())
     assert written["seeds"] == [40, 41] and written["baseline"]["seeds"] == [40]
     assert "Paired bootstrap" in printed and "search 5, rerank" in printed
     models = [TVRNModel.from_pretrained(folder) for folder in checkpoints]
@@ -317,7 +320,7 @@ def test_the_script_evaluates_searches_and_compares(script, checkpoints, tmp_pat
     assert [model["sha256"] for model in written["models"]] == [model.sha256 for model in both.models]
 
 
-def test_the_script_reads_a_region_cache(script, checkpoints, tmp_path, capsys) -> None:
+def test_the_script_reads_a_region_cache(checkpoints, tmp_path) -> None:
     """Cached regions in place of pictures give the same recalls; those of another tower are refused."""
     from modeling_tvrn.teachers import RegionCache
 
@@ -332,15 +335,13 @@ def test_the_script_reads_a_region_cache(script, checkpoints, tmp_path, capsys) 
         ["--regions", str(tmp_path / "cache0")],
         ["--dtype", "bfloat16", "--regions", str(tmp_path / "cache0")],
     ):
-        assert script.main([checkpoints[0], *SCENES, *extra, "--output", str(tmp_path / "report.json")]) == 0
+        run(checkpoints[0], *SCENES, *extra, "--output", str(tmp_path / "report.json"))
         found.append(json.loads((tmp_path / "report.json").read_text()))
     assert found[0]["metrics"] == found[1]["metrics"] and found[2]["models"][0]["dtype"] == "bfloat16"
-    capsys.readouterr()
-    assert script.main([checkpoints[0], *SCENES, "--regions", str(tmp_path / "cache1")]) == 2
-    assert "cache1" in capsys.readouterr().err
+    assert "cache1" in run(checkpoints[0], *SCENES, "--regions", str(tmp_path / "cache1"), code=2).stderr
 
 
-def test_the_script_grades_pairs_and_keeps_finished_blocks(script, checkpoints, tmp_path, capsys) -> None:
+def test_the_script_grades_pairs_and_keeps_finished_blocks(checkpoints, tmp_path) -> None:
     """Human grades by a file; a second run of an evaluation reads its blocks instead of scoring."""
     records = load_pairs("scenes", split="validation", count=12)
     lines = [f"{a}\t{b}#0\t{1 + n % 4}\t{1 + n % 3}" for n, (a, b) in enumerate(zip(
@@ -348,36 +349,43 @@ def test_the_script_grades_pairs_and_keeps_finished_blocks(script, checkpoints, 
     grades, output = tmp_path / "ExpertAnnotations.txt", tmp_path / "report.json"
     grades.write_text("\n".join(lines) + "\n")
     graded = ["--protocol", "graded", "--grades", str(grades), "--output", str(output)]
-    assert script.main([checkpoints[0], *SCENES, *graded]) == 0
+    assert "Kendall" in run(checkpoints[0], *SCENES, *graded).stdout
     written = json.loads(output.read_text())
     assert written[0]["protocol"] == "graded" and written[0]["metrics"]["pair_count"] == 11
-    assert "Kendall" in capsys.readouterr().out
     kept = ["--blocks", str(tmp_path / "blocks"), "--memory-budget", "0.5", "--output", str(output)]
     found = []
     for _ in range(2):
-        assert script.main([checkpoints[0], *SCENES, *kept, "--no-embeddings"]) == 0
+        run(checkpoints[0], *SCENES, *kept, "--no-embeddings")
         found.append(json.loads(output.read_text())["metrics"])
     assert found[0] == found[1] and len(list((tmp_path / "blocks").rglob("block-*.safetensors"))) == 1
     for wrong, message in (
         (["--protocol", "graded"], "--grades FILE go together"),
         (["--cxc", "x"], "--cxc goes with"),
     ):
-        with pytest.raises(SystemExit):
-            script.main([checkpoints[0], *SCENES, *wrong])
-        assert message in capsys.readouterr().err
+        assert message in run(checkpoints[0], *SCENES, *wrong, code=2).stderr
 
 
-def test_the_script_explains_mistakes(script, checkpoints, capsys) -> None:
-    assert script.main([checkpoints[0], *SCENES, "--protocol", "flickr8k-1k"]) == 2
-    assert "1000 images" in capsys.readouterr().err
-    assert script.main(["no/such/model", *SCENES]) == 2
-    for wrong in (["--exhaustive"], ["--regions", "a", "b"], ["--protocol", "coco"]):
-        with pytest.raises(SystemExit):
-            script.main([checkpoints[0], *SCENES, *wrong])
-    with pytest.raises(SystemExit):
-        script.main(["--help"])
-    shown = capsys.readouterr().out
-    assert "--shortlist-size K" in shown and "--compare" in shown and "examples/evaluate_retrieval.py" in shown
+def test_mistakes_are_explained_before_a_model_is_loaded(checkpoints) -> None:
+    assert "1000 images" in run(checkpoints[0], *SCENES, "--protocol", "flickr8k-1k", code=2).stderr
+    assert "no/such/model" in run("no/such/model", *SCENES, code=2).stderr
+    for wrong, message in (
+        (["--exhaustive"], "goes with --shortlist-size"),
+        (["--regions", "a", "--regions", "b"], "2 caches for 1 models"),
+        (["--protocol", "coco"], "expected one of"),
+        (["--protocol", "contrast", "--compare", "x"], "--compare goes with protocols of recall"),
+        (["--images", "x"], "--images goes with --protocol contrast"),
+        (["--protocol", "contrast", "--images", "x"], "goes with a file of contrast rows"),
+    ):
+        assert message in run("x", *SCENES, *wrong, code=2).stderr
+    assert "--data is needed" in run("x", code=2).stderr
+
+
+def test_the_example_is_the_same_command(run_python) -> None:
+    path = Path(__file__).resolve().parents[1] / "examples" / "evaluate_retrieval.py"
+    code = (
+        f"import runpy, sys; sys.argv = [{str(path)!r}, '--help']; runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    assert "--shortlist-size K" in run_python(code)
 
 
 def test_the_metric_for_the_evaluate_library(monkeypatch) -> None:

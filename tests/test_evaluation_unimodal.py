@@ -1,6 +1,5 @@
 """Within one modality: whose captions are near each other, and whether cosines follow human grades."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from training_makers import tiny_config, write_scan
+from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.cli.app import app
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import SentencePairs, evaluate_unimodal, read_image_labels
 from modeling_tvrn.metrics import spearman
@@ -166,18 +167,16 @@ def test_labels_are_read_by_id(tmp_path: Path) -> None:
     assert read_image_labels(tmp_path / "labels.json") == {7: "cat", "a.jpg": 2}
 
 
-def test_the_script_measures_each_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("evaluate_retrieval", ROOT / "examples/evaluate_retrieval.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    command = [str(folder / "heads"), str(folder / "plain"), "--protocol", "unimodal", "--device", "cpu"]
+def test_the_script_measures_each_model(folder: Path, tmp_path: Path) -> None:
+    command = ["evaluate", str(folder / "heads"), str(folder / "plain"), "--protocol", "unimodal", "--device", "cpu"]
     data = ["--data", str(folder / "data"), "--split", "validation", "--data-option", "captions_per_image=2"]
     output = ["--sentence-pairs", str(folder / "sts.parquet"), "--output", str(tmp_path / "report.json")]
-    assert script.main([*command, *data, *output]) == 0
+    outcome = CliRunner().invoke(app, [*command, *data, *output])
+    assert outcome.exit_code == 0, outcome.stderr
     first, second = json.loads((tmp_path / "report.json").read_text())
     assert set(first["sts"]) == {"cross-modal embeddings", "uni-modal heads"} > set(second["sts"])
     assert "R@1" in first["text_to_text"]["uni-modal heads"]
-    assert capsys.readouterr().out.count("sentence pairs (5), cross-modal embeddings") == 2
-    assert script.main([*command, *output]) == 0  # sentence pairs alone
-    with pytest.raises(SystemExit):
-        script.main([str(folder / "heads"), "--data", str(folder), *output])
+    assert outcome.stdout.count("sentence pairs (5), cross-modal embeddings") == 2
+    assert CliRunner().invoke(app, [*command, *output]).exit_code == 0  # sentence pairs alone
+    wrong = CliRunner().invoke(app, ["evaluate", str(folder / "heads"), "--data", str(folder), *output])
+    assert wrong.exit_code == 2 and "--sentence-pairs goes with --protocol unimodal" in wrong.stderr

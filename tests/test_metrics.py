@@ -292,6 +292,35 @@ def test_bootstrap_agrees_with_drawing_the_queries_one_by_one() -> None:
     assert found.p_value["rsum"] < 0.01 and "rsum" in found.table()
 
 
+def test_bootstrap_by_image_agrees_with_drawing_images_one_by_one() -> None:
+    """An image is drawn with its captions, whose number differs; their ranks go together, so the interval is wider."""
+    generator = np.random.default_rng(5)
+    rows = np.repeat(np.arange(40), generator.integers(1, 7, 40))
+    right = rows == np.arange(40)[:, None]
+    easy = generator.standard_normal((40, 1)) * right  # some images are found by all of their captions
+    better, worse = (
+        retrieval_metrics(generator.standard_normal(right.shape) + gain * right + 2 * easy * gain, rows)
+        for gain in (2.5, 1.2)
+    )
+    found = paired_bootstrap(better, worse, resamples=20_000, caption_image_rows=rows)
+    draws = []
+    for _ in range(4000):
+        images = generator.integers(0, 40, 40)
+        captions = np.concatenate([np.flatnonzero(rows == image) for image in images])
+        total = 0.0
+        for way, chosen in (("image_to_text_ranks", images), ("text_to_image_ranks", captions)):
+            left, other = getattr(better, way)[chosen], getattr(worse, way)[chosen]
+            total += sum(100 * (np.mean(left <= k) - np.mean(other <= k)) for k in (1, 5, 10))
+        draws.append(total)
+    assert found.difference["rsum"] == pytest.approx(better.rsum - worse.rsum)
+    width = np.quantile(draws, 0.975) - np.quantile(draws, 0.025)
+    assert found.low["rsum"] == pytest.approx(np.quantile(draws, 0.025), abs=0.06 * width)
+    assert found.high["rsum"] == pytest.approx(np.quantile(draws, 0.975), abs=0.06 * width)
+    assert f"{found.difference['rsum']:+.1f} (95 %: " in found.in_words()
+    with pytest.raises(ValueError, match="expected the image of each of the"):
+        paired_bootstrap(better, worse, caption_image_rows=rows[1:])
+
+
 def test_bootstrap_refuses_different_galleries() -> None:
     one, two = (retrieval_metrics(np.eye(size), np.arange(size)) for size in (3, 4))
     with pytest.raises(ValueError, match="3 and 4"):

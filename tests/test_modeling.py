@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_makers import HEADS, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
+from model_makers import FEATURES, HEADS, SIZES, VARIANTS, name, one, overlapping_boxes, regions, tiny_model, words
 from transformers import BertConfig, MobileNetV2Config
 
 from modeling_tvrn import TVRNConfig, TVRNModel
@@ -218,6 +218,36 @@ class TestParts:
         assert_same(together.region_boxes, images["region_boxes"][[2, 1]], 0)
         with torch.no_grad():
             assert_same(model.match(together, model.encode_texts(**texts)), expected[[2, 1]])
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_positions_tell_an_image_from_its_mirror_image(self, axis):
+        """Geometry by overlap alone cannot: mirroring changes no IoU."""
+        images, texts = regions(), words(4, 9)
+        mirrored = images["region_boxes"].clone()
+        mirrored[..., [axis, axis + 2]] = 1 - mirrored[..., [axis + 2, axis]]
+        for switch, changes in ((None, False), ("use_box_positions", True), ("use_relative_geometry", True)):
+            model = tiny_model(**({} if switch is None else {switch: True}))
+            moved = logits(model, images | {"region_boxes": mirrored}, texts) - logits(model, images, texts)
+            assert (moved.abs().max() > 1e-3) == changes, switch
+            assert changes or moved.abs().max() < 1e-5
+
+    def test_positions_start_as_the_model_without_them(self):
+        """So that a finished model can be trained on with positions."""
+        images, texts = regions(), words(4, 9)
+        torch.manual_seed(0)
+        without = TVRNModel(TVRNConfig(**SIZES, region_feature_size=FEATURES)).eval()
+        switches = {"use_box_positions": True, "use_relative_geometry": True}
+        added = TVRNModel(TVRNConfig(**SIZES, **switches, region_feature_size=FEATURES)).eval()
+        missing = added.load_state_dict(without.state_dict(), strict=False).missing_keys
+        assert {name.rsplit(".", 2)[0] for name in missing} == {"box_embedding", "geometry.relation"}
+        assert_same(logits(added, images, texts), logits(without, images, texts), 0)
+
+    def test_positions_need_boxes(self):
+        model = tiny_model(use_geometric_context=False, use_box_positions=True)
+        with pytest.raises(ValueError, match="without region_boxes, which this model reads"):
+            model.encode_images(region_features=regions()["region_features"])
+        with pytest.raises(ValueError, match="use_relative_geometry is True, but use_geometric_context"):
+            TVRNConfig(use_relative_geometry=True, use_geometric_context=False)
 
     def test_a_caption_is_refined_by_the_image_it_is_scored_with(self):
         """Changing one image moves its own row alone, and moves every score of it."""

@@ -142,11 +142,13 @@ def test_a_threshold_that_the_grid_hits_exactly(threshold):
 @pytest.mark.parametrize("refinement", ["gate", "gru"])
 def test_every_switch_changes_the_score(refinement):
     """Agreement would mean nothing where a part had no influence."""
-    weights = tiny_model(refinement=refinement).double().state_dict()
-    features, boxes = np.random.default_rng(1).normal(size=(5, FEATURES)), overlapping_boxes(5).numpy()
+    everything = {"refinement": refinement, "use_box_positions": True, "use_relative_geometry": True}
+    weights = tiny_model(**everything).double().state_dict()
+    features, boxes = np.random.default_rng(1).normal(size=(9, FEATURES)), overlapping_boxes(9).numpy()
     scores = []
-    for off in (None, *SWITCHES, "use_pooled_features"):
-        config = tiny_model(refinement=refinement, **({} if off is None else {off: False})).config
+    for off in (None, *SWITCHES, "use_pooled_features", "use_box_positions", "use_relative_geometry"):
+        belongs = {"use_relative_geometry": False} if off == "use_geometric_context" else {}
+        config = tiny_model(**everything | belongs | ({} if off is None else {off: False})).config
         scores.append(
             Reference({k: v.numpy() for k, v in weights.items()}, config).score(features, boxes, ids=[4, 8, 2])
         )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..redaction import guard_logs, redacted_text
-from . import caches, find, measure, share
+from . import caches, evaluate, find, measure, share
 from .common import quiet_libraries
 
 __all__ = ["app", "main"]
@@ -74,7 +74,7 @@ def _start(
 
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (measure.train, "train a model"),
-    "evaluate": (measure.evaluate, "measure recall by a named protocol"),
+    "evaluate": (evaluate.evaluate, "measure recall by a named protocol"),
     "regions": (caches.regions, "keep a frozen network's regions of photographs for training"),
     "teachers": (caches.teachers, "keep a frozen teacher's vectors for training with CUSA"),
     "duplicates": (caches.duplicates, "find near-duplicates among the negatives of training"),

@@ -1,10 +1,9 @@
-"""`tvrn train`, `tvrn evaluate`, `tvrn score`."""
+"""`tvrn train`, `tvrn score`."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import logging
 import os
 import sys
@@ -79,68 +78,6 @@ def train(
         return  # of several processes one speaks
     shown = {name: value for name, value in results.items() if name not in ("history", "table")}
     say(shown, f"{results['table']}\n\nmodel, card, results and pictures: {settings.output_dir}", as_json)
-
-
-def evaluate(
-    model: Model,
-    data: Annotated[str, typer.Option(help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id")],
-    split: Annotated[str | None, typer.Option(help="train, validation, test, ...")] = None,
-    protocol: Annotated[
-        str, typer.Option(help="validation (any size), flickr8k-1k, flickr30k-1k, coco-5k, coco-1k")
-    ] = ("validation"),
-    shortlist_size: Annotated[
-        int | None, typer.Option(metavar="K", help="search K candidates a query and rerank them", min=1)
-    ] = None,
-    exhaustive: Annotated[
-        bool, typer.Option("--exhaustive", help="beside a shortlist, also score every pair")
-    ] = False,
-    regions: Annotated[Path | None, typer.Option(metavar="CACHE", help="region cache in place of pictures")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images, and captions, encoded at a time")] = 64,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the report as JSON")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure recall by a named protocol; the report says where every number comes from.
-
-    examples/evaluate_retrieval.py does more: several models averaged, and compared by paired bootstrap.
-
-    \b
-    Examples:
-      tvrn evaluate runs/flickr8k --data flickr8k --split validation
-      tvrn evaluate me/my-tvrn --data coco --split test --protocol coco-5k --shortlist-size 128 --json
-    """
-    from ..data import load_pairs
-    from ..evaluation import PROTOCOLS
-    from ..evaluation import evaluate as measure
-    from ..teachers import with_checked_regions
-
-    if protocol not in PROTOCOLS:
-        raise fail(f"--protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
-    if exhaustive and shortlist_size is None:
-        raise fail("--exhaustive goes with --shortlist-size; without one every pair is scored anyway")
-    records: Any = load_pairs(data, split)
-    loaded, processor = load(model, device, dtype, trust_remote_code)
-    if regions is not None:
-        # A cache names the weights of its tower as they are in full precision.
-        exact = loaded if dtype == "float32" else load(model, "cpu", trust_remote_code=trust_remote_code)[0]
-        records = with_checked_regions(records, regions, exact, processor)
-    report = measure(
-        loaded,
-        processor,
-        records,
-        protocol,
-        batch_size=batch_size,
-        shortlist_size=shortlist_size,
-        exhaustive=exhaustive or shortlist_size is None,
-        data=data,
-        progress=progress(),
-    )
-    written = report.as_dict()
-    if output is not None:
-        writable(output).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(written, report.table(), as_json)
 
 
 def score(

@@ -1,5 +1,6 @@
 """Image-caption pairs: one record shape out of every source, and what training makes batches of them with."""
 
+from .contrast import ContrastRow, contrast_rows, read_contrast_rows
 from .fingerprint import data_fingerprint
 from .images import MAX_IMAGE_PIXELS, ImageError, keep_image_memory
 from .loading import PRESETS, load_pairs
@@ -15,6 +16,7 @@ __all__ = [
     "PRESETS",
     "CaptionDataset",
     "CaptionStream",
+    "ContrastRow",
     "EpochShuffledSampler",
     "ImageError",
     "PairCollator",
@@ -24,9 +26,11 @@ __all__ = [
     "ShuffledStream",
     "SkipReport",
     "StreamItems",
+    "contrast_rows",
     "data_fingerprint",
     "keep_image_memory",
     "load_pairs",
+    "read_contrast_rows",
     "unusable_captions",
     "with_words",
 ]

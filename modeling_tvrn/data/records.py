@@ -39,6 +39,7 @@ class PairTable:
     splits: list[str] = field(default_factory=list)
     filenames: list[str] = field(default_factory=list)
     source_rows: list[int] = field(default_factory=list)
+    groups: list[ItemId | None] = field(default_factory=list)
 
     def append(self, pair: Pair, source_row: int) -> None:
         """Add one image."""
@@ -48,11 +49,13 @@ class PairTable:
         self.splits.append(pair.split)
         self.filenames.append(pair.filename)
         self.source_rows.append(source_row)
+        self.groups.append(pair.group)
 
     def pair(self, row: int) -> Pair:
         """One image's texts, copied."""
         captions, ids = list(self.captions[row]), list(self.caption_ids[row])
-        return Pair(self.image_ids[row], captions, ids, self.splits[row], self.filenames[row])
+        names = self.splits[row], self.filenames[row]
+        return Pair(self.image_ids[row], captions, ids, *names, group=self.groups[row])
 
     def select(self, rows: Sequence[int]) -> PairTable:
         """The given rows, in this order."""
@@ -111,6 +114,16 @@ class PairDataset(torch.utils.data.Dataset[Record]):
     def filenames(self) -> list[str]:
         """File name of each record, or its place in the source where it has none."""
         return self._table.filenames
+
+    @property
+    def scenes(self) -> Any:
+        """The generated scenes that the records come from (`SceneRecords`, perhaps more of them); None of others."""
+        return self._source.scenes
+
+    @property
+    def groups(self) -> list[ItemId | None]:
+        """Of each record's image the group of those that look alike; None where the source names none."""
+        return self._table.groups
 
     def __len__(self) -> int:
         return len(self._table.image_ids)

@@ -27,6 +27,7 @@ CAPTION_COLUMNS = (
 IMAGE_ID_COLUMNS = ("image_id", "img_id", "cocoid", "coco_id", "imgid")
 CAPTION_ID_COLUMNS = ("caption_ids", "sentids", "sentences_sentid", "caption_id", "sentid")
 SPLIT_COLUMNS = ("split",)
+GROUP_COLUMNS = ("group",)
 FOLDER_COLUMNS = ("filepath", "file_path")
 FILENAME_COLUMNS = ("filename", "file_name", "image_name", "image_path", "path", *FOLDER_COLUMNS)
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
@@ -48,11 +49,12 @@ class Layout:
     split: str | None = None
     filename: str | None = None
     folder: str | None = None
+    group: str | None = None
 
     @property
     def text_columns(self) -> list[str]:
         """The columns that are read without touching images."""
-        single = (self.image_id, self.caption_ids, self.split, self.filename, self.folder)
+        single = (self.image_id, self.caption_ids, self.split, self.filename, self.folder, self.group)
         names = [*self.captions, *(name for name in single if name is not None)]
         return list(dict.fromkeys(names))
 
@@ -76,6 +78,7 @@ class Pair:
     split: str
     filename: str
     own_split: bool = False  # told by the row, not by its file
+    group: ItemId | None = None  # images of one group look alike
 
 
 def detect_layout(
@@ -107,6 +110,7 @@ def detect_layout(
         split=chosen.get("split", _first(SPLIT_COLUMNS, columns)),
         filename=chosen.get("filename", _first(FILENAME_COLUMNS, columns)),
         folder=_first(FOLDER_COLUMNS, columns),
+        group=_first(GROUP_COLUMNS, columns),
     )
     if not layout.captions or not (has_images or layout.image or "region_features" in layout.regions):
         raise ValueError(_refusal(columns, layout, source))
@@ -188,7 +192,9 @@ def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None
         return None
     own_split = row.values.get(layout.split) if layout.split else None
     split = canonical_split(str(own_split or row.split or EVERY_SPLIT))
-    return Pair(image_id, [t for t, _ in kept], [i for _, i in kept], split, filename or row.key, bool(own_split))
+    group = _plain_id(row.values.get(layout.group)) if layout.group else None
+    texts, ids = [text for text, _ in kept], [caption_id for _, caption_id in kept]
+    return Pair(image_id, texts, ids, split, filename or row.key, bool(own_split), group)
 
 
 def caption_fault(text: str) -> str | None:

@@ -42,11 +42,13 @@ class PairSource(ABC):
         name: what to call the source in messages.
         layout: which column holds what.
         is_trusted: whether its images need no check.
+        scenes: `SceneRecords` that it reads; None of what is not generated.
     """
 
     name: str
     layout: Layout
     is_trusted = False
+    scenes: Any = None
 
     @abstractmethod
     def rows(self) -> Iterator[SourceRow]:
@@ -169,18 +171,20 @@ class ScenesSource(PairSource):
     """Generated scenes: captions are known beforehand, a picture is drawn when its record is asked for."""
 
     is_trusted = True
-    layout = Layout(captions=("captions",), image="image", image_id="image_id")
+    layout = Layout(captions=("captions",), image="image", image_id="image_id", group="group")
 
     def __init__(self, records: Any) -> None:
         self.name = "scenes"
-        self.records = records
+        self.records = self.scenes = records
 
     def __len__(self) -> int:
         return len(self.records)
 
     def rows(self) -> Iterator[SourceRow]:
-        for image_id, captions in zip(self.records.image_ids, self.records.captions, strict=True):
-            yield SourceRow({"image_id": image_id, "captions": captions}, self.records.split, f"{image_id}.png")
+        texts = zip(self.records.image_ids, self.records.captions, self.records.families, strict=True)
+        for image_id, captions, family in texts:
+            values = {"image_id": image_id, "captions": captions, "group": family}
+            yield SourceRow(values, self.records.split, f"{image_id}.png")
 
     def content(self, row: int) -> Content:
         text = {"captions", "image_id", "caption_ids", "split", "filename"}

@@ -133,6 +133,11 @@ class WordedRecords:
         """File name of each record."""
         return self._chosen("filenames")
 
+    @cached_property
+    def groups(self) -> list[ItemId | None]:
+        """Group of each record's image."""
+        return self._chosen("groups")
+
     def _chosen(self, name: str) -> list[Any]:
         values = getattr(self.records, name)
         return [values[row] for row, _ in self.kept]

@@ -1,8 +1,9 @@
 """Named protocols: encode a gallery, score it, rank it, report it."""
 
+from .contrast import ContrastReport, evaluate_contrast
 from .encoding import encode_dataset
 from .graded import GradedPairs, GradedReport, evaluate_graded
-from .protocols import PROTOCOLS, Protocol
+from .protocols import CONTRAST, PROTOCOLS, Protocol
 from .provenance import commit, versions
 from .report import EvaluationReport
 from .run import evaluate
@@ -10,7 +11,9 @@ from .unimodal import SentencePairs, UnimodalReport, evaluate_unimodal, read_ima
 from .zero_shot import LabelledImages, zero_shot_accuracy
 
 __all__ = [
+    "CONTRAST",
     "PROTOCOLS",
+    "ContrastReport",
     "EvaluationReport",
     "GradedPairs",
     "GradedReport",
@@ -21,6 +24,7 @@ __all__ = [
     "commit",
     "encode_dataset",
     "evaluate",
+    "evaluate_contrast",
     "evaluate_graded",
     "evaluate_unimodal",
     "read_image_labels",

@@ -76,6 +76,9 @@ PROTOCOLS = {
 }
 
 
+CONTRAST = "contrast"  # ranks no gallery
+
+
 def find_protocol(name: str) -> Protocol:
     """A protocol by name.
 
@@ -83,5 +86,6 @@ def find_protocol(name: str) -> Protocol:
         ValueError: If there is none of that name.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"There is no protocol {name!r}; expected one of {', '.join(map(repr, PROTOCOLS))}.")
+        known = ", ".join(map(repr, [*PROTOCOLS, CONTRAST]))
+        raise ValueError(f"There is no protocol {name!r}; expected one of {known}.")
     return PROTOCOLS[name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics import Recalls, RetrievalMetrics, recall_table
+from ..metrics import BootstrapComparison, Recalls, RetrievalMetrics, recall_table
 from ..redaction import redacted
 from ..scoring import SearchMetrics
 
@@ -49,6 +49,7 @@ class EvaluationReport:
         gallery_fingerprint: SHA-256 of image ids and caption ids in order.
         metrics: Of the pair score: exhaustive, or of the two-stage search where exhaustive scoring was not asked for.
         embedding_metrics: Of the cosine of the embeddings alone.
+        gain: Of the pair score over the embeddings, where both are reported: paired bootstrap over images.
         search: Of the two-stage search, with its costs.
         extended: By name, what further positives say of the same ranking (ECCV Caption, CxC), percent.
         chance: What a random order is expected to reach.
@@ -75,6 +76,7 @@ class EvaluationReport:
     chance: Recalls
     models: list[EvaluatedModel]
     embedding_metrics: RetrievalMetrics | None = None
+    gain: BootstrapComparison | None = None
     search: SearchMetrics | None = None
     extended: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
@@ -92,7 +94,7 @@ class EvaluationReport:
         found: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            found[name] = value.as_dict() if isinstance(value, Recalls) else value
+            found[name] = value.as_dict() if isinstance(value, Recalls | BootstrapComparison) else value
         found["models"] = [model.as_dict() for model in self.models]
         return dict(redacted(found))
 
@@ -138,6 +140,10 @@ class EvaluationReport:
             f"Ranks (median, mean): image→text {by_image}; text→image {by_caption}."
             f" Ties, counted against the query: {metrics.ties}."
         ]
+        if self.gain is not None:
+            lines.insert(
+                0, f"Pair score over its embeddings, rSum: {self.gain.in_words()}, paired bootstrap by image."
+            )
         if self.extended:
             named = ", ".join(f"{name} {value:.1f}" for name, value in self.extended.items())
             lines.insert(0, f"With the positives of {self.protocol}: {named}")

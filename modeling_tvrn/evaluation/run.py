@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data import with_words
-from ..metrics import RetrievalMetrics, chance_level, mean_metrics
+from ..metrics import RetrievalMetrics, chance_level, mean_metrics, paired_bootstrap
 from ..scoring import (
     BestCandidates,
     EmbeddingScore,
@@ -29,11 +29,13 @@ from ..scoring.plan import DEFAULT_MEMORY_BUDGET
 from ..storage.fingerprints import weights_digest
 from .captions import CaptionTable
 from .coco_positives import LIST_SIZE, coco_ids, cxc_metrics, cxc_within_modalities, eccv_metrics, load_eccv
+from .contrast import evaluate_contrast
 from .encoding import encode_captions, encode_images
-from .protocols import Protocol, find_protocol
+from .protocols import CONTRAST, Protocol, find_protocol
 from .provenance import command, commit, versions
 from .report import EvaluatedModel, EvaluationReport
 
+RESAMPLES = 2000  # of the interval of pair score over embeddings: its ends move by a tenth of a point
 System = tuple[Any, Any, Any]  # model, encoded images, encoded texts
 
 
@@ -58,7 +60,7 @@ def evaluate(
     folder: str | os.PathLike[str] | None = None,
     share: bool = True,
     cxc_folder: str | os.PathLike[str] | None = None,
-) -> EvaluationReport:
+) -> Any:
     """Encode a gallery, rank it both ways and report it, by a named protocol (evaluation.md).
 
     Args:
@@ -66,8 +68,8 @@ def evaluate(
         processor: Its processor, or a list with one for each model.
         dataset: Records of `load_pairs`, map-style or a stream; or a list of records. For several models with inputs
             of their own (regions of different towers) a tuple with one data set for each, of the same images.
-        protocol: `validation` (any size), `flickr8k-1k`, `flickr30k-1k`, `coco-5k`, `coco-1k`, or with more positives
-            of COCO's test split `eccv-caption` or `cxc`.
+        protocol: `validation` (any size), `flickr8k-1k`, `flickr30k-1k`, `coco-5k`, `coco-1k`, with more positives of
+            COCO's test split `eccv-caption` or `cxc`; or `contrast`, pairs that fit against pairs that do not.
         batch_size: Images, and captions, encoded at a time.
         chunk_size: Pairs scored at a time (default: the model's own choice).
         shortlist_size: Also, or only, search this many candidates a query by embeddings and rerank them.
@@ -87,12 +89,19 @@ def evaluate(
         cxc_folder: With CxC's `sis_test.csv` and `sts_test.csv`: images among images and captions among captions too.
 
     Returns:
-        An `EvaluationReport`: `metrics`, `embedding_metrics`, `search`; `table()`, `to_json(path)`.
+        An `EvaluationReport`: `metrics`, `embedding_metrics`, `search`; `table()`, `to_json(path)`. Of the protocol
+        `contrast` a `ContrastReport`, see `evaluate_contrast`.
 
     Raises:
         ValueError: If the gallery is not of the protocol's size (both are named), has repeated ids, or there is an
             unknown protocol; and whatever encoding and scoring refuse.
     """
+    if protocol == CONTRAST:
+        if shortlist_size is not None or folder is not None or isinstance(model, list | tuple):
+            raise ValueError(
+                "Protocol 'contrast' scores given pairs of one model; leave out shortlist_size, folder, other models."
+            )
+        return evaluate_contrast(model, processor, dataset, batch_size=batch_size, data=data, progress=progress)
     chosen = find_protocol(protocol)
     inputs = _pair_up(model, processor, dataset)
     started = time.perf_counter()
@@ -109,6 +118,8 @@ def evaluate(
     several = exact is not None and len(systems) > 1
     singles = [measure.ranked(each, f"model-{n}") if several else None for n, each in enumerate(systems, start=1)]
     own = measure.embeddings(average(systems)) if embeddings else None
+    rows = gallery.caption_image_rows
+    gain = paired_bootstrap(metrics, own, RESAMPLES, caption_image_rows=rows) if own is not None else None
     found = zip(inputs, singles, strict=True)
     device = next(inputs[0][0].parameters()).device
     return EvaluationReport(
@@ -121,6 +132,7 @@ def evaluate(
         gallery_fingerprint=gallery.fingerprint,
         metrics=metrics,
         embedding_metrics=own,
+        gain=gain,
         search=search,
         extended=judge.found if judge is not None else {},
         chance=measure.chance(),

@@ -57,7 +57,7 @@ def image_graph(model: TVRNModel, pixel_shape: tuple[int, ...] | None) -> Graph:
         "region_boxes": ("images", "regions", 4),
         "region_mask": ("images", "regions"),
     }
-    if model.geometry is None:
+    if not model.config.needs_boxes:
         del axes["region_boxes"]  # an input that nothing reads
     return Graph(_Regions(model), axes)
 

@@ -18,7 +18,7 @@ def sample_images(
     corners = torch.rand(images, regions, 2, 2, generator=generator).sort(dim=2).values
     features = torch.randn(images, regions, model.config.region_feature_size, generator=generator).abs()
     inputs = {"region_features": features, "region_boxes": corners.flatten(2)}
-    if model.geometry is None:
+    if not model.config.needs_boxes:
         del inputs["region_boxes"]
     return {**inputs, "region_mask": _mask(images, regions, generator)}
 

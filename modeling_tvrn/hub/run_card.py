@@ -13,7 +13,7 @@ import yaml
 
 from ..configuration_tvrn import TVRNConfig
 from ..data import PRESETS
-from ..metrics import RECALL_AT, Recalls, recall_table
+from ..metrics import RECALL_AT, Accuracy, Recalls, accuracy_table, recall_table
 from ..redaction import redacted
 from .card import CardMetadata, write_model_card
 from .foreign import check_own_folder
@@ -158,6 +158,7 @@ def _sections(
         "results_title": f"{metadata.dataset_name}, split {metadata.split}, {data['validation']['images']} images and "
         f"{data['validation']['captions']} captions",
         "results_table": results_table(results, metadata.split),
+        "contrast_table": _contrast_table(results),
         "overlap": portable(data.get("overlap")),
         "protocol": evaluation.get("protocol"),
         "gallery_fingerprint": evaluation.get("gallery_fingerprint"),
@@ -198,6 +199,15 @@ def results_table(results: Mapping[str, Any], split: str) -> str:
     rows = {"pair score": "metrics", "embeddings alone": "embedding_metrics", "chance": "chance"}
     systems = {label: _recalls(results[key]) for label, key in rows.items() if results.get(key) is not None}
     return recall_table(systems, f"{split}, percent")
+
+
+def _contrast_table(results: Mapping[str, Any]) -> str | None:
+    """Accuracies on contrast rows, of a run that measured them."""
+    kinds = {
+        kind: {score: Accuracy(each["right"], each["count"]) for score, each in scores.items()}
+        for kind, scores in results.get("contrast", {}).items()
+    }
+    return accuracy_table(kinds, "what differs") if kinds else None
 
 
 def _recalls(flat: Mapping[str, float]) -> Recalls:

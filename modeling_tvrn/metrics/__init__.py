@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .accuracy import Accuracy, accuracy_table
 from .bootstrap import BootstrapComparison, paired_bootstrap
 from .graded import GradedMetrics, graded_metrics, kendall_tau_c
 from .ranking import RankCounter, positive_pairs, shortlist_ranks
@@ -21,12 +22,14 @@ EVALUATE_FOLDER = str(Path(__file__).with_name("retrieval_metric"))  # evaluate.
 __all__ = [
     "EVALUATE_FOLDER",
     "RECALL_AT",
+    "Accuracy",
     "BootstrapComparison",
     "GradedMetrics",
     "RankCounter",
     "Recalls",
     "RetrievalMetrics",
     "UnimodalMetrics",
+    "accuracy_table",
     "chance_level",
     "graded_metrics",
     "kendall_tau_c",

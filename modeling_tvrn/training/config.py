@@ -31,14 +31,20 @@ __all__ = ["TrainingConfig"]
 
 EPOCHS = 10
 # What a phase leaves out comes from the run's own keys of these names.
-FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
+FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio", "batch_look_alikes")
 BRINGS_TOWERS = ("dual_encoder", "start_from")
 TOWER_KEYS = (
     *("dual_encoder", "start_from", "vision", "text", "word_embeddings"),
     *("image_size", "max_text_length", "min_word_frequency"),
 )
 # Of a stream nobody knows the length or the captions before it was read.
-WHOLE_SPLIT = {"max_train_images": None, "regions": None, "text_features": None, "batch_captions_per_image": 1}
+WHOLE_SPLIT: dict[str, Any] = {
+    "max_train_images": None,
+    "regions": None,
+    "text_features": None,
+    "batch_captions_per_image": 1,
+    "flip_negatives": [],
+}
 
 
 class TrainingConfig(BaseModel):
@@ -145,6 +151,11 @@ class TrainingConfig(BaseModel):
     )
     batch_size: int = Field(64, ge=2, description="captions a batch, each with its image")
     batch_captions_per_image: Count = Field(1, description="captions of the same image put into the same batch")
+    batch_look_alikes: bool = Field(
+        False,
+        description="put the images of one group, look-alikes, into the same batch, where a caption has to tell them "
+        "apart (generated scenes; own data with a column group)",
+    )
     gradient_accumulation_steps: Count = Field(
         1, description="batches whose gradients make one optimizer step; negatives stay within a batch"
     )
@@ -179,6 +190,11 @@ class TrainingConfig(BaseModel):
         lt=1,
         description="the model that is kept is a mean of the pretrained weights and what became of them, with this "
         "share of the latter (WiSE-FT), which forgets less; its folder `trained` holds the latter (null: off)",
+    )
+    flip_negatives: Annotated[list[Literal["left/right", "above/below"]], COMMAS] = Field(
+        [],
+        description="a caption that says left or right (above, below, over, under, top, bottom) brings its image "
+        "mirrored (upside down) with these words exchanged into the batch as well: then positions have to count",
     )
     word_dropout: Share = Field(
         0.0, description="probability that a word is left out of matching (one at least stays)"
@@ -400,6 +416,11 @@ class TrainingConfig(BaseModel):
                     f"phases.{number}.epochs = {phase.epochs} and streaming = True: the length of a stream is not "
                     f"known; give phases.{number}.epochs=null and phases.{number}.steps, or streaming=false"
                 )
+        if any(phase.batch_look_alikes for phase in self.schedule()):
+            raise ValueError(
+                "streaming = True and batch_look_alikes = True, which needs the whole training split; set "
+                "batch_look_alikes=false, or streaming=false"
+            )
         if self.max_steps is None and self.phases is None:
             raise ValueError(
                 "streaming = True needs max_steps, or phases with steps, got None: the length of a stream is not known"
@@ -418,6 +439,17 @@ class TrainingConfig(BaseModel):
             )
         if self.scheduler == "step":
             raise ValueError("streaming = True has no epochs for scheduler = 'step'; use cosine or constant")
+        return self
+
+    @model_validator(mode="after")
+    def _check_flips(self) -> Self:
+        """Of turned images and captions no cache has anything."""
+        for name, unset in (("text_features", "null"), ("cusa", "false")):
+            if self.flip_negatives and getattr(self, name):
+                raise ValueError(
+                    f"flip_negatives = {self.flip_negatives} beside {name} = {getattr(self, name)!r}: the caches know "
+                    f"nothing of flipped images and their captions; set {name}={unset}, or flip_negatives=[]"
+                )
         return self
 
     @model_validator(mode="after")

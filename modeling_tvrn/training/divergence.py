@@ -117,6 +117,9 @@ class DivergenceGuard:
 
     def shown(self, image_rows: Tensor) -> str:
         """The images of a batch in words, the first few by id."""
-        ids = [self.image_ids[row] for row in image_rows.tolist()]
+        rows = image_rows.tolist()
+        if isinstance(self.image_ids, Sequence):
+            rows = [row % len(self.image_ids) for row in rows]  # flipped twins are counted on behind the last image
+        ids = [self.image_ids[row] for row in rows]
         more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
         return f"images of the batch: {', '.join(map(repr, ids[:SHOWN_IDS]))}{more}"

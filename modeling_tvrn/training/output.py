@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import PairStream
-from ..evaluation import EvaluationReport
+from ..evaluation import EvaluationReport, evaluate_contrast
 from ..evaluation.encoding import encode_images
 from ..hub import split_label, write_run_card
-from ..metrics import recall_table
+from ..metrics import accuracy_table, recall_table
 from ..plots import plot_search_results, plot_training_curve
 from ..processing_tvrn import tokenize
 from ..redaction import redacted, redacted_text
@@ -65,6 +66,13 @@ def write_results(run: Run) -> dict[str, Any]:
     if run.zero_shot is not None:
         results["zero_shot"] = run.zero_shot.after(model, run.processor)
     table = recall_table(report.systems(), f"{split_label(results)}, percent")
+    if report.gain is not None:
+        table += f"\n\nPair score over its embeddings, rSum: {report.gain.in_words()}"
+    if config.data == "scenes" and "image" in run.pictures[0]:
+        # What single recalls hardly show: whether it tells apart what differs in one thing.
+        contrast = evaluate_contrast(model, run.processor, run.validation_records, progress=sys.stderr.isatty())
+        results["contrast"] = contrast.as_dict()["kinds"]
+        table += "\n\n" + accuracy_table(contrast.kinds, "the right one scores higher, percent")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_training_curve(run.progress.history, folder / "curve.png", chance=report.chance.rsum, title=folder.name)
     (folder / "query.png").unlink(missing_ok=True)  # of an earlier run with another query

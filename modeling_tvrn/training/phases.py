@@ -55,7 +55,7 @@ COMPONENT_WEIGHTS = ("pair.late_interaction_weight", "pair.reasoning_weight")
 READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("vision_model.", "text_model.", "word_encoder.embeddings."), ("embeddings", "late_interaction", "reasoning")),
     (
-        ("region_projection.", "word_projection.", "word_perceptron.", "word_encoder."),
+        ("region_projection.", "box_embedding.", "word_projection.", "word_perceptron.", "word_encoder."),
         ("refined", "late_interaction", "reasoning"),
     ),
     (("dual_encoder.vision_model.", "dual_encoder.text_model."), ("embeddings", "late_interaction", "reasoning")),
@@ -121,6 +121,9 @@ class PhaseConfig(BaseModel):
     word_dropout: Share = Field(0.0, description="share of words left out (unset: the run's word_dropout)")
     warmup_ratio: float = Field(
         0.05, ge=0, le=1, description="share of the phase's steps (unset: the run's warmup_ratio)"
+    )
+    batch_look_alikes: bool = Field(
+        False, description="images of one group share a batch (unset: the run's batch_look_alikes)"
     )
 
     @model_validator(mode="before")

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..data import PairCollator, with_words
+from ..data.flips import FlippingCollator
 from ..teachers import TeacherCache
 from .batches import Phase
 from .best_model import BestModel
@@ -111,6 +112,8 @@ class Run:
         self.cusa = CUSATerms(config, tvrn_similarities(self.model)) if config.cusa else None
         self.teachers: tuple[TeacherCache, ...] = ()
         self.collator: Any = PairCollator(self.input_processor)
+        if config.flip_negatives:
+            self.collator = FlippingCollator(self.collator, config.flip_negatives, len(self.train_records))
         if self.cusa is not None:
             self.cusa.to(self.accelerator.device)
             self.teachers = open_teachers(config, self.train_records)

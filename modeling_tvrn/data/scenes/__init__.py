@@ -12,11 +12,20 @@ from typing import Any, overload
 import numpy as np
 from PIL.Image import Image
 
-from .captions import write_captions
+from .captions import paired_captions, write_captions
 from .description import SPLITS, FamilyKey, Group, Scene, draw_description, look_alikes, split_keys, split_of
 from .drawing import PlacedObject, draw_scene, place_objects
 
-__all__ = ["Group", "PlacedObject", "Scene", "SceneRecords", "generate_scenes", "look_alikes", "split_of"]
+__all__ = [
+    "Group",
+    "PlacedObject",
+    "Scene",
+    "SceneRecords",
+    "generate_scenes",
+    "look_alikes",
+    "paired_captions",
+    "split_of",
+]
 
 DEFAULT_COUNTS = {"train": 4000, "validation": 250, "test": 250}
 FAMILY_SIZE = 4

@@ -80,6 +80,11 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> str:
     return lead + template.format(a=a, b=b, **verbs) + tail
 
 
+def paired_captions(scene: Scene, other: Scene, seed: int) -> tuple[str, str]:
+    """A caption of each of two scenes in the same words, as far as the scenes are the same."""
+    return write_caption(scene, np.random.default_rng(seed)), write_caption(other, np.random.default_rng(seed))
+
+
 def write_captions(scene: Scene, rng: np.random.Generator, count: int) -> list[str]:
     """`count` captions of one scene, all worded differently."""
     captions: dict[str, None] = {}
