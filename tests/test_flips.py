@@ -113,3 +113,15 @@ def test_a_run_to_its_last_file(tmp_path: Path) -> None:
     assert written["metrics"] == results["metrics"] and written["config"]["flip_negatives"] == ["left/right"]
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert weights["box_embedding.2.weight"].abs().max() > 0  # they started at 0, and learned
+
+
+def test_features_without_boxes_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = write_scan(tmp_path)
+    for boxes in data.glob("*_boxes.npy"):
+        boxes.unlink()
+    with pytest.raises(
+        ValueError, match=r"use_geometric_context, use_box_positions\)\. Give them .*model\.use_box_pos"
+    ):
+        train(tiny_config(data, tmp_path / "run", model={"use_box_positions": True}))
+    off = {"use_geometric_context": False}
+    assert train(tiny_config(data, tmp_path / "run", model=off, epochs=1))["steps"] > 0

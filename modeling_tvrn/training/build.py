@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["build_model", "build_processor", "with_cached_regions"]
+__all__ = ["build_model", "build_processor", "check_boxes", "with_cached_regions"]
 
 
 def with_cached_regions(config: TrainingConfig, split: str, records: Any, model: TVRNModel, processor: Any) -> Any:
@@ -115,6 +115,21 @@ def _on_backbones(
     model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
     return model
+
+
+def check_boxes(config: TrainingConfig, model: TVRNModel, train_records: Any) -> None:
+    """Refuse region features without the boxes that the model reads, before the first step does."""
+    if not model.config.needs_boxes or model.tower("vision") is not None:
+        return
+    record = next(iter(train_records))
+    if "region_features" in record and "region_boxes" not in record:
+        reads = [name for name in ("use_geometric_context", "use_box_positions") if getattr(model.config, name)]
+        raise ValueError(
+            f"{config.data} has region features without boxes, which the model reads ({', '.join(reads)}). Give them "
+            "(a column region_boxes; of SCAN's files {split}_boxes.npy, or {split}_ims_bbx.npy with sizes), or make "
+            f"regions of the images (tvrn regions), or train without them: "
+            + " ".join(f"model.{name}=false" for name in reads)
+        )
 
 
 def _check_classes(model: TVRNModel) -> None:

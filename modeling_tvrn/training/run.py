@@ -15,7 +15,7 @@ from ..data.flips import FlippingCollator
 from ..teachers import TeacherCache
 from .batches import Phase
 from .best_model import BestModel
-from .build import build_model, build_processor, with_cached_regions
+from .build import build_model, build_processor, check_boxes, with_cached_regions
 from .config import TrainingConfig
 from .cusa import CUSATerms, TeacherCollator, open_teachers, tvrn_similarities
 from .divergence import DivergenceGuard
@@ -103,6 +103,7 @@ class Run:
         self.validation_records = with_cached_regions(
             config, config.validation_split, self.validation_records, *made_by
         )
+        check_boxes(config, self.model, self.train_records)
         records = () if config.text_features is None else (self.train_records, self.validation_records)
         captions = [caption for each in records for captions in each.captions for caption in captions]
         self.input_processor = with_cached_captions(config, captions, *made_by, self.accelerator)
