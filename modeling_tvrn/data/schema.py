@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import ast
+import io
 import math
 import re
+import tokenize
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .file_kinds import is_unicode, printable
-from .skipped import BAD_NAME, BROKEN_CAPTION, EMPTY_CAPTION, ID_MISMATCH, NO_CAPTION, SkipReport
+from .images import IMAGE_SUFFIXES
+from .json_text import read_json
+from .skipped import (
+    BAD_ID,
+    BAD_NAME,
+    BROKEN_CAPTION,
+    EMPTY_CAPTION,
+    ID_MISMATCH,
+    NO_CAPTION,
+    NOT_TEXT,
+    SkipReport,
+    Unusable,
+)  # fmt: skip
 from .splits import EVERY_SPLIT, canonical_split
 
 ItemId = int | str
@@ -28,7 +42,10 @@ IMAGE_ID_COLUMNS = ("image_id", "img_id", "cocoid", "coco_id", "imgid")
 CAPTION_ID_COLUMNS = ("caption_ids", "sentids", "sentences_sentid", "caption_id", "sentid")
 SPLIT_COLUMNS = ("split",)
 FOLDER_COLUMNS = ("filepath", "file_path")
-FILENAME_COLUMNS = ("filename", "file_name", "image_name", "image_path", "path", *FOLDER_COLUMNS)
+FILENAME_COLUMNS = (
+    "filename", "file_name", "image_name", "image_path", "image_file", "path", "file", *FOLDER_COLUMNS,
+)  # fmt: skip
+LINE_COLUMNS = ("txt",)  # webdataset's text member, also where `datasets` made a column of it: a caption a line
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
 _NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$")
@@ -59,11 +76,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as a source has it: its columns, the split of the file it is in, and an id for where it has none."""
+    """One row as a source has it: its columns, the split of the file it is in, and an id for where it has none.
+
+    Attributes:
+        fault: why it cannot be used, whatever its columns hold.
+    """
 
     values: Mapping[str, Any]
     split: str | None
     key: str
+    fault: Unusable | None = None
 
 
 @dataclass
@@ -76,6 +98,7 @@ class Pair:
     split: str
     filename: str
     own_split: bool = False  # told by the row, not by its file
+    is_named: bool = False  # whether the file name is the row's own
 
 
 def detect_layout(
@@ -140,6 +163,11 @@ def _caption_columns(columns: Sequence[str], source: str) -> list[str]:
     return [single] if single else [name for _, name in sorted(numbered)]
 
 
+def is_caption_column(name: str) -> bool:
+    """Whether a column of this name is taken for captions."""
+    return name in CAPTION_COLUMNS or _NUMBERED.match(name) is not None
+
+
 def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
     lacks = "captions" if not layout.captions else "images"
     return (
@@ -157,42 +185,54 @@ def _first(names: Iterable[str], columns: Sequence[str]) -> str | None:
 
 def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None:
     """One row in the common shape; captions that cannot be used are left out and counted, and None is returned where
-    none is left.
+    none is left, or the row itself cannot be used.
 
     A row without an image id is named by its file name, else by its place in the source. Captions without ids are
     named `image#0`, `image#1`, ... in the source's order, as Flickr's are; an image without a file name has its place
     in the source for one.
     """
-    filename = _filename(layout, row.values)
-    image_id = _plain_id(row.values.get(layout.image_id)) if layout.image_id else None
+    try:
+        return _read_pair(layout, row, report)
+    except Unusable as error:
+        report.add(error.reason, error.detail)
+        return None
+
+
+def _read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair:
+    if row.fault is not None:
+        raise row.fault
+    filename = file_name(layout, row.values)
+    image_id = _plain_id(row.values.get(layout.image_id), filename or row.key) if layout.image_id else None
     if image_id is None:
         image_id = filename or row.key
     if not is_unicode(f"{image_id}{filename}"):
-        report.add(BAD_NAME, printable(filename or str(image_id)))
-        return None
-    captions = read_captions([row.values.get(name) for name in layout.captions])
+        raise Unusable(BAD_NAME, printable(filename or str(image_id)))
+    captions = read_captions([row.values.get(name) for name in layout.captions], layout.captions[0] in LINE_COLUMNS)
     given = read_ids(row.values, layout)
     if given is not None and len(given) != len(captions):
-        report.add(ID_MISMATCH, f"{image_id}: {len(captions)} captions, {len(given)} ids")
-        return None
-    ids: list[ItemId] = [f"{image_id}#{k}" for k in range(len(captions))] if given is None else given
-    kept = []
+        raise Unusable(ID_MISMATCH, f"{image_id}: {len(captions)} captions, {len(given)} ids")
+    ids = [_plain_id(item, str(image_id)) for item in given or ()] or [f"{image_id}#{k}" for k in range(len(captions))]
+    kept: list[tuple[str, ItemId]] = []
     for text, caption_id in zip(captions, ids, strict=True):
         reason = caption_fault(text)
-        if reason is None:
-            kept.append((text.strip(), caption_id))
-        else:
+        if reason is not None:
             report.add(reason, f"a caption of {image_id}")
+        elif caption_id is None:
+            raise Unusable(BAD_ID, f"{image_id}: a caption's id is empty")
+        else:
+            kept.append((text.strip(), caption_id))
     if not kept:
-        report.add(NO_CAPTION, str(image_id))
-        return None
+        raise Unusable(NO_CAPTION, str(image_id))
     own_split = row.values.get(layout.split) if layout.split else None
     split = canonical_split(str(own_split or row.split or EVERY_SPLIT))
-    return Pair(image_id, [t for t, _ in kept], [i for _, i in kept], split, filename or row.key, bool(own_split))
+    texts, names = [text for text, _ in kept], [name for _, name in kept]
+    return Pair(image_id, texts, names, split, filename or row.key, bool(own_split), bool(filename))
 
 
-def caption_fault(text: str) -> str | None:
+def caption_fault(text: Any) -> str | None:
     """Under which heading a caption is left out that says nothing, or cannot be written down; None for a good one."""
+    if not isinstance(text, str):
+        return NOT_TEXT
     if not is_unicode(text):
         return BROKEN_CAPTION
     return EMPTY_CAPTION if is_blank(text) else None
@@ -207,85 +247,107 @@ def _shows(category: str) -> bool:
     return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs")
 
 
-def read_captions(values: Sequence[Any]) -> list[str]:
+def read_captions(values: Sequence[Any], per_line: bool = False) -> list[Any]:
     """Captions out of the values of one or several columns.
 
-    One column: a list, text with one caption a line, a JSON list, or structs with a field "raw". Several columns: a
-    caption each. Missing ones come as empty strings, so that ids keep their place.
+    One column: a list, text, a list written as text (JSON's, Python's or NumPy's), or structs with a field "raw".
+    Several columns: a caption each. Missing ones come as empty strings, so that ids keep their place; numbers come as
+    text, and what is no text comes as it is, to be counted.
+
+    Args:
+        per_line: whether text holds a caption a line.
     """
     if len(values) > 1:
-        return ["" if value is None else str(value) for value in values]
+        return [_caption(value) for value in values]
     value = values[0]
-    if isinstance(value, Mapping):
-        value = value.get("raw")
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
-    if isinstance(value, str):
-        return _split_text(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
-    if isinstance(value, int | float):
-        return [str(value)]
-    texts = (item.get("raw") if isinstance(item, Mapping) else item for item in value)
-    return ["" if text is None else str(text) for text in texts]
+    if isinstance(value, list | tuple):
+        return [_caption(item) for item in value]
+    text = _caption(value)
+    if not isinstance(text, str):
+        return [text]
+    listed = _written_list(text)
+    if listed is not None:
+        return [_caption(item) for item in listed]
+    return lines_of(text) if per_line else [text]
 
 
-def _split_text(text: str) -> list[str]:
-    """One caption a line (only at newlines: splitlines also cuts at characters found inside captions)."""
-    listed = _json_list(text)
-    return [str(item or "") for item in listed] if listed is not None else text.strip().split("\n")
+def lines_of(text: str) -> list[str]:
+    """The lines of a text (cut at newlines only: splitlines also cuts at characters found inside captions)."""
+    return text.strip().split("\n")
 
 
-def _json_list(text: str) -> list[Any] | None:
+def _caption(value: Any) -> Any:
+    """A caption as text: of a struct its field "raw", of a number its digits; "" for none, others as they are."""
+    if isinstance(value, Mapping):
+        value = value.get("raw")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return value
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The items of a list that was written as text; None where it is text and no list."""
+    text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
-        return list(json.loads(text))
+        return list(read_json(text, "a list"))
     except ValueError:
+        return _strings_in(text)
+
+
+def _strings_in(text: str) -> list[str] | None:
+    """The strings of a list as Python writes it, or as NumPy does, without commas."""
+    blanks = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
+    try:
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in blanks]
+        items = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    except (tokenize.TokenError, SyntaxError, ValueError):
         return None
+    others = {token.string for token in tokens if token.type != tokenize.STRING}
+    return items if others <= {"[", "]", ","} and all(isinstance(item, str) for item in items) else None
 
 
-def read_ids(values: Mapping[str, Any], layout: Layout) -> list[ItemId] | None:
+def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:
     """Ids of a row's captions, from their column or from structs with a field "sentid"; None where there are none."""
     if layout.caption_ids is not None:
         found = values.get(layout.caption_ids)
-        found = _json_list(found) if isinstance(found, str) and found.startswith("[") else found
-        found = [found] if isinstance(found, int | str) else found
+        found = _written_list(found) or found if isinstance(found, str) else found
+        found = found if found is None or isinstance(found, list | tuple) else [found]
     else:
         found = _struct_ids(values.get(layout.captions[0]))
-    return None if found is None or found == [""] else [_checked_id(item) for item in found]
+    return None if found is None or list(found) == [""] else list(found)
 
 
-def _struct_ids(value: Any) -> Any:
+def _struct_ids(value: Any) -> list[Any] | None:
     if isinstance(value, Mapping):
-        return value.get("sentid")
+        return None if value.get("sentid") is None else [value["sentid"]]
     if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping) and "sentid" in value[0]:
-        return [item["sentid"] for item in value]
+        return [item.get("sentid") if isinstance(item, Mapping) else None for item in value]
     return None
 
 
-def _checked_id(value: Any) -> ItemId:
-    found = _plain_id(value)
-    if found is None:
-        raise ValueError(f"caption id {value!r}: expected an int or a str; leave the column out with another columns=")
-    return found
-
-
-def _plain_id(value: Any) -> ItemId | None:
+def _plain_id(value: Any, image: str) -> ItemId | None:
     """An id as int or str; a float without a fraction is what tables make of ints with gaps."""
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"image or caption id {value!r} is a {type(value).__name__}: expected an int or a str")
+        raise Unusable(BAD_ID, f"{image}: {value!r:.80} is a {type(value).__name__}")
     return value
 
 
-def _filename(layout: Layout, values: Mapping[str, Any]) -> str:
+def file_name(layout: Layout, values: Mapping[str, Any]) -> str:
     """The file name, below its folder where that is a column of its own (`val2014` and `COCO_val2014_1.jpg`)."""
     name = str(values.get(layout.filename) or "") if layout.filename else ""
     folder = str(values.get(layout.folder) or "") if layout.folder and layout.folder != layout.filename else ""
     if not folder or folder.rsplit("/", 1)[-1] == name:
         return folder or name
-    return f"{folder.rstrip('/')}/{name}" if "." not in folder.rsplit("/", 1)[-1] else folder
+    return folder if folder.lower().endswith(IMAGE_SUFFIXES) or not name else f"{folder.rstrip('/')}/{name}"
