@@ -91,6 +91,19 @@ class TestFolders:
         assert [record["captions"] for record in records] == [captions(n) for n in range(3)]
         assert shows(records[1]["image"], 1)
 
+    def test_what_was_saved_names_no_tables_elsewhere(self, tmp_path: Path) -> None:
+        for name in ("mine", "other"):
+            datasets.Dataset.from_dict({"caption": [name]}).save_to_disk(tmp_path / name)
+        state = json.loads((tmp_path / "mine" / "state.json").read_text())
+        (tmp_path / "mine" / "state.json").write_text(
+            json.dumps(state | {"_data_files": [{"filename": "../other/data-00000-of-00001.arrow"}]})
+        )
+        with pytest.raises(ValueError, match=r"cannot be read as save_to_disk.*\.\./other.*outside"):
+            load_pairs(tmp_path / "mine")
+        (tmp_path / "mine" / "state.json").write_text("{")
+        with pytest.raises(ValueError, match=r"cannot be read as save_to_disk writes it.*state\.json"):
+            load_pairs(tmp_path / "mine")
+
     @pytest.mark.parametrize("other", ["README.txt", "LICENSE.txt", "stats.json", "config.json", "urls.txt"])
     def test_other_texts_beside_the_table_are_no_tables(self, tmp_path: Path, other: str) -> None:
         write_images(tmp_path, NAMES)
@@ -217,6 +230,9 @@ READ: Mapping[str, tuple[str, bytes]] = {
     "a mark": ("p.csv", codecs.BOM_UTF8 + 'image,caption\na.png,"a dog, red"\nb.png,café\n'.encode()),
     "UTF-16 of Excel": ("p.txt", "image\tcaption\r\na.png\ta dog, red\r\nb.png\tcafé\r\n".encode("utf-16")),
     "old Macs": ("p.csv", 'image,caption\ra.png,"a dog, red"\rb.png,café\r'.encode()),
+    "capitals": ("p.csv", 'Image,Caption\na.png,"a dog, red"\nb.png,café\n'.encode()),
+    "a row without a name": ("p.jsonl", '{"caption": "nobody\'s"}\n{"file_name": "a.png", "caption": "a dog, red"}\n'
+                             '{"file_name": "b.png", "caption": "café"}'.encode()),
     "a column file": ("p.csv", 'file,caption\na.png,"a dog, red"\nb.png,café\n'.encode()),
     "null": ("p.jsonl", '{"file_name": "a.png", "text": ["a dog, red", null, NaN]}\n'
              '{"file_name": "b.png", "text": "café"}\n{"file_name": "c.png", "text": null}'.encode()),
@@ -266,8 +282,11 @@ class TestTables:
             ("p.csv", "image,caption\na.png,café\n".encode("latin-1"), r"p\.csv.*line 2.*iconv -f WINDOWS-1252"),
             ("p.csv", "image,caption\na.png,café\n".encode("utf-16-le"), r"p\.csv.*UTF-16.*iconv -f UTF-16"),
             ("p.csv", codecs.BOM_UTF16_LE + b"a", r"p\.csv.*UTF-16"),
+            ("p.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"p\.csv.*LFS.*git lfs pull"),
+            ("p.csv", b"<!doctype html><html>404</html>", r"p\.csv.*an HTML page"),
+            ("p.csv", b"\x1f\x8b\x08\x00\xe9", r"p\.csv.*gzip"),
         ],
-        ids=range(9),
+        ids=range(12),
     )
     def test_score_and_load_pairs_refuse_the_same(
         self, tmp_path: Path, name: str, content: bytes, message: str
@@ -289,8 +308,9 @@ class TestTables:
             ("p.json", '{"images": [{"id": 1}], "annotations": [{"caption": "x"}]}', r"p\.json.*image_id"),
             ("p.json", '{"images": 3}', r"p\.json is not a table"),
             ("p.json", '{"a.png": 3}', r"p\.json is not a table"),
+            ("p.json", '{"images": [{"id": [1]}], "annotations": []}', r"p\.json.*images"),
         ],
-        ids=range(7),
+        ids=range(8),
     )
     def test_broken_json_is_named(self, tmp_path: Path, name: str, content: str, message: str) -> None:
         write_images(tmp_path, NAMES)

@@ -125,9 +125,11 @@ def _joined_coco(path: Path, content: Mapping[str, Any]) -> list[Row]:
 
 def _objects_with(path: Path, content: Mapping[str, Any], part: str, key: str) -> Sequence[Mapping[str, Any]]:
     found = content[part]
-    if not isinstance(found, list) or not all(isinstance(row, Mapping) and key in row for row in found):
-        raise ValueError(f"{path}: {part!r} is not a list of objects that each have {key!r}, as COCO's files hold it")
-    return found
+    if isinstance(found, list) and all(
+        isinstance(row, Mapping) and isinstance(row.get(key), int | str) for row in found
+    ):
+        return found
+    raise ValueError(f"{path}: {part!r} is not a list of objects that each have {key!r}, as COCO's files hold it")
 
 
 def _read_json_lines(path: Path) -> list[Row]:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from .file_kinds import is_unicode
+from .file_kinds import HEAD, is_unicode, kind_in_place_of_text
 from .images import IMAGE_SUFFIXES
 
 DELIMITERS = ",\t|;"
@@ -21,9 +21,11 @@ def text_of(path: Path) -> str:
     Single bytes that are no UTF-8 stand as lone surrogates, as in file names: what holds them is left out by itself.
 
     Raises:
-        ValueError: the whole file is in another encoding; the message says how to convert it.
+        ValueError: the whole file is in another encoding, or no text; the message says how to convert it.
     """
     content = path.read_bytes()
+    if kind := kind_in_place_of_text(content[:HEAD]):
+        raise ValueError(f"{path} is no table: it is {kind}")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             text = content.decode("utf-16")
@@ -92,7 +94,7 @@ def _delimiter(header: str, known: Collection[str], tabs: bool) -> str:
     """The character at which the header falls into the most names that are known; a comma, or tab, where none does."""
 
     def score(delimiter: str) -> int:
-        return sum(name.strip().strip('"') in known for name in header.split(delimiter))
+        return sum(name.strip().strip('"') in known for name in (header.lower() + delimiter + header).split(delimiter))
 
     return max("\t" + DELIMITERS if tabs else DELIMITERS, key=score)
 

@@ -11,7 +11,7 @@ from typing import Any
 from .caption_files import CAPTION_SUFFIXES, SIDECAR_SUFFIXES, is_caption_table, read_caption_file, read_sidecars
 from .images import IMAGE_SUFFIXES, image_files
 from .named_files import NamedFiles, size_of_file
-from .schema import LINE_COLUMNS, Layout, SourceRow, detect_layout, file_name, read_captions, read_ids
+from .schema import LINE_COLUMNS, Layout, SourceRow, detect_layout, file_name, named_columns, read_captions, read_ids
 from .sources import Content, PairSource, joined
 from .splits import SplitChoice, choose_splits, group_by_split
 
@@ -39,8 +39,8 @@ class FolderSource(PairSource):
         return len(self._rows)
 
     def rows(self) -> Iterator[SourceRow]:
-        for values in self._rows:
-            yield SourceRow(values, self.split, str(values[self.layout.filename or ""]))
+        for number, values in enumerate(self._rows):
+            yield SourceRow(values, self.split, file_name(self.layout, values) or f"{self.name}, image {number}")
 
     def content(self, row: int) -> Content:
         values = self._rows[row]
@@ -96,7 +96,7 @@ def open_sidecars(images: Sequence[Path], root: Path, name: str, split: str | No
 def _grouped_table(
     path: Path, columns: Mapping[str, Any] | None, extra_columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Layout]:
-    table = read_caption_file(path, _named_columns(columns or {}))
+    table = read_caption_file(path, named_columns(columns or {}))
     seen = list(dict.fromkeys(column for row in table for column in row))
     layout = detect_layout(seen, columns, str(path), has_images=True)
     filename = layout.filename or layout.image
@@ -133,12 +133,6 @@ def _merged(rows: Sequence[Mapping[str, Any]], layout: Layout) -> dict[str, Any]
     ids = [read_ids(row, layout) for row in rows]
     merged["caption_ids"] = None if None in ids else [item for part in ids for item in part or ()]
     return merged
-
-
-def _named_columns(columns: Mapping[str, Any]) -> Iterator[str]:
-    """The names in a user's choice of columns."""
-    for names in columns.values():
-        yield from [names] if isinstance(names, str) else names or ()
 
 
 def caption_files_in(folder: Path) -> list[Path]:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..redaction import redacted_text
-from .named_files import HUB_FILES, OWN_FILES, NamedFiles
+from .delimited import text_of
+from .images import leads_out
+from .json_text import read_json
+from .named_files import HUB_FILES, OWN_FILES, NamedFiles, bounds_of
 from .paths import near_paths
 from .schema import SourceRow
 from .sources import Content, PairSource, Rows, Shard, joined
@@ -141,11 +144,20 @@ def open_saved(
     import datasets
 
     try:
+        _check_saved(folder)
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} cannot be read as save_to_disk writes it ({error}); save it again") from error
     options = TableOptions(columns, image_root, extra_columns, split_file)
     return _open_parts(saved, name, split, streaming, options, NamedFiles(folder))
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a saved dataset that says its tables lie elsewhere: they would be another dataset's."""
+    for state in folder.rglob("state.json"):
+        for file in read_json(text_of(state), str(state))["_data_files"]:
+            if leads_out(state.parent / file["filename"], bounds_of(folder.resolve())):
+                raise ValueError(f"{state} names {file['filename']!r}, which is outside of it")
 
 
 def is_saved(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from .file_kinds import printable
 from .images import ImageError, leads_out
 from .skipped import AMBIGUOUS_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE
 
-__all__ = ["HUB_FILES", "OWN_FILES", "NamedFiles", "size_of_file"]
+__all__ = ["HUB_FILES", "OWN_FILES", "NamedFiles", "bounds_of", "size_of_file"]
 
 IMAGE_FOLDERS = ("", "images", "Images")  # a table's names may leave "images/" out, in either spelling
 
@@ -31,7 +31,7 @@ class NamedFiles:
     ) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.is_given = is_given
-        self._bounds = None if self.folder is None else _bounds((root or self.folder).resolve())
+        self._bounds = None if self.folder is None else bounds_of((root or self.folder).resolve())
 
     def find(self, name: str) -> Path | ImageError:
         """The file of that name, or where it should be; or why it is not read."""
@@ -74,8 +74,8 @@ def size_of_file(path: str | Path) -> int | None:
         return None
 
 
-def _bounds(folder: Path) -> Path:
-    """The folder that links may not leave: itself, or in the Hub's cache the repository, whose files are all links."""
+def bounds_of(folder: Path) -> Path:
+    """What links of a resolved folder may not leave: itself; in the Hub's cache, where all are links, its repository."""
     for parent in folder.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent

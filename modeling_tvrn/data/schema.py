@@ -48,7 +48,7 @@ FILENAME_COLUMNS = (
 LINE_COLUMNS = ("txt",)  # webdataset's text member, also where `datasets` made a column of it: a caption a line
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
-_NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$")
+_NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$", re.IGNORECASE)
 
 ROLES = ("image", "captions", "image_id", "caption_ids", "split", "filename")
 
@@ -136,13 +136,26 @@ def detect_layout(
     return replace(layout, regions=()) if layout.image else layout
 
 
+def named_columns(chosen: Mapping[str, Any]) -> list[str]:
+    """The names in a user's choice of columns.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"columns={chosen!r}: expected a mapping of {', '.join(ROLES)} to names of columns")
+    lists = [names if isinstance(names, list | tuple) else [names] for names in chosen.values()]
+    return [name for names in lists for name in names if isinstance(name, str)]
+
+
 def _check_chosen(chosen: Mapping[str, Any], columns: Sequence[str], source: str) -> Mapping[str, Any]:
+    named_columns(chosen)
     for role, names in chosen.items():
         if role not in ROLES:
             raise ValueError(f"columns={{{role!r}: ...}}: unknown role; choose among {', '.join(ROLES)}")
         if names is None and role != "captions":
             continue
-        if not names or (isinstance(names, list | tuple) and role != "captions"):
+        if not names or (not isinstance(names, str) and (role != "captions" or not isinstance(names, list | tuple))):
             raise ValueError(f"columns={{{role!r}: {names!r}}}: expected a column name (a list only for 'captions')")
         for name in [names] if isinstance(names, str) else names:
             if name not in columns:
@@ -165,7 +178,7 @@ def _caption_columns(columns: Sequence[str], source: str) -> list[str]:
 
 def is_caption_column(name: str) -> bool:
     """Whether a column of this name is taken for captions."""
-    return name in CAPTION_COLUMNS or _NUMBERED.match(name) is not None
+    return name.lower() in CAPTION_COLUMNS or _NUMBERED.match(name) is not None
 
 
 def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
@@ -180,7 +193,9 @@ def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
 
 
 def _first(names: Iterable[str], columns: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
+    """The first of the names that is a column, in whatever case."""
+    spelled = {column.lower(): column for column in reversed(columns)} | {column: column for column in columns}
+    return next((spelled[name] for name in names if name in spelled), None)
 
 
 def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None:
@@ -260,7 +275,7 @@ def read_captions(values: Sequence[Any], per_line: bool = False) -> list[Any]:
     if len(values) > 1:
         return [_caption(value) for value in values]
     value = values[0]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return []
     if isinstance(value, list | tuple):
         return [_caption(item) for item in value]
@@ -280,15 +295,20 @@ def lines_of(text: str) -> list[str]:
 
 def _caption(value: Any) -> Any:
     """A caption as text: of a struct its field "raw", of a number its digits; "" for none, others as they are."""
-    if isinstance(value, Mapping):
-        value = value.get("raw")
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if isinstance(value, Mapping) and "raw" in value:
+        value = value["raw"]
+    if _is_missing(value):
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value) if isinstance(value, float) and value.is_integer() else value)
     return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a table has nothing there: JSON's null, or the NaN that others write for it."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _written_list(text: str) -> list[Any] | None:
@@ -311,7 +331,8 @@ def _strings_in(text: str) -> list[str] | None:
     except (tokenize.TokenError, SyntaxError, ValueError):
         return None
     others = {token.string for token in tokens if token.type != tokenize.STRING}
-    return items if others <= {"[", "]", ","} and all(isinstance(item, str) for item in items) else None
+    strings = [item for item in items if isinstance(item, str)]
+    return strings if items and others <= {"[", "]", ","} and len(strings) == len(items) else None
 
 
 def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:
@@ -322,7 +343,7 @@ def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:
         found = found if found is None or isinstance(found, list | tuple) else [found]
     else:
         found = _struct_ids(values.get(layout.captions[0]))
-    return None if found is None or list(found) == [""] else list(found)
+    return None if found is None or all(item == "" or _is_missing(item) for item in found) else list(found)
 
 
 def _struct_ids(value: Any) -> list[Any] | None:
@@ -335,7 +356,7 @@ def _struct_ids(value: Any) -> list[Any] | None:
 
 def _plain_id(value: Any, image: str) -> ItemId | None:
     """An id as int or str; a float without a fraction is what tables make of ints with gaps."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if value == "" or _is_missing(value):
         return None
     if isinstance(value, float) and value.is_integer():
         return int(value)
