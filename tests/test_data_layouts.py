@@ -162,6 +162,16 @@ class TestParquet:
         (tmp_path / "b.parquet").write_bytes(b"")
         with pytest.raises(ValueError, match=r"b\.parquet.*no whole parquet file"):
             load_pairs(tmp_path)
+        twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names=["image", "caption", "caption"])
+        pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
+        with pytest.raises(ValueError, match=r"b\.parquet has a column twice"):
+            load_pairs(tmp_path)
+        write_parquet(tmp_path / "b.parquet", {"image": [encoded(n) for n in range(9)], "caption": ["a dog"] * 9})
+        content = bytearray((tmp_path / "b.parquet").read_bytes())
+        content[4:200] = bytes(196)  # its footer is whole, a page is not
+        (tmp_path / "b.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read (.|\n)*parquet files one by one"):
+            load_pairs(tmp_path)
 
 
 class TestWebdataset:
@@ -238,7 +248,8 @@ READ: Mapping[str, tuple[str, bytes]] = {
              '{"file_name": "b.png", "text": "café"}\n{"file_name": "c.png", "text": null}'.encode()),
     "booleans": ("p.json", '[{"image": "a.png", "caption": ["a dog, red", true]},'
                  '{"image": "b.png", "caption": "café"}, {"image": "c.png", "caption": false}]'.encode()),
-    "a list of Python's": ("p.csv", "image;caption\na.png;['a dog, red']\nb.png;['café']\n".encode()),
+    "a list of Python's": ("p.csv", "image;caption\na.png;['a dog, red']\nb.png;['café', None]\n".encode()),
+    "a list of NumPy's": ("p.csv", "image;caption\na.png;['a dog, red' nan]\nb.png;['café']\n".encode()),
     "COCO without ids": ("p.json", json.dumps({
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
         "annotations": [{"image_id": 1, "caption": "a dog, red"}, {"image_id": 2, "caption": "café"}]}).encode()),

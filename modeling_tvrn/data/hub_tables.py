@@ -205,10 +205,13 @@ def _checked_stream(dataset: Any, name: str, streaming: bool) -> Any:
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Failures to find or reach a dataset, said in one way."""
+    """Failures to find or reach a dataset, or to make it of its files, said in one way."""
+    import datasets
+
     try:
         yield
-    except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # not found, gated, offline, a loading script, or a broken file
         problem = redacted_text(str(error))
         near = near_paths(repository)
         raise ValueError(

@@ -75,7 +75,7 @@ def size_of_file(path: str | Path) -> int | None:
 
 
 def bounds_of(folder: Path) -> Path:
-    """What links of a resolved folder may not leave: itself; in the Hub's cache, where all are links, its repository."""
+    """What links of a resolved folder may not leave: itself; in the Hub's cache, all of links, its repository."""
     for parent in folder.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent

@@ -47,7 +47,13 @@ class ParquetSource(TableSource):
 
         # `datasets` takes names for patterns
         files = {"train": [glob.escape(str(path)) for path in self.files]}
-        dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
+        try:
+            dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
+        except datasets.exceptions.DatasetsError as error:
+            raise ValueError(
+                f"{self.name} cannot be read ({error.__cause__ or error}); load its {len(self.files)} parquet files "
+                "one by one to find the broken one, and fetch that again"
+            ) from error
         return left_encoded(dataset, self.layout.image)
 
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
@@ -129,6 +135,8 @@ def _alike(files: Sequence[Path], name: str) -> list[tuple[list[Path], int]]:
         schema = metadata.schema.to_arrow_schema()
         if not metadata.num_rows:
             continue
+        if len(set(schema.names)) < len(schema.names):
+            raise ValueError(f"{path} has a column twice: {schema.names}; rename one of them")
         if known is not None and set(known.names) != set(schema.names):
             seen = sorted([sorted(known.names), sorted(schema.names)])
             raise ValueError(f"{name}: files of one split differ in their columns: {seen}; load them apart")

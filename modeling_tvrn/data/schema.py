@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
-import math
+import numbers
 import re
 import tokenize
 import unicodedata
@@ -301,14 +301,15 @@ def _caption(value: Any) -> Any:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
         return str(int(value) if isinstance(value, float) and value.is_integer() else value)
     return value
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a table has nothing there: JSON's null, or the NaN that others write for it."""
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+    """Whether a table has nothing there: JSON's null, the NaN that others write for it, or pandas' marks."""
+    no_number = isinstance(value, numbers.Number) and str(value).lower().lstrip("-") in ("nan", "inf", "infinity")
+    return value is None or no_number or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _written_list(text: str) -> list[Any] | None:
@@ -319,20 +320,23 @@ def _written_list(text: str) -> list[Any] | None:
     try:
         return list(read_json(text, "a list"))
     except ValueError:
-        return _strings_in(text)
+        return _printed_items(text)
 
 
-def _strings_in(text: str) -> list[str] | None:
-    """The strings of a list as Python writes it, or as NumPy does, without commas."""
+def _printed_items(text: str) -> list[str | None] | None:
+    """The strings of a list as Python prints it, or as NumPy does, without commas; None for those that are missing."""
     blanks = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
     try:
         tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in blanks]
-        items = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+        printed = [token for token in tokens if token.type in (tokenize.STRING, tokenize.NAME)]
+        missing = {"None": None, "nan": None, "NaN": None, "null": None}
+        items = [
+            missing[token.string] if token.string in missing else ast.literal_eval(token.string) for token in printed
+        ]
     except (tokenize.TokenError, SyntaxError, ValueError):
         return None
-    others = {token.string for token in tokens if token.type != tokenize.STRING}
-    strings = [item for item in items if isinstance(item, str)]
-    return strings if items and others <= {"[", "]", ","} and len(strings) == len(items) else None
+    is_list = {token.string for token in tokens if token not in printed} <= {"[", "]", ","}
+    return items if items and is_list and all(isinstance(item, str | None) for item in items) else None
 
 
 def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:
