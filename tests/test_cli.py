@@ -156,6 +156,17 @@ class TestScore:
             row["note"] for row in whole if row["score"] is not None and row["score"] < middle
         }
 
+    def test_a_table_that_was_scored_before_keeps_its_scores(self, model: Path, pairs: Path, tmp_path: Path) -> None:
+        once = tvrn("score", model, pairs).stdout
+        (tmp_path / "once.csv").write_text(once)
+        written = tvrn("score", model, tmp_path / "once.csv", "--images", pairs.parent).stdout
+        rows = list(csv.DictReader(written.splitlines()))
+        assert list(rows[0]) == ["image", "caption", "note", "score_1", "score_kind_1", "score", "score_kind"]
+        assert [row["score_1"] for row in rows] == [row["score"] for row in csv.DictReader(once.splitlines())]
+        (tmp_path / "twice.csv").write_text(written)
+        again = tvrn("score", model, tmp_path / "twice.csv", "--images", pairs.parent, "--json").stdout.splitlines()
+        assert {"score_1", "score_2", "score"} <= set(json.loads(again[0]))
+
     def test_other_columns_and_folders(self, model: Path, pairs: Path, tmp_path: Path) -> None:
         table = tmp_path / "elsewhere.csv"
         table.write_text("file,sentence\nb.png,the cat sleeps\n")

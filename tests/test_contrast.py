@@ -239,12 +239,12 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("rows.csv", "picture,text\na,b\n", r"rows.csv, line 2 has the columns \['picture', 'text'\]"),
-            ("rows.csv", "image,caption,other_caption\na.png,b,b\n", "line 2: .*are both 'b'"),
+            ("rows.csv", "picture,text\na,b\n", r"rows.csv, row 1 has the columns \['picture', 'text'\]"),
+            ("rows.csv", "image,caption,other_caption\na.png,b,b\n", "row 1: .*are both 'b'"),
             ("rows.csv", 'image,caption,other_caption\na.png,"b,c\n', "rows.csv, line"),
             ("rows.json", "[1]", "entry 0 is 1"),
-            ("rows.json", "{", "is no JSON"),
-            ("rows.jsonl", '{"image": 1\n', "line 1 is no JSON"),
+            ("rows.json", "{", "is not valid JSON"),
+            ("rows.jsonl", '{"image": 1\n', "line 1 is not valid JSON"),
             ("rows.json", "[]", "has no rows"),
             ("rows.txt", "", "is called .txt"),
             ("rows.json", '[{"image": "../a.png", "caption": "a", "other_caption": "b"}]', r"entry 0: .*\.\./a\.png"),

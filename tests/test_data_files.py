@@ -181,7 +181,7 @@ class TestFolder:
     def test_captions_with_commas_quotes_and_newlines_survive(self, tmp_path):
         write_images(tmp_path, NAMES)
         (tmp_path / "a.csv").write_text('filename,caption\r\na.png,"A dog, a ""cat""."\r\nb.png,"one\ntwo"\r\n')
-        assert load_pairs(tmp_path).captions == [['A dog, a "cat".'], ["one", "two"]]
+        assert load_pairs(tmp_path).captions == [['A dog, a "cat".'], ["one\ntwo"]]
 
     def test_tsv_captions_may_hold_lone_quotes(self, tmp_path):
         """Read as CSV, the quote would swallow the following lines."""

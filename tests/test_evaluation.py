@@ -403,5 +403,7 @@ def test_the_metric_for_the_evaluate_library(monkeypatch) -> None:
         for start in range(0, 9, 4):  # images come in batches, as from a loop over a gallery
             metric.add_batch(predictions=scores[start : start + 4], references=positives[start : start + 4])
         assert metric.compute() == retrieval_metrics(scores, positives=pairs).as_dict()
+    distracted = metric.compute(predictions=[[0.9, 0.1, 1.0], [0.3, 0.7, 0.2]], references=[[0], [1]])
+    assert (distracted["image_to_text_R@1"], distracted["text_to_image_R@1"]) == (50.0, 100.0)
     with pytest.raises(ValueError, match=r"\[2, 3\] scores"):
         metric.compute(predictions=[[0.1, 0.2], [0.3, 0.4, 0.5]], references=[[0], [1]])

@@ -111,6 +111,21 @@ def test_a_perfect_model_whose_positives_tie_is_perfect() -> None:
     assert found.rsum == 600 and found.ties == 0
 
 
+def test_captions_without_an_image_are_candidates_and_no_queries() -> None:
+    scores, rows = random_gallery(5)
+    distractors = np.random.default_rng(5).integers(0, 30, (len(scores), 4)) / 8
+    pairs = np.stack([rows, np.arange(len(rows))], axis=1)
+    both = np.concatenate([scores, distractors], axis=1)
+    found, plain = retrieval_metrics(both, positives=pairs, distractors=True), retrieval_metrics(scores, rows)
+    assert found.text_to_image_ranks.tolist() == plain.text_to_image_ranks.tolist()
+    best = [max(scores[image, rows == image]) for image in range(len(scores))]
+    above = [int((distractors[image] >= best[image]).sum()) for image in range(len(scores))]
+    assert (found.image_to_text_ranks - plain.image_to_text_ranks).tolist() == above and sum(above)
+    assert (found.caption_count, found.text_to_image_unscored) == (len(rows), plain.text_to_image_unscored)
+    with pytest.raises(ValueError, match="4 of .* captions have no image"):
+        retrieval_metrics(both, positives=pairs)
+
+
 def test_unscored_positives_come_last_and_are_counted() -> None:
     scores = np.array([[1.0, -np.inf, -np.inf], [0.5, -np.inf, 0.1], [-np.inf, 0.2, -np.inf]])
     found = retrieval_metrics(scores, [0, 1, 2])

@@ -15,7 +15,7 @@ import typer
 
 from .common import AsJson, Device, Dtype, TrustRemoteCode, fail, load, progress, say, writable
 
-CONTRAST_FILES = (".csv", ".json", ".jsonl")
+CONTRAST_FILES = (".csv", ".tsv", ".json", ".jsonl")
 
 
 def evaluate(

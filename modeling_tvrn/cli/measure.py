@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import logging
 import os
 import sys
@@ -85,7 +86,8 @@ def score(
     pairs: Annotated[Path, typer.Argument(metavar="CSV", help="table with a header: columns image and caption")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write (default: stdout)")] = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="where image paths begin (default: the table's folder)")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="where image paths begin, and absolute ones lie (default: the table's)"),
     ] = None,
     threshold: Annotated[float | None, typer.Option(min=0, max=1, help="only rows that score at least this")] = None,
     below: Annotated[bool, typer.Option("--below", help="with --threshold: only rows that score less")] = False,
@@ -100,9 +102,9 @@ def score(
     """Score how well each caption of a table fits its image, and filter the rows by that.
 
     The table comes out with the columns `score` and `score_kind`: "matching score", between 0 and 1, or "cosine" for a
-    dual encoder (CLIP, …) that nobody has calibrated, with which a threshold is refused. A row whose image cannot be
-    read or whose caption has no word has no score, is reported on stderr, and is left out where there is a threshold.
-    --json: one object a line.
+    dual encoder (CLIP, …) that nobody has calibrated, with which a threshold is refused. Columns of these names that
+    it had are kept as `score_1`, `score_kind_1`. A row whose image cannot be read or whose caption has no word has no
+    score, is reported on stderr, and is left out where there is a threshold. --json: one object a line.
 
     \b
     Examples:
@@ -118,10 +120,9 @@ def score(
     loaded, processor = load(model, device, dtype, trust_remote_code)
     if threshold is not None:
         _check_threshold(model, loaded, threshold)
-    folder = images if images is not None else pairs.parent
-    scored = score_pairs(loaded, processor, rows, folder, image_column, caption_column, batch_size)
+    scored = score_pairs(loaded, processor, rows, pairs.parent, image_column, caption_column, batch_size, images)
     kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)
-    columns = list(rows[0]) if rows else [image_column, caption_column]
+    columns = list(rows[0])
     if output is None:
         with contextlib.suppress(AttributeError):  # a stream that is no file
             sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
@@ -163,13 +164,24 @@ def _filtered(
 
 
 def _write_rows(kept: Iterable[ScoredPair], columns: list[str], kind: str, file: Any, as_json: bool) -> None:
-    if as_json:
-        for pair in kept:
-            file.write(as_json_text({**pair.row, "score": pair.score, "score_kind": kind}) + "\n")
-        return
-    # A table that was scored before has the columns already.
-    writer = csv.DictWriter(file, list(dict.fromkeys([*columns, "score", "score_kind"])), lineterminator="\n")
-    writer.writeheader()
+    kept_as = _free_names(columns, ("score", "score_kind"))
+    names = [kept_as.get(name, name) for name in columns]
+    writer = csv.DictWriter(file, [*names, "score", "score_kind"], lineterminator="\n")
+    if not as_json:
+        writer.writeheader()
     for pair in kept:
-        score = "" if pair.score is None else f"{pair.score:.6f}"
-        writer.writerow({**pair.row, "score": score, "score_kind": kind})
+        row = dict(zip(names, pair.row.values(), strict=True))
+        if as_json:
+            file.write(as_json_text({**row, "score": pair.score, "score_kind": kind}) + "\n")
+        else:
+            score = "" if pair.score is None else f"{pair.score:.6f}"
+            writer.writerow({**row, "score": score, "score_kind": kind})
+
+
+def _free_names(columns: list[str], taken: tuple[str, ...]) -> dict[str, str]:
+    """New names for those of a table's columns that are to be written anew, such as the scores of another model."""
+    return {
+        name: next(free for number in itertools.count(1) if (free := f"{name}_{number}") not in columns)
+        for name in taken
+        if name in columns
+    }

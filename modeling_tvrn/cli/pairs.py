@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 
+from ..data.delimited import read_delimited, text_of
 from ..data.file_kinds import is_unicode
 from ..data.images import ImageError, decode_image
+from ..data.named_files import NamedFiles
 from ..data.skipped import BROKEN_CAPTION
 from ..data.worded import unusable_captions
 
@@ -35,26 +36,23 @@ class ScoredPair:
 
 
 def read_pairs(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file with a header; bytes that are no UTF-8 stand as lone surrogates, as in file names.
+    """The rows of a CSV or TSV file with a header, read as `load_pairs` reads them.
 
     Raises:
-        ValueError: a column is missing (those seen are named), or a row has more cells than the header.
+        ValueError: a column is missing (those seen are named), there is no row, or as `read_delimited` and `text_of`.
     """
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        missing = [name for name in (image_column, caption_column) if name not in columns]
+    wanted = (image_column, caption_column)
+    row = None
+    for row in read_delimited(path, text_of(path), wanted):
+        missing = [name for name in wanted if name not in row]
         if missing:
             raise ValueError(
-                f"{path} has the columns {columns}, and none called {' or '.join(map(repr, missing))}; give a header "
-                "line image,caption, or name the columns with --image-column and --caption-column"
+                f"{path} has the columns {list(row)}, and none called {' or '.join(map(repr, missing))}; give a "
+                "header line image,caption, or name the columns with --image-column and --caption-column"
             )
-        for row in reader:
-            if None in row:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: more cells than columns; quote captions with commas"
-                )
-            yield {name: value or "" for name, value in row.items()}
+        yield {name: value or "" for name, value in row.items()}
+    if row is None:
+        raise ValueError(f"{path} holds no rows; expected a header line image,caption and a pair a row")
 
 
 def score_pairs(
@@ -65,6 +63,7 @@ def score_pairs(
     image_column: str = "image",
     caption_column: str = "caption",
     batch_size: int = 64,
+    images: Path | None = None,
 ) -> Iterator[ScoredPair]:
     """Score the rows in their order, a batch at a time; an image or caption that a batch repeats is encoded once.
 
@@ -72,9 +71,10 @@ def score_pairs(
         model: a `TVRNModel` with a vision tower, in evaluation mode.
         processor: its processor.
         rows: of the table.
-        folder: where relative paths of images begin.
+        folder: of the table: relative paths of images begin there, and none leaves it.
         image_column, caption_column: their names.
         batch_size: rows at a time.
+        images: a folder in place of the table's, below which absolute paths are followed too.
 
     Yields:
         Every row: with its score, or with the reason why it has none: an image that cannot be read, a caption without
@@ -85,12 +85,13 @@ def score_pairs(
     """
     if processor.image_processor is None:
         raise ValueError("this model reads region features of a detector and no pictures; score needs one that does")
+    files = NamedFiles(folder) if images is None else NamedFiles(images, is_given=True)
     remaining = iter(rows)
     while batch := list(islice(remaining, batch_size)):
-        pairs = [(str(folder / row[image_column]), row[caption_column].strip()) for row in batch]
+        pairs = [(row[image_column], row[caption_column].strip()) for row in batch]
         unusable = _unusable(processor, [caption for _, caption in pairs])
         usable = [pair for pair in pairs if pair[1] not in unusable]
-        pictures, problems = _pictures(usable)
+        pictures, problems = _pictures(files, usable)
         scores = _scores(model, processor, pictures, usable)
         for row, pair in zip(batch, pairs, strict=True):
             problem = problems.get(pair[0]) or unusable.get(pair[1], "")
@@ -104,14 +105,17 @@ def _unusable(processor: Any, captions: list[str]) -> dict[str, str]:
     return found | {"": "empty caption"}
 
 
-def _pictures(pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _pictures(files: NamedFiles, pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
     """The images that can be read, and why the others cannot."""
     pictures, problems = {}, {}
-    for path in dict.fromkeys(path for path, _ in pairs):
+    for name in dict.fromkeys(name for name, _ in pairs):
+        found = files.find(name)
         try:
-            pictures[path] = decode_image(path)
+            if isinstance(found, ImageError):
+                raise found
+            pictures[name] = decode_image(found)
         except ImageError as error:
-            problems[path] = str(error)
+            problems[name] = str(error)
     return pictures, problems
 
 
@@ -119,18 +123,18 @@ def _pictures(pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, s
 def _scores(
     model: Any, processor: Any, pictures: dict[str, Any], pairs: list[tuple[str, str]]
 ) -> dict[tuple[str, str], float]:
-    wanted: dict[str, list[str]] = {path: [] for path in pictures}
-    for path, caption in dict.fromkeys(pairs):
-        if path in wanted:
-            wanted[path].append(caption)
+    wanted: dict[str, list[str]] = {name: [] for name in pictures}
+    for name, caption in dict.fromkeys(pairs):
+        if name in wanted:
+            wanted[name].append(caption)
     if not wanted:
         return {}
     captions = list(dict.fromkeys(caption for own in wanted.values() for caption in own))
     images = model.encode_images(**processor(images=list(pictures.values())).to(model.device))
     texts = model.encode_texts(**processor(text=captions).to(model.device))
     found: dict[tuple[str, str], float] = {}
-    for i, (path, own) in enumerate(wanted.items()):
+    for i, (name, own) in enumerate(wanted.items()):
         logits = model.match(images.select([i]), texts.select([captions.index(caption) for caption in own]))[0]
         scores = model.readable_scores(logits).tolist()
-        found |= {(path, caption): score for caption, score in zip(own, scores, strict=True)}
+        found |= {(name, caption): score for caption, score in zip(own, scores, strict=True)}
     return found

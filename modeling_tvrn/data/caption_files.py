@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .schema import CAPTION_COLUMNS, FILENAME_COLUMNS, IMAGE_COLUMNS
+from .delimited import DELIMITERS, read_delimited, text_of
+from .images import leads_out
+from .json_text import read_json
+from .schema import CAPTION_COLUMNS, FILENAME_COLUMNS, IMAGE_COLUMNS, is_caption_column, lines_of
 
 CAPTION_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
+SIDECAR_SUFFIXES = (".txt", ".caption")  # of a text file that is called as its image
+_KNOWN_COLUMNS = {*CAPTION_COLUMNS, *FILENAME_COLUMNS, *IMAGE_COLUMNS}
 _TOKEN_LINE = re.compile(r"([^\t#]+)#\d+\t")
 Row = dict[str, Any]
 
 
-def read_caption_file(path: Path) -> list[Row]:
+def read_caption_file(path: Path, columns: Iterable[str] = ()) -> list[Row]:
     """Rows of a caption table, as columns by name.
+
+    Args:
+        columns: further names by which the delimiter of a header is found.
 
     Raises:
         ValueError: the file is not in a form that is understood, or a line of it is broken; the message names both.
@@ -26,14 +31,23 @@ def read_caption_file(path: Path) -> list[Row]:
     readers: dict[str, Callable[[Path], list[Row]]] = {
         ".json": _read_json, ".jsonl": _read_json_lines, ".ndjson": _read_json_lines
     }  # fmt: skip
-    if path.suffix.lower() not in CAPTION_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in CAPTION_SUFFIXES:
         raise ValueError(f"{path} is not a caption table; expected a file that ends in {', '.join(CAPTION_SUFFIXES)}")
-    try:
-        rows = readers.get(path.suffix.lower(), _read_text)(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    rows = readers[suffix](path) if suffix in readers else _read_text(path, columns)
     if not rows:
         raise ValueError(f"{path} holds no rows; expected one caption or one image a row")
+    return rows
+
+
+def read_sidecars(images: Iterable[Path], folder: Path) -> list[Row]:
+    """A row for each image of a resolved folder, with the lines of the text file that is called as it is (`a.txt`)."""
+    rows = []
+    for image in images:
+        beside = map(image.with_suffix, SIDECAR_SUFFIXES)
+        texts = [path for path in beside if path.is_file() and not leads_out(path, folder)]
+        text = texts[0].read_bytes().decode("utf-8-sig", "surrogateescape") if texts else ""
+        rows.append({"filename": image.relative_to(folder).as_posix(), "captions": lines_of(text) if texts else []})
     return rows
 
 
@@ -53,59 +67,88 @@ def read_splits(path: Path) -> dict[str, str]:
     return {str(row[filename]): str(row["split"]) for row in rows}
 
 
-def _read_json(path: Path) -> list[Row]:
+def is_caption_table(path: Path) -> bool:
+    """Whether a text file beside a table can be one itself; a README or statistics are none. Broken ones may be."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if isinstance(content, Mapping) and "images" in content:
-        content = _joined_coco(content) if "annotations" in content else content["images"]
-    elif isinstance(content, Mapping):
-        content = [{"filename": name, "captions": texts} for name, texts in content.items()]
-    if not isinstance(content, list) or not all(isinstance(row, Mapping) for row in content):
+        if path.suffix.lower() == ".txt":
+            header = text_of(path).split("\n", 1)[0]
+            names = (name.strip().strip('"') for mark in DELIMITERS for name in header.split(mark))
+            return _TOKEN_LINE.match(header) is not None or any(map(is_caption_column, names))
+        if path.suffix.lower() == ".json":
+            content = read_json(text_of(path), str(path))
+            rows = _table_in(content) or [{}]
+            return any(map(is_caption_column, rows[0])) or (isinstance(content, Mapping) and "annotations" in content)
+    except ValueError:
+        pass
+    return True
+
+
+def _read_json(path: Path) -> list[Row]:
+    content = read_json(text_of(path), str(path))
+    if isinstance(content, Mapping) and "images" in content and "annotations" in content:
+        return _joined_coco(path, content)
+    rows = _table_in(content)
+    if rows is None:
         raise ValueError(
             f"{path} is not a table; expected a list of objects, Karpathy's or COCO's form with 'images', or an "
             "object of file name -> captions"
         )
+    return rows
+
+
+def _table_in(content: Any) -> list[Row] | None:
+    """The rows in a JSON value: its objects, those under "images", or names with their captions; None for no table."""
+    if isinstance(content, Mapping) and "images" in content:
+        content = content["images"]
+    elif isinstance(content, Mapping):
+        if not all(isinstance(texts, str | list) for texts in content.values()):
+            return None
+        return [{"filename": name, "captions": texts} for name, texts in content.items()]
+    if not isinstance(content, list) or not all(isinstance(row, Mapping) for row in content):
+        return None
     return [dict(row) for row in content]
 
 
-def _joined_coco(content: Mapping[str, Any]) -> list[Row]:
+def _joined_coco(path: Path, content: Mapping[str, Any]) -> list[Row]:
     """COCO's caption files: images and captions apart, tied by image id."""
-    images = {image["id"]: image.get("file_name") for image in content["images"]}
-    return [
-        {
-            "image_id": note["image_id"],
-            "filename": images.get(note["image_id"]),
-            "caption": note.get("caption"),
-            "caption_id": note["id"],
-        }
-        for note in content["annotations"]
+    images = _objects_with(path, content, "images", "id")
+    notes = _objects_with(path, content, "annotations", "image_id")
+    names = {image["id"]: image.get("file_name") for image in images}
+    rows = [
+        {"image_id": note["image_id"], "filename": names.get(note["image_id"]), "caption": note.get("caption")}
+        for note in notes
     ]
+    if all("id" in note for note in notes):
+        return [{**row, "caption_id": note["id"]} for row, note in zip(rows, notes, strict=True)]
+    return rows
+
+
+def _objects_with(path: Path, content: Mapping[str, Any], part: str, key: str) -> Sequence[Mapping[str, Any]]:
+    found = content[part]
+    if isinstance(found, list) and all(
+        isinstance(row, Mapping) and isinstance(row.get(key), int | str) for row in found
+    ):
+        return found
+    raise ValueError(f"{path}: {part!r} is not a list of objects that each have {key!r}, as COCO's files hold it")
 
 
 def _read_json_lines(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        row = read_json(line, f"{path}, line {number}")
         if not isinstance(row, Mapping):
             raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object")
         rows.append(dict(row))
     return rows
 
 
-def _read_text(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    header = text.split("\n", 1)[0]
-    if _TOKEN_LINE.match(header):
+def _read_text(path: Path, columns: Iterable[str]) -> list[Row]:
+    text = text_of(path)
+    if _TOKEN_LINE.match(text.split("\n", 1)[0]):
         return _token_rows(path, text)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(header)
-    return _delimited_rows(path, text, delimiter)
+    return list(read_delimited(path, text, _KNOWN_COLUMNS.union(columns)))
 
 
 def _token_rows(path: Path, text: str) -> list[Row]:
@@ -120,55 +163,3 @@ def _token_rows(path: Path, text: str) -> list[Row]:
         caption_id, caption = line.split("\t", 1)
         rows.append({"filename": match[1], "caption_id": caption_id, "caption": caption})
     return rows
-
-
-def _delimiter(header: str) -> str:
-    """The character at which the header falls into the most names that are known; a comma where none does."""
-    known = {*CAPTION_COLUMNS, *FILENAME_COLUMNS, *IMAGE_COLUMNS}
-
-    def score(delimiter: str) -> int:
-        return sum(name.strip().strip('"') in known for name in header.split(delimiter))
-
-    return max(",\t|;", key=score)
-
-
-def _delimited_rows(path: Path, text: str, delimiter: str) -> list[Row]:
-    clean: Callable[[str], str] = str.strip
-    if delimiter in ",;":
-        # strict: a stray quote would otherwise swallow lines without a word
-        reader = csv.reader(_lines(text), delimiter=delimiter, skipinitialspace=True, strict=True)
-    else:
-        reader, clean = csv.reader(_lines(text), delimiter=delimiter, quoting=csv.QUOTE_NONE), _unquoted
-    rows: list[Row] = []
-    header: list[str] = []
-    try:
-        for cells in reader:
-            if not header:
-                header = [clean(cell) for cell in cells]
-            elif cells:
-                rows.append(_row(path, reader.line_num, header, [clean(cell) for cell in cells]))
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {reader.line_num}: {error}; put captions in quotes, inner quotes doubled"
-        ) from error
-    return rows
-
-
-def _lines(text: str) -> list[str]:
-    """Lines with their ends, cut at newlines only."""
-    return [line + "\n" for line in text.rstrip("\n").split("\n")]
-
-
-def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
-    if len(cells) > len(header):
-        raise ValueError(
-            f"{path}, line {line} has {len(cells)} cells where the header has {len(header)} ({header}); put captions "
-            "that hold the delimiter in quotes, or use JSON lines"
-        )
-    return dict(itertools.zip_longest(header, cells))
-
-
-def _unquoted(cell: str) -> str:
-    """The cell without the blanks and quotes around it."""
-    cell = cell.strip()
-    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell

@@ -3,8 +3,6 @@ with another caption. Out of generated scenes, of any data by mirroring images, 
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from .delimited import read_delimited, text_of
 from .flips import flip_of, flipped
-from .images import decode_image
+from .images import ImageError, decode_image
+from .json_text import read_json
+from .named_files import NamedFiles
 from .scenes import Scene, SceneRecords, paired_captions
 from .scenes.description import MAX_COUNT
 
@@ -128,11 +129,13 @@ def read_contrast_rows(
             are equal (the row is named), or a file that cannot be read as what it is called.
     """
     path = Path(path)
-    root = Path(images) if images is not None else path.parent
-    read = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_lines}.get(path.suffix.lower())
+    files = NamedFiles(images if images is not None else path.parent, is_given=images is not None)
+    read = {".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_lines}.get(
+        path.suffix.lower()
+    )
     if read is None:
-        raise ValueError(f"{path} is called {path.suffix or 'without a suffix'}; expected .csv, .json or .jsonl")
-    rows = [row for number, values in read(path) for row in _rows_of(values, root, f"{path}, {number}", path.stem)]
+        raise ValueError(f"{path} is called {path.suffix or 'without a suffix'}; expected .csv, .tsv, .json or .jsonl")
+    rows = [row for number, values in read(path) for row in _rows_of(values, files, f"{path}, {number}", path.stem)]
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -210,16 +213,16 @@ def _same(image: Any, other: Any) -> bool:
 # -- files ------------------------------------------------------------------------------------------------------
 
 
-def _rows_of(values: Mapping[str, Any], root: Path, place: str, stem: str) -> Iterable[ContrastRow]:
+def _rows_of(values: Mapping[str, Any], files: NamedFiles, place: str, stem: str) -> Iterable[ContrastRow]:
     """The rows of one entry of a file: one, or Winoground's two."""
     if all(name in values for name in WINOGROUND):
-        files = [_below(root, str(values[name]), place) for name in ("image_0", "image_1")]
-        files = [file if file.suffix else file.with_suffix(".png") for file in files]
+        names = [str(values[name]) for name in ("image_0", "image_1")]
+        pictures = [_file(files, name if Path(name).suffix else f"{name}.png", place) for name in names]
         captions, group = [values["caption_0"], values["caption_1"]], str(values.get("id", place))
         kind = str(values.get("collapsed_tag") or values.get("tag") or stem)
         return [
-            _row(place, image=files[k], caption=captions[k], kind=kind, group=group,
-                 other_image=files[1 - k], other_caption=captions[1 - k])
+            _row(place, image=pictures[k], caption=captions[k], kind=kind, group=group,
+                 other_image=pictures[1 - k], other_caption=captions[1 - k])
             for k in (0, 1)
         ]  # fmt: skip
     for theirs, ours in PUBLIC_COLUMNS.items():
@@ -232,19 +235,18 @@ def _rows_of(values: Mapping[str, Any], root: Path, place: str, stem: str) -> It
         )
     given: dict[str, Any] = {"kind": stem}
     given |= {name: values[name] for name in COLUMNS if values.get(name) not in (None, "")}
-    given |= {name: _below(root, str(given[name]), place) for name in ("image", "other_image") if name in given}
+    given |= {name: _file(files, str(given[name]), place) for name in ("image", "other_image") if name in given}
     if all(isinstance(values.get(f"bbox_{name}"), int | float) for name in "xywh"):
         x, y, width, height = (values[f"bbox_{name}"] for name in "xywh")
         given["box"] = (x, y, x + width, y + height)
     return [_row(place, **given)]
 
 
-def _below(root: Path, name: str, place: str) -> Path:
-    """A file of the folder: a table names no others."""
-    path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{place}: the image {name!r} lies outside {root}; give the folder that all of them are in")
-    return path
+def _file(files: NamedFiles, name: str, place: str) -> Path:
+    found = files.find(name)
+    if isinstance(found, ImageError):
+        raise ValueError(f"{place}: {found}")
+    return found
 
 
 def _row(place: str, **values: Any) -> ContrastRow:
@@ -254,36 +256,27 @@ def _row(place: str, **values: Any) -> ContrastRow:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for values in reader:
-                yield f"line {reader.line_num}", {str(name): value for name, value in values.items()}
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+def _read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    known = {*COLUMNS, *WINOGROUND, *(name for names in PUBLIC_COLUMNS for name in names)}
+    for number, values in enumerate(read_delimited(path, text_of(path), known), start=1):
+        yield f"row {number}", values
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    content = read_json(text_of(path), str(path))
     entries = content.items() if isinstance(content, Mapping) else enumerate(content)
     for number, values in entries:
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{path}, entry {number} is {values!r:.80}; expected a mapping of columns")
-        yield f"entry {number}", values
+        yield f"entry {number}", _mapping(values, f"{path}, entry {number}")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{path}, line {number} is {values!r:.80}; expected a mapping of columns")
-        yield f"line {number}", values
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield f"line {number}", _mapping(read_json(line, place), place)
+
+
+def _mapping(values: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place} is {values!r:.80}; expected a mapping of columns")
+    return values

@@ -65,6 +65,13 @@ def kind_of_content(head: bytes) -> str | None:
     return None if _begun_format(head) else _kind_of_text(head)
 
 
+def kind_in_place_of_text(head: bytes) -> str | None:
+    """What a file is that should be a table of text, such as a Git LFS pointer or a server's page; None for text."""
+    text = _as_text(head)
+    is_other = text is None or text.lstrip().startswith(("<", "version https://git-lfs", "/annex/objects/"))
+    return kind_of_content(head) if is_other else None
+
+
 def kind_of_damage(head: bytes) -> str:
     """What is wrong with a file of which `kind_of_content` says nothing."""
     if not head:

@@ -1,4 +1,4 @@
-"""A folder of image files beside a table of captions (CSV, TSV, JSON, JSON lines, Flickr's token file)."""
+"""A folder of image files beside a table of captions (CSV, TSV, JSON, …), or beside a text file for each of them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .caption_files import CAPTION_SUFFIXES, read_caption_file
-from .schema import Layout, SourceRow, detect_layout, read_captions, read_ids
+from .caption_files import CAPTION_SUFFIXES, SIDECAR_SUFFIXES, is_caption_table, read_caption_file, read_sidecars
+from .images import IMAGE_SUFFIXES, image_files
+from .named_files import NamedFiles, size_of_file
+from .schema import LINE_COLUMNS, Layout, SourceRow, detect_layout, file_name, named_columns, read_captions, read_ids
 from .sources import Content, PairSource, joined
 from .splits import SplitChoice, choose_splits, group_by_split
-
-_IMAGE_FOLDERS = ("", "images", "Images")
-
-
-def find_image(root: Path, names: Sequence[str]) -> Path:
-    """The first of the names that is a file below the root, or in a folder "images" of it; else where it should be."""
-    for name in names:
-        for folder in _IMAGE_FOLDERS:
-            for path in (root / folder / name, root / folder / Path(name).name):
-                if os.path.isfile(path):  # False, and no error, for names that no file can have
-                    return path
-    return root / (names[0] if names else "(no file name)")
-
-
-def size_of_file(path: str | Path) -> int | None:
-    """Bytes of a file; None where there is none."""
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return None
-
-
-def names_of_file(values: Mapping[str, Any], layout: Layout) -> list[str]:
-    """The names under which a row's image file may be found, the fullest first."""
-    folder, name = (str(values.get(column or "") or "") for column in (layout.folder, layout.filename))
-    joint = f"{folder}/{name}" if folder and name and folder != name else ""
-    return [part for part in (joint, folder, name) if part]
 
 
 class FolderSource(PairSource):
@@ -50,13 +25,13 @@ class FolderSource(PairSource):
         split: str | None,
         rows: Sequence[Mapping[str, Any]],
         layout: Layout,
-        root: Path,
+        images: NamedFiles,
         extra_columns: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.split = split
         self.layout = layout
-        self.root = root
+        self.images = images
         self.extra_columns = tuple(extra_columns)
         self._rows = rows
 
@@ -64,19 +39,17 @@ class FolderSource(PairSource):
         return len(self._rows)
 
     def rows(self) -> Iterator[SourceRow]:
-        for values in self._rows:
-            yield SourceRow(values, self.split, str(values[self.layout.filename or ""]))
+        for number, values in enumerate(self._rows):
+            yield SourceRow(values, self.split, file_name(self.layout, values) or f"{self.name}, image {number}")
 
     def content(self, row: int) -> Content:
         values = self._rows[row]
         kept = {column: values.get(column) for column in self.extra_columns}
-        return kept | {"image": self._path(values)}
+        return kept | {"image": self.images.find(file_name(self.layout, values))}
 
     def image_size(self, row: int) -> int | None:
-        return size_of_file(self._path(self._rows[row]))
-
-    def _path(self, values: Mapping[str, Any]) -> Path:
-        return find_image(self.root, names_of_file(values, self.layout))
+        found = self.images.find(file_name(self.layout, self._rows[row]))
+        return size_of_file(found) if isinstance(found, Path) else None
 
 
 def open_folder(
@@ -102,16 +75,28 @@ def open_folder(
             files = [path.name for path in groups[part]]
             raise ValueError(f"{name} has several caption tables {files}; pass captions_file= with one of them")
         path = groups[part][0]
-        folder = Path(image_root) if image_root is not None else path.parent
+        images = NamedFiles(path.parent, root) if image_root is None else NamedFiles(image_root, is_given=True)
         rows, layout = _grouped_table(path, columns, extra_columns)
-        parts.append(FolderSource(str(path), part, rows, layout, folder, extra_columns))
+        parts.append(FolderSource(str(path), part, rows, layout, images, extra_columns))
+    return joined(name, parts), choice
+
+
+def open_sidecars(images: Sequence[Path], root: Path, name: str, split: str | None) -> tuple[PairSource, SplitChoice]:
+    """Image files, each beside a text file of its name with a caption a line (`a.jpg`, `a.txt`)."""
+    root = root.resolve()
+    groups = group_by_split(images, root)
+    choice = choose_splits(list(groups), split, name)
+    layout = Layout(captions=("captions",), filename="filename")
+    parts = [
+        FolderSource(name, part, read_sidecars(groups[part], root), layout, NamedFiles(root)) for part in choice.parts
+    ]
     return joined(name, parts), choice
 
 
 def _grouped_table(
     path: Path, columns: Mapping[str, Any] | None, extra_columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Layout]:
-    table = read_caption_file(path)
+    table = read_caption_file(path, named_columns(columns or {}))
     seen = list(dict.fromkeys(column for row in table for column in row))
     layout = detect_layout(seen, columns, str(path), has_images=True)
     filename = layout.filename or layout.image
@@ -142,14 +127,39 @@ def _grouped(table: Sequence[Mapping[str, Any]], layout: Layout) -> list[dict[st
 def _merged(rows: Sequence[Mapping[str, Any]], layout: Layout) -> dict[str, Any]:
     """The first row, with the captions of all under "captions" and their ids, where every caption has one."""
     merged = {name: value for name, value in rows[0].items() if name not in layout.captions}
-    texts = [read_captions([row.get(name) for name in layout.captions]) or [""] for row in rows]
-    ids = [read_ids(row, layout) for row in rows]
+    per_line = layout.captions[0] in LINE_COLUMNS
+    texts = [read_captions([row.get(name) for name in layout.captions], per_line) or [""] for row in rows]
     merged["captions"] = [text for part in texts for text in part]
+    ids = [read_ids(row, layout) for row in rows]
     merged["caption_ids"] = None if None in ids else [item for part in ids for item in part or ()]
     return merged
 
 
 def caption_files_in(folder: Path) -> list[Path]:
-    """Files directly in a folder that may be caption tables."""
-    tables = (path for path in folder.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES)
-    return sorted(path for path in tables if os.path.isfile(path))
+    """The tables of captions directly in a folder; where there is none, its images, if texts of their names lie beside
+    them (`a.jpg`, `a.txt`), else the tables in folders of it (`train/metadata.csv`).
+
+    A README or statistics beside a table are none, unless there is nothing else.
+    """
+    files = [path for path in folder.iterdir() if not path.name.startswith(".") and os.path.isfile(path)]
+    images = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    texts = sorted(path for path in files if path.suffix.lower() in CAPTION_SUFFIXES)
+    tables = [path for path in texts if not (path.suffix.lower() in SIDECAR_SUFFIXES and path.stem in images)]
+    return list(filter(is_caption_table, tables)) or _captioned_images(folder) or _tables_below(folder) or texts
+
+
+def _captioned_images(folder: Path) -> list[Path]:
+    images = sorted(image_files(folder.resolve()))
+    return images if any(path.with_suffix(ending).is_file() for path in images for ending in SIDECAR_SUFFIXES) else []
+
+
+def _tables_below(folder: Path) -> list[Path]:
+    endings = set(CAPTION_SUFFIXES) - {".json"}  # which must be read whole to be told from others
+    paths = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    tables = (path for path in paths if path.suffix.lower() in endings and not is_hidden(path, folder))
+    return sorted(path for path in tables if os.path.isfile(path) and is_caption_table(path))
+
+
+def is_hidden(path: Path, root: Path) -> bool:
+    """Whether a file, or a folder of it below the root, is hidden."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

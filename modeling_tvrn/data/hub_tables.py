@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..redaction import redacted_text
+from .delimited import text_of
+from .images import leads_out
+from .json_text import read_json
+from .named_files import HUB_FILES, OWN_FILES, NamedFiles, bounds_of
 from .paths import near_paths
 from .schema import SourceRow
 from .sources import Content, PairSource, Rows, Shard, joined
@@ -20,8 +24,8 @@ from .tables import TableOptions, TableSource, left_encoded
 class HubSource(TableSource):
     """A `datasets.Dataset` or `IterableDataset`: one split of a dataset on the Hub, or of one in memory."""
 
-    def __init__(self, dataset: Any, name: str, split: str | None, options: TableOptions) -> None:
-        super().__init__(name, split, dataset.column_names or list(next(iter(dataset))), options)
+    def __init__(self, dataset: Any, name: str, split: str | None, options: TableOptions, images: NamedFiles) -> None:
+        super().__init__(name, split, dataset.column_names or list(next(iter(dataset))), options, images)
         self._given = dataset
 
     @cached_property
@@ -79,7 +83,7 @@ def open_hub(
     for part in choice.parts:
         with _hub_errors(repository):
             dataset = datasets.load_dataset(repository, split=part, streaming=streaming, **place)
-        parts.append(HubSource(dataset, repository, part, options))
+        parts.append(HubSource(dataset, repository, part, options, _files_of(dataset, HUB_FILES)))
     return joined(repository, parts), choice
 
 
@@ -110,14 +114,63 @@ def open_datasets(
     Raises:
         ValueError: something else, a mapping that holds something else, or a stream that is not to be streamed.
     """
-    name = name_of(source)
+    options = TableOptions(columns, image_root, extra_columns, split_file)
+    return _open_parts(source, name_of(source), split, streaming, options)
+
+
+def _open_parts(
+    source: Any, name: str, split: str | None, streaming: bool, options: TableOptions, images: NamedFiles | None = None
+) -> tuple[PairSource, SplitChoice]:
     parts = dict(source) if isinstance(source, Mapping) else {_own_split(source): source}
     _check_datasets(parts)
     choice = choose_splits(list(parts), split, name)
-    options = TableOptions(columns, image_root, extra_columns, split_file)
     # Without the user's format or transform: records hold what the columns hold.
     chosen = {part: _checked_stream(parts[part], name, streaming).with_format(None) for part in choice.parts}
-    return joined(name, [HubSource(part, name, split, options) for split, part in chosen.items()]), choice
+    sources = [HubSource(part, name, split, options, images or _files_of(part)) for split, part in chosen.items()]
+    return joined(name, sources), choice
+
+
+def open_saved(
+    folder: Path,
+    name: str,
+    split: str | None,
+    streaming: bool,
+    columns: Mapping[str, Any] | None = None,
+    image_root: str | Path | None = None,
+    extra_columns: Sequence[str] = (),
+    split_file: str | Path | None = None,
+) -> tuple[PairSource, SplitChoice]:
+    """A folder of `save_to_disk`; arguments as `open_datasets` has them."""
+    import datasets
+
+    try:
+        _check_saved(folder)
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read as save_to_disk writes it ({error}); save it again") from error
+    options = TableOptions(columns, image_root, extra_columns, split_file)
+    return _open_parts(saved, name, split, streaming, options, NamedFiles(folder))
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a saved dataset that says its tables lie elsewhere: they would be another dataset's."""
+    for state in folder.rglob("state.json"):
+        for file in read_json(text_of(state), str(state))["_data_files"]:
+            if leads_out(state.parent / file["filename"], bounds_of(folder.resolve())):
+                raise ValueError(f"{state} names {file['filename']!r}, which is outside of it")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one of `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _files_of(dataset: Any, others: NamedFiles = OWN_FILES) -> NamedFiles:
+    """Which files a dataset may name: those whose names its program made, and not the data."""
+    builder = getattr(dataset.info, "builder_name", None)
+    if builder == "imagefolder":  # it names what lies in the folder that it was given
+        return OWN_FILES
+    return others if builder in (None, "generator") else HUB_FILES
 
 
 def _own_split(dataset: Any) -> str | None:
@@ -152,10 +205,13 @@ def _checked_stream(dataset: Any, name: str, streaming: bool) -> Any:
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Failures to find or reach a dataset, said in one way."""
+    """Failures to find or reach a dataset, or to make it of its files, said in one way."""
+    import datasets
+
     try:
         yield
-    except (OSError, RuntimeError) as error:  # not found, gated, offline, or a loading script
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # not found, gated, offline, a loading script, or a broken file
         problem = redacted_text(str(error))
         near = near_paths(repository)
         raise ValueError(

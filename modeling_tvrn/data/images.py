@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -177,16 +178,23 @@ def image_files(folder: Path, onerror: Callable[[OSError], Any] | None = None) -
 
     Args:
         folder: resolved.
-        onerror: told of folders that may not be read.
+        onerror: told of folders that may not be read, and of files and folders that links lead out to.
     """
     for root, folders, names in os.walk(folder, onerror=onerror):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [path for path in (Path(root, name) for name in folders) if path.is_symlink()]
+        linked = [path for path in links if leads_out(path, folder)]
         for name in names:
             path = Path(root, name)
             if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                 continue
-            if not (path.is_symlink() and leads_out(path, folder)):
+            if path.is_symlink() and leads_out(path, folder):
+                linked.append(path)
+            else:
                 yield path
+        if onerror is not None:
+            for path in linked:
+                onerror(OSError(errno.EXDEV, "a link that leads out of the folder, which is not followed", str(path)))
 
 
 def leads_out(path: str | os.PathLike[str], folder: Path) -> bool:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 from .caption_files import CAPTION_SUFFIXES
-from .folders import caption_files_in, open_folder
-from .hub_tables import is_dataset, name_of, open_datasets, open_hub
-from .images import MAX_IMAGE_PIXELS, Check
+from .folders import caption_files_in, is_hidden, open_folder, open_sidecars
+from .hub_tables import is_dataset, is_saved, name_of, open_datasets, open_hub, open_saved
+from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, Check, leads_out
 from .parquet_tables import open_parquet
 from .paths import is_local, missing_path
 from .records import PairDataset, PairStream, build_dataset
@@ -102,9 +102,10 @@ def load_pairs(
 
     Args:
         source: "flickr8k", "flickr30k" or "coco" (copies on the Hub, Karpathy's splits); "scenes" (generated); or a
-            path: parquet files, webdataset tars, a table of captions beside image files, SCAN's `{split}_ims.npy` and
-            `{split}_caps.txt`, one file, a folder or a pattern such as "data/*.parquet"; or a Hub dataset's id; or a
-            `datasets.Dataset`, several by split (`DatasetDict`), or with streaming an `IterableDataset`.
+            path: parquet files, webdataset tars, a table of captions beside image files, a text file beside each of
+            them, SCAN's `{split}_ims.npy` and `{split}_caps.txt`, one file, a folder (also of `save_to_disk`) or a
+            pattern such as "data/*.parquet"; or a Hub dataset's id; or a `datasets.Dataset`, several by split
+            (`DatasetDict`), or with streaming an `IterableDataset`.
         split: "train", "validation" (or "val", "dev"), "test", ...; "train+restval" for two, "all" for all. May be
             left out where the source has only one. A preset's name never means a folder: write "./coco" for one.
         streaming: read the records in the order of the source as they are needed, without a length.
@@ -112,8 +113,10 @@ def load_pairs(
             what is missing, no image, too large or cut short), "full" (decodes every image), or False.
         max_pixels: images with more are left out.
         options: of the source's reader: columns={"image": ..., "captions": ..., "image_id": ...} for tables whose
-            columns have other names, extra_columns, image_root, split_file (Karpathy's JSON, for tables with other
-            splits), captions_file (folders), captions_per_image (SCAN), config_name, revision, token, cache_dir (Hub),
+            columns have other names, extra_columns, image_root (where names of image files begin, and below which
+            absolute ones must lie; without it names begin beside the table, or in a folder "images" there, and none
+            leaves the data's folder), split_file (Karpathy's JSON, for tables with other splits), captions_file
+            (folders), captions_per_image (SCAN), config_name, revision, token, cache_dir (Hub),
             count, seed, image_size (scenes).
 
     Returns:
@@ -146,6 +149,8 @@ def _open(name: str, dataset: Any, split: str | None, streaming: bool, options: 
         reader = partial(_open_scenes, split=split)
     elif name in PRESETS:
         reader = partial(_open_preset, name, split, streaming)
+    elif is_saved(Path(path)):
+        reader = partial(open_saved, Path(path), name, split, streaming)
     elif Path(path).exists() or glob.has_magic(path):
         reader, options = _file_reader(path, split, dict(options))
     elif name.count("/") == 1 and not is_local(name):
@@ -173,11 +178,14 @@ def _file_reader(
     """The reader for files or a folder, told by what is there."""
     root = Path(name)
     files = _files(name)
-    if glob.has_magic(name) or not root.is_dir():
+    if not root.is_dir():
         root = Path(os.path.commonpath([path.parent for path in files]))
-    parquet = [path for path in files if path.suffix == ".parquet"]
-    tars = [path for path in files if path.name.endswith(TAR_SUFFIXES)]
+    tars = [path for path in files if path.name.lower().endswith(TAR_SUFFIXES)]
+    shards = {path.with_suffix("") for path in tars}
+    # img2dataset leaves a parquet of addresses beside each shard
+    parquet = [path for path in files if path.suffix.lower() == ".parquet" and path.with_suffix("") not in shards]
     arrays = [path for path in files if path.name.endswith("_ims.npy")]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     given = options.pop("captions_file", None)
     captions = [Path(given)] if given else [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
     if given:
@@ -193,10 +201,13 @@ def _file_reader(
         return partial(open_webdataset, tars, root, name, split), options
     if captions:
         return partial(open_folder, captions, root, name, split), options
+    if images:
+        return partial(open_sidecars, images, root, name, split), options
     raise ValueError(
         f"{name} holds nothing that is understood (files seen: {[path.name for path in files[:8]]}). Expected "
         ".parquet files, .tar shards, *_ims.npy with *_caps.txt, or a table of captions "
-        f"({', '.join(CAPTION_SUFFIXES)}) beside the images; captions_file= names one that lies elsewhere"
+        f"({', '.join(CAPTION_SUFFIXES)}) beside the images, or a text file for each of them (a.jpg, a.txt); "
+        "captions_file= names a table that lies elsewhere"
     )
 
 
@@ -210,9 +221,18 @@ def _files(name: str) -> list[Path]:
             raise ValueError(f"source={name!r}: the pattern matches no file; check it from {os.getcwd()}")
         return found
     folder = Path(name)
-    # a pipe or a folder of such a name is no table
-    large = [path for ending in (".parquet", *TAR_SUFFIXES) for path in folder.rglob(f"*{ending}") if isfile(path)]
+    endings = (".parquet", *TAR_SUFFIXES)
+    large, linked = [], []
+    for parent, folders, names in os.walk(folder):
+        paths = [Path(parent, found) for found in names if found.lower().endswith(endings)]
+        large += [path for path in paths if isfile(path)]  # a pipe or a folder of such a name is no table
+        links = [path for path in (Path(parent, found) for found in folders) if path.is_symlink()]
+        linked += [path for path in links if leads_out(path, folder.resolve())]
+    if linked:
+        count = len(linked)
+        logger.warning("%s: %d linked folders were not followed, such as %s; pass their paths", name, count, linked[0])
     arrays = [path for path in folder.glob("*_ims.npy") if isfile(path)]
+    large = [path for path in large if not is_hidden(path, folder)]
     return sorted(large) or sorted({*arrays, *caption_files_in(folder)})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from .named_files import NamedFiles
 from .schema import SourceRow
 from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
@@ -16,38 +18,54 @@ _BATCH = 64  # rows decompressed at a time while streaming: some megabytes of ph
 
 
 class ParquetSource(TableSource):
-    """Parquet files of one split. Their rows are mapped by `datasets` when first needed, not while streaming."""
+    """Parquet files of one split and of the same column types. Their rows are mapped by `datasets` when first needed,
+    not while streaming.
+
+    Args:
+        files: of the same types.
+        start: number of the first row.
+    """
 
     def __init__(
-        self, files: Sequence[Path], name: str, split: str | None, options: TableOptions, cache_dir: str | None = None
+        self,
+        files: Sequence[Path],
+        name: str,
+        split: str | None,
+        options: TableOptions,
+        images: NamedFiles,
+        cache_dir: str | None = None,
+        start: int = 0,
     ) -> None:
-        import pyarrow.parquet
-
-        seen = {tuple(pyarrow.parquet.read_schema(path).names) for path in files}
-        if len(seen) > 1:
-            raise ValueError(f"{name}: files of one split differ in their columns: {sorted(seen)}; load them apart")
-        super().__init__(name, split, seen.pop(), options)
+        super().__init__(name, split, _metadata(files[0]).schema.to_arrow_schema().names, options, images)
         self.files = list(files)
         self.cache_dir = cache_dir
+        self.start = start
 
     @cached_property
     def dataset(self) -> Any:
         import datasets
 
-        files = {"train": [str(path) for path in self.files]}
-        dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
+        # `datasets` takes names for patterns
+        files = {"train": [glob.escape(str(path)) for path in self.files]}
+        try:
+            dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=self.cache_dir)
+        except datasets.exceptions.DatasetsError as error:
+            raise ValueError(
+                f"{self.name} cannot be read ({error.__cause__ or error}); load its {len(self.files)} parquet files "
+                "one by one to find the broken one, and fetch that again"
+            ) from error
         return left_encoded(dataset, self.layout.image)
 
     def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
         # with pyarrow alone: the read-ahead threads of `datasets` can abort a process that stops in mid-stream
-        for row in self._numbered(self._file_rows()):
+        for row in self._numbered(self._file_rows(), self.start):
             yield row, partial(self._content, row.values)
 
     def shards(self) -> list[Shard]:
         """Row groups: a file is often written as several, of some hundred rows each."""
         import pyarrow.parquet
 
-        found, start = [], 0
+        found, start = [], self.start
         for path in self.files:
             metadata = pyarrow.parquet.read_metadata(path)
             for group in range(metadata.num_row_groups):
@@ -94,4 +112,50 @@ def open_parquet(
     groups = group_by_split(files, root)
     choice = choose_splits(list(groups), split, name)
     options = TableOptions(columns, image_root, extra_columns, split_file)
-    return joined(name, [ParquetSource(groups[part], name, part, options, cache_dir) for part in choice.parts]), choice
+    images = NamedFiles(root)
+    parts = []
+    for part in choice.parts:
+        start = 0
+        for run, rows in _alike(groups[part], name):
+            parts.append(ParquetSource(run, name, part, options, images, cache_dir, start))
+            start += rows
+    return joined(name, parts), choice
+
+
+def _alike(files: Sequence[Path], name: str) -> list[tuple[list[Path], int]]:
+    """The files in runs of equal column types, each with its number of rows; those without a row are left out.
+
+    Raises:
+        ValueError: none has a row, or they differ in their columns.
+    """
+    runs: list[tuple[list[Path], int]] = []
+    known = None
+    for path in files:
+        metadata = _metadata(path)
+        schema = metadata.schema.to_arrow_schema()
+        if not metadata.num_rows:
+            continue
+        if len(set(schema.names)) < len(schema.names):
+            raise ValueError(f"{path} has a column twice: {schema.names}; rename one of them")
+        if known is not None and set(known.names) != set(schema.names):
+            seen = sorted([sorted(known.names), sorted(schema.names)])
+            raise ValueError(f"{name}: files of one split differ in their columns: {seen}; load them apart")
+        if known is not None and known.equals(schema):
+            run, rows = runs.pop()
+            runs.append(([*run, path], rows + metadata.num_rows))
+        else:
+            runs.append(([path], metadata.num_rows))
+        known = schema
+    if not runs:
+        raise ValueError(f"{name} holds no rows in {len(files)} parquet files; expected an image or a caption a row")
+    return runs
+
+
+def _metadata(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no whole parquet file ({error}); fetch it again, or leave it out") from error

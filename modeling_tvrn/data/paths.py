@@ -16,9 +16,14 @@ _SHOWN = 3
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only mean a file or folder of this machine: the Hub's are `owner/name`, without a suffix."""
+    """Whether a name can only mean a file or folder of this machine: the Hub's are `owner/name`, without a suffix.
+
+    A mistyped suffix counts (`pairs.cvs`), so that nobody waits for the Hub to answer that it knows no such data.
+    """
     begins = name.startswith((".", "~", os.sep, "/")) or os.path.isabs(name)
-    return begins or name.count("/") > 1 or "\\" in name or name.lower().endswith(_SUFFIXES)
+    suffix = Path(name).suffix.lower()
+    mistyped = len(suffix) > 3 and difflib.get_close_matches(suffix, _SUFFIXES, 1, cutoff=0.74)
+    return begins or name.count("/") > 1 or "\\" in name or name.lower().endswith(_SUFFIXES) or bool(mistyped)
 
 
 def missing_path(name: str, expected: str) -> ValueError:

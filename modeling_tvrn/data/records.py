@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, overload
 
 import torch.utils.data
 from tqdm.auto import tqdm
 
 from .images import MAX_IMAGE_PIXELS, Check, ImageError
+from .named_files import size_of_file
 from .schema import ItemId, Pair, SourceRow, read_pair
 from .skipped import SkipReport, good_captions
 from .sources import Content, PairSource, Shard, check_content, decode_content
@@ -22,6 +24,8 @@ from .splits import NoSuchSplit, SplitChoice
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+ImageFile = tuple[str, int | None]  # name of an image's file, and its bytes where they are known
+REMEMBERED_IDS = 1 << 18  # of a stream, with the files that they are of: some 60 MB
 _CHECK_THREADS = 8  # decoding releases Python's lock
 
 
@@ -192,6 +196,7 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         self._source = source
         self._choice = choice
         self._max_pixels = max_pixels
+        self._files: dict[ItemId, ImageFile] = {}
         self._problems: Callable[[Sequence[str]], Mapping[int, str]] | None = None
 
     def leaving_out(self, problems: Callable[[Sequence[str]], Mapping[int, str]]) -> PairStream:
@@ -205,9 +210,24 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         """The parts of the source that can be read alone."""
         return self._source.shards()
 
-    def pair(self, row: SourceRow) -> Pair | None:
-        """A row's captions and names; None where it has none that are wanted, which is counted in `skipped`."""
-        return self._wanted(row, set())
+    def load(self, row: SourceRow, content: Callable[[], Content]) -> tuple[Content, Pair] | None:
+        """A row's content with its captions and names; None where it has no captions that are wanted, which is counted
+        in `skipped`.
+
+        Raises:
+            ValueError: its image id is that of another file, among the first `REMEMBERED_IDS` ids.
+        """
+        return self._load(row, content, set())
+
+    def _load(self, row: SourceRow, content: Callable[[], Content], seen: set[str]) -> tuple[Content, Pair] | None:
+        pair = self._wanted(row, seen)
+        if pair is None:
+            return None
+        loaded = content()
+        file = pair.filename, _encoded_size(loaded)
+        if pair.image_id in self._files or len(self._files) < REMEMBERED_IDS:
+            _check_one_file(self._source, pair, self._files.setdefault(pair.image_id, file), file)
+        return loaded, pair
 
     def _wanted(self, row: SourceRow, seen: set[str]) -> Pair | None:
         pair = read_pair(self._source.layout, row, self.skipped)
@@ -235,10 +255,11 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         seen: set[str] = set()
         found = False
         for row, content in itertools.islice(self._source.stream(), first, None, step):
-            pair = self._wanted(row, seen)
-            if pair is not None:
+            loaded = self._load(row, content, seen)
+            if loaded is not None:
+                encoded, pair = loaded
                 try:
-                    decoded = decode_content(content(), self._max_pixels)
+                    decoded = decode_content(encoded, self._max_pixels)
                 except ImageError as error:
                     self.skipped.add(error.reason, f"{pair.image_id}: {error}")
                     continue
@@ -285,6 +306,9 @@ def _read_table(source: PairSource, choice: SplitChoice, report: SkipReport) -> 
         if not _is_wanted(pair, choice, seen):
             others += 1
         elif (known := row_of.setdefault(pair.image_id, len(table.image_ids))) < len(table.image_ids):
+            sizes = (source.image_size(place) for place in (table.source_rows[known], source_row))
+            files = (table.filenames[known], pair.filename)
+            _check_one_file(source, pair, *zip(files, sizes, strict=True))
             _merge(table, known, pair)
             merged += 1
         else:
@@ -294,6 +318,29 @@ def _read_table(source: PairSource, choice: SplitChoice, report: SkipReport) -> 
     if merged:
         logger.info("%s: %d rows repeat an image id; their captions went to the first such row", source.name, merged)
     return table, seen
+
+
+def _check_one_file(source: PairSource, pair: Pair, first: ImageFile, second: ImageFile) -> None:
+    """Refuse an image id that two files have: one would get the other's captions.
+
+    Raises:
+        ValueError: the rows name different files, or their images are of different sizes.
+    """
+    same_name = first[0] == second[0] or not pair.is_named
+    if same_name and (None in (first[1], second[1]) or first[1] == second[1]):
+        return
+    files = " and ".join(f"{name} ({'unknown' if size is None else size} bytes)" for name, size in (first, second))
+    by = source.layout.image_id
+    remedy = f"mend the column {by!r}, or leave it out with columns={{'image_id': None}}" if by else "rename one"
+    raise ValueError(f"{source.name}: the image id {pair.image_id!r} is of two files, {files}; {remedy}")
+
+
+def _encoded_size(content: Content) -> int | None:
+    image = content.get("image")
+    image = image.get("bytes") if isinstance(image, Mapping) else image
+    if isinstance(image, bytes):
+        return len(image)
+    return size_of_file(image) if isinstance(image, Path) else None
 
 
 def _merge(table: PairTable, row: int, pair: Pair) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
+import ast
+import io
+import numbers
 import re
+import tokenize
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .file_kinds import is_unicode, printable
-from .skipped import BAD_NAME, BROKEN_CAPTION, EMPTY_CAPTION, ID_MISMATCH, NO_CAPTION, SkipReport
+from .images import IMAGE_SUFFIXES
+from .json_text import read_json
+from .skipped import (
+    BAD_ID,
+    BAD_NAME,
+    BROKEN_CAPTION,
+    EMPTY_CAPTION,
+    ID_MISMATCH,
+    NO_CAPTION,
+    NOT_TEXT,
+    SkipReport,
+    Unusable,
+)  # fmt: skip
 from .splits import EVERY_SPLIT, canonical_split
 
 ItemId = int | str
@@ -29,10 +43,13 @@ CAPTION_ID_COLUMNS = ("caption_ids", "sentids", "sentences_sentid", "caption_id"
 SPLIT_COLUMNS = ("split",)
 GROUP_COLUMNS = ("group",)
 FOLDER_COLUMNS = ("filepath", "file_path")
-FILENAME_COLUMNS = ("filename", "file_name", "image_name", "image_path", "path", *FOLDER_COLUMNS)
+FILENAME_COLUMNS = (
+    "filename", "file_name", "image_name", "image_path", "image_file", "path", "file", *FOLDER_COLUMNS,
+)  # fmt: skip
+LINE_COLUMNS = ("txt",)  # webdataset's text member, also where `datasets` made a column of it: a caption a line
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
-_NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$")
+_NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$", re.IGNORECASE)
 
 ROLES = ("image", "captions", "image_id", "caption_ids", "split", "filename")
 
@@ -61,11 +78,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as a source has it: its columns, the split of the file it is in, and an id for where it has none."""
+    """One row as a source has it: its columns, the split of the file it is in, and an id for where it has none.
+
+    Attributes:
+        fault: why it cannot be used, whatever its columns hold.
+    """
 
     values: Mapping[str, Any]
     split: str | None
     key: str
+    fault: Unusable | None = None
 
 
 @dataclass
@@ -78,6 +100,7 @@ class Pair:
     split: str
     filename: str
     own_split: bool = False  # told by the row, not by its file
+    is_named: bool = False  # whether the file name is the row's own
     group: ItemId | None = None  # images of one group look alike
 
 
@@ -117,13 +140,26 @@ def detect_layout(
     return replace(layout, regions=()) if layout.image else layout
 
 
+def named_columns(chosen: Mapping[str, Any]) -> list[str]:
+    """The names in a user's choice of columns.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"columns={chosen!r}: expected a mapping of {', '.join(ROLES)} to names of columns")
+    lists = [names if isinstance(names, list | tuple) else [names] for names in chosen.values()]
+    return [name for names in lists for name in names if isinstance(name, str)]
+
+
 def _check_chosen(chosen: Mapping[str, Any], columns: Sequence[str], source: str) -> Mapping[str, Any]:
+    named_columns(chosen)
     for role, names in chosen.items():
         if role not in ROLES:
             raise ValueError(f"columns={{{role!r}: ...}}: unknown role; choose among {', '.join(ROLES)}")
         if names is None and role != "captions":
             continue
-        if not names or (isinstance(names, list | tuple) and role != "captions"):
+        if not names or (not isinstance(names, str) and (role != "captions" or not isinstance(names, list | tuple))):
             raise ValueError(f"columns={{{role!r}: {names!r}}}: expected a column name (a list only for 'captions')")
         for name in [names] if isinstance(names, str) else names:
             if name not in columns:
@@ -144,6 +180,11 @@ def _caption_columns(columns: Sequence[str], source: str) -> list[str]:
     return [single] if single else [name for _, name in sorted(numbered)]
 
 
+def is_caption_column(name: str) -> bool:
+    """Whether a column of this name is taken for captions."""
+    return name.lower() in CAPTION_COLUMNS or _NUMBERED.match(name) is not None
+
+
 def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
     lacks = "captions" if not layout.captions else "images"
     return (
@@ -156,49 +197,62 @@ def _refusal(columns: Sequence[str], layout: Layout, source: str) -> str:
 
 
 def _first(names: Iterable[str], columns: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
+    """The first of the names that is a column, in whatever case."""
+    spelled = {column.lower(): column for column in reversed(columns)} | {column: column for column in columns}
+    return next((spelled[name] for name in names if name in spelled), None)
 
 
 def read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair | None:
     """One row in the common shape; captions that cannot be used are left out and counted, and None is returned where
-    none is left.
+    none is left, or the row itself cannot be used.
 
     A row without an image id is named by its file name, else by its place in the source. Captions without ids are
     named `image#0`, `image#1`, ... in the source's order, as Flickr's are; an image without a file name has its place
     in the source for one.
     """
-    filename = _filename(layout, row.values)
-    image_id = _plain_id(row.values.get(layout.image_id)) if layout.image_id else None
+    try:
+        return _read_pair(layout, row, report)
+    except Unusable as error:
+        report.add(error.reason, error.detail)
+        return None
+
+
+def _read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair:
+    if row.fault is not None:
+        raise row.fault
+    filename = file_name(layout, row.values)
+    image_id = _plain_id(row.values.get(layout.image_id), filename or row.key) if layout.image_id else None
     if image_id is None:
         image_id = filename or row.key
     if not is_unicode(f"{image_id}{filename}"):
-        report.add(BAD_NAME, printable(filename or str(image_id)))
-        return None
-    captions = read_captions([row.values.get(name) for name in layout.captions])
+        raise Unusable(BAD_NAME, printable(filename or str(image_id)))
+    captions = read_captions([row.values.get(name) for name in layout.captions], layout.captions[0] in LINE_COLUMNS)
     given = read_ids(row.values, layout)
     if given is not None and len(given) != len(captions):
-        report.add(ID_MISMATCH, f"{image_id}: {len(captions)} captions, {len(given)} ids")
-        return None
-    ids: list[ItemId] = [f"{image_id}#{k}" for k in range(len(captions))] if given is None else given
-    kept = []
+        raise Unusable(ID_MISMATCH, f"{image_id}: {len(captions)} captions, {len(given)} ids")
+    ids = [_plain_id(item, str(image_id)) for item in given or ()] or [f"{image_id}#{k}" for k in range(len(captions))]
+    kept: list[tuple[str, ItemId]] = []
     for text, caption_id in zip(captions, ids, strict=True):
         reason = caption_fault(text)
-        if reason is None:
-            kept.append((text.strip(), caption_id))
-        else:
+        if reason is not None:
             report.add(reason, f"a caption of {image_id}")
+        elif caption_id is None:
+            raise Unusable(BAD_ID, f"{image_id}: a caption's id is empty")
+        else:
+            kept.append((text.strip(), caption_id))
     if not kept:
-        report.add(NO_CAPTION, str(image_id))
-        return None
+        raise Unusable(NO_CAPTION, str(image_id))
     own_split = row.values.get(layout.split) if layout.split else None
     split = canonical_split(str(own_split or row.split or EVERY_SPLIT))
-    group = _plain_id(row.values.get(layout.group)) if layout.group else None
-    texts, ids = [text for text, _ in kept], [caption_id for _, caption_id in kept]
-    return Pair(image_id, texts, ids, split, filename or row.key, bool(own_split), group)
+    texts, names = [text for text, _ in kept], [name for _, name in kept]
+    group = _plain_id(row.values.get(layout.group), str(image_id)) if layout.group else None
+    return Pair(image_id, texts, names, split, filename or row.key, bool(own_split), bool(filename), group)
 
 
-def caption_fault(text: str) -> str | None:
+def caption_fault(text: Any) -> str | None:
     """Under which heading a caption is left out that says nothing, or cannot be written down; None for a good one."""
+    if not isinstance(text, str):
+        return NOT_TEXT
     if not is_unicode(text):
         return BROKEN_CAPTION
     return EMPTY_CAPTION if is_blank(text) else None
@@ -213,85 +267,117 @@ def _shows(category: str) -> bool:
     return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs")
 
 
-def read_captions(values: Sequence[Any]) -> list[str]:
+def read_captions(values: Sequence[Any], per_line: bool = False) -> list[Any]:
     """Captions out of the values of one or several columns.
 
-    One column: a list, text with one caption a line, a JSON list, or structs with a field "raw". Several columns: a
-    caption each. Missing ones come as empty strings, so that ids keep their place.
+    One column: a list, text, a list written as text (JSON's, Python's or NumPy's), or structs with a field "raw".
+    Several columns: a caption each. Missing ones come as empty strings, so that ids keep their place; numbers come as
+    text, and what is no text comes as it is, to be counted.
+
+    Args:
+        per_line: whether text holds a caption a line.
     """
     if len(values) > 1:
-        return ["" if value is None else str(value) for value in values]
+        return [_caption(value) for value in values]
     value = values[0]
-    if isinstance(value, Mapping):
-        value = value.get("raw")
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
-    if isinstance(value, str):
-        return _split_text(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return []
-    if isinstance(value, int | float):
-        return [str(value)]
-    texts = (item.get("raw") if isinstance(item, Mapping) else item for item in value)
-    return ["" if text is None else str(text) for text in texts]
+    if isinstance(value, list | tuple):
+        return [_caption(item) for item in value]
+    text = _caption(value)
+    if not isinstance(text, str):
+        return [text]
+    listed = _written_list(text)
+    if listed is not None:
+        return [_caption(item) for item in listed]
+    return lines_of(text) if per_line else [text]
 
 
-def _split_text(text: str) -> list[str]:
-    """One caption a line (only at newlines: splitlines also cuts at characters found inside captions)."""
-    listed = _json_list(text)
-    return [str(item or "") for item in listed] if listed is not None else text.strip().split("\n")
+def lines_of(text: str) -> list[str]:
+    """The lines of a text (cut at newlines only: splitlines also cuts at characters found inside captions)."""
+    return text.strip().split("\n")
 
 
-def _json_list(text: str) -> list[Any] | None:
+def _caption(value: Any) -> Any:
+    """A caption as text: of a struct its field "raw", of a number its digits; "" for none, others as they are."""
+    if isinstance(value, Mapping) and "raw" in value:
+        value = value["raw"]
+    if _is_missing(value):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a table has nothing there: JSON's null, the NaN that others write for it, or pandas' marks."""
+    no_number = isinstance(value, numbers.Number) and str(value).lower().lstrip("-") in ("nan", "inf", "infinity")
+    return value is None or no_number or type(value).__name__ in ("NAType", "NaTType")
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The items of a list that was written as text; None where it is text and no list."""
+    text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
-        return list(json.loads(text))
+        return list(read_json(text, "a list"))
     except ValueError:
+        return _printed_items(text)
+
+
+def _printed_items(text: str) -> list[str | None] | None:
+    """The strings of a list as Python prints it, or as NumPy does, without commas; None for those that are missing."""
+    blanks = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
+    try:
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in blanks]
+        printed = [token for token in tokens if token.type in (tokenize.STRING, tokenize.NAME)]
+        missing = {"None": None, "nan": None, "NaN": None, "null": None}
+        items = [
+            missing[token.string] if token.string in missing else ast.literal_eval(token.string) for token in printed
+        ]
+    except (tokenize.TokenError, SyntaxError, ValueError):
         return None
+    is_list = {token.string for token in tokens if token not in printed} <= {"[", "]", ","}
+    return items if items and is_list and all(isinstance(item, str | None) for item in items) else None
 
 
-def read_ids(values: Mapping[str, Any], layout: Layout) -> list[ItemId] | None:
+def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:
     """Ids of a row's captions, from their column or from structs with a field "sentid"; None where there are none."""
     if layout.caption_ids is not None:
         found = values.get(layout.caption_ids)
-        found = _json_list(found) if isinstance(found, str) and found.startswith("[") else found
-        found = [found] if isinstance(found, int | str) else found
+        found = _written_list(found) or found if isinstance(found, str) else found
+        found = found if found is None or isinstance(found, list | tuple) else [found]
     else:
         found = _struct_ids(values.get(layout.captions[0]))
-    return None if found is None or found == [""] else [_checked_id(item) for item in found]
+    return None if found is None or all(item == "" or _is_missing(item) for item in found) else list(found)
 
 
-def _struct_ids(value: Any) -> Any:
+def _struct_ids(value: Any) -> list[Any] | None:
     if isinstance(value, Mapping):
-        return value.get("sentid")
+        return None if value.get("sentid") is None else [value["sentid"]]
     if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping) and "sentid" in value[0]:
-        return [item["sentid"] for item in value]
+        return [item.get("sentid") if isinstance(item, Mapping) else None for item in value]
     return None
 
 
-def _checked_id(value: Any) -> ItemId:
-    found = _plain_id(value)
-    if found is None:
-        raise ValueError(f"caption id {value!r}: expected an int or a str; leave the column out with another columns=")
-    return found
-
-
-def _plain_id(value: Any) -> ItemId | None:
+def _plain_id(value: Any, image: str) -> ItemId | None:
     """An id as int or str; a float without a fraction is what tables make of ints with gaps."""
-    if value is None or value == "":
+    if value == "" or _is_missing(value):
         return None
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"image or caption id {value!r} is a {type(value).__name__}: expected an int or a str")
+        raise Unusable(BAD_ID, f"{image}: {value!r:.80} is a {type(value).__name__}")
     return value
 
 
-def _filename(layout: Layout, values: Mapping[str, Any]) -> str:
+def file_name(layout: Layout, values: Mapping[str, Any]) -> str:
     """The file name, below its folder where that is a column of its own (`val2014` and `COCO_val2014_1.jpg`)."""
     name = str(values.get(layout.filename) or "") if layout.filename else ""
     folder = str(values.get(layout.folder) or "") if layout.folder and layout.folder != layout.filename else ""
     if not folder or folder.rsplit("/", 1)[-1] == name:
         return folder or name
-    return f"{folder.rstrip('/')}/{name}" if "." not in folder.rsplit("/", 1)[-1] else folder
+    return folder if folder.lower().endswith(IMAGE_SUFFIXES) or not name else f"{folder.rstrip('/')}/{name}"

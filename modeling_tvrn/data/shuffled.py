@@ -146,11 +146,10 @@ class ShuffledStream:
             try:
                 for row, content in itertools.islice(shard.open(), done, None):
                     mine = self._deals_shards or (first + done) % self.processes == self.process
-                    pair = self.stream.pair(row) if mine else None
-                    loaded = content() if pair is not None else None
+                    loaded = self.stream.load(row, content) if mine else None
                     done, failures = done + 1, 0
-                    if pair is not None and loaded is not None:
-                        yield loaded, pair, shard.name
+                    if loaded is not None:
+                        yield *loaded, shard.name
                 return
             except ValueError:
                 raise  # the data are wrong: they will not be better the next time

@@ -13,14 +13,19 @@ MISSING_IMAGE = "missing image"
 HUGE_IMAGE = "image over the pixel limit"
 NO_IMAGE = "not an image"  # a file of another kind
 UNREADABLE_FILE = "unreadable file"  # no plain file, or one that may not be read
+OUTSIDE_IMAGE = "file outside the data's folder"
+AMBIGUOUS_IMAGE = "image name of several files"
 BAD_REGIONS = "bad region features"
 BAD_NAME = "name that is not UTF-8"
 EMPTY_CAPTION = "empty caption"
 WORDLESS_CAPTION = "caption without a word"
 BROKEN_CAPTION = "caption that is not UTF-8"
+NOT_TEXT = "caption that is no text"
 NO_CAPTION = "no caption left"
 ID_MISMATCH = "caption ids do not match the captions"
-OF_CAPTIONS = (EMPTY_CAPTION, WORDLESS_CAPTION, BROKEN_CAPTION)  # counted by caption, the others by record
+BAD_ID = "id that is no number or text"
+BAD_METADATA = "broken metadata"
+OF_CAPTIONS = (EMPTY_CAPTION, WORDLESS_CAPTION, BROKEN_CAPTION, NOT_TEXT)  # counted by caption, the others by record
 
 
 class Unusable(ValueError):

@@ -15,7 +15,8 @@ from .images import MAX_IMAGE_PIXELS, Check, ImageError, check_image, decode_ima
 from .schema import REGION_COLUMNS, Layout, SourceRow
 from .skipped import BAD_REGIONS
 
-# {"image": encoded image} or {"region_features": ..., "region_boxes": ...}, and columns kept at the user's wish
+# {"image": encoded image, or the error why there is none} or {"region_features": ..., "region_boxes": ...}, and
+# columns kept at the user's wish
 Content = dict[str, Any]
 
 
@@ -133,7 +134,7 @@ def decode_content(content: Content, max_pixels: int = MAX_IMAGE_PIXELS) -> dict
     """
     decoded = dict(content)
     if "image" in decoded:
-        decoded["image"] = decode_image(decoded["image"], max_pixels)
+        decoded["image"] = decode_image(_encoded(decoded), max_pixels)
     else:
         check_regions(decoded)
     return decoded
@@ -146,9 +147,15 @@ def check_content(content: Content, how: Check, max_pixels: int = MAX_IMAGE_PIXE
         ImageError: it cannot.
     """
     if "image" in content:
-        check_image(content["image"], how, max_pixels)
+        check_image(_encoded(content), how, max_pixels)
     elif how == "full":
         check_regions(content)
+
+
+def _encoded(content: Content) -> Any:
+    if isinstance(content["image"], ImageError):
+        raise content["image"]
+    return content["image"]
 
 
 def check_regions(content: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .caption_files import read_splits
-from .folders import find_image, names_of_file, size_of_file
-from .schema import Layout, SourceRow, detect_layout
+from .named_files import NamedFiles, size_of_file
+from .schema import Layout, SourceRow, detect_layout, file_name
 from .sources import Content, PairSource
 from .splits import EVERY_SPLIT
 
@@ -62,13 +62,19 @@ class TableSource(PairSource):
         split: the split its file or folder is named after.
         seen: its columns.
         options: how to read it.
+        images: the files that it may name where `options` have no `image_root`.
     """
 
-    def __init__(self, name: str, split: str | None, seen: Sequence[str], options: TableOptions) -> None:
+    start = 0  # number of the first row
+
+    def __init__(
+        self, name: str, split: str | None, seen: Sequence[str], options: TableOptions, images: NamedFiles
+    ) -> None:
         self.name = name
         self.split = split
         self.layout = options.layout(seen, name)
-        self.image_root = None if options.image_root is None else Path(options.image_root)
+        self.images = images if options.image_root is None else NamedFiles(options.image_root, is_given=True)
+        self.has_root = options.image_root is not None
         self.extra_columns = tuple(options.extra_columns)
         self.split_of = None if options.split_file is None else read_splits(Path(options.split_file))
 
@@ -83,18 +89,22 @@ class TableSource(PairSource):
     def rows(self) -> Iterator[SourceRow]:
         text = self.dataset.select_columns(self._text_columns).with_format("arrow")
         batches = (batch.to_pylist() for batch in text.iter(1000))
-        return self._numbered(row for batch in batches for row in batch)
+        return self._numbered((row for batch in batches for row in batch), self.start)
 
     def content(self, row: int) -> Content:
         return self._content(self._contents[row])
 
     def image_size(self, row: int) -> int | None:
-        return self._image_sizes[row] if self._image_sizes else None
+        known = self._image_sizes[row] if self._image_sizes else None
+        if known is not None:
+            return known
+        image = self.content(row).get("image")
+        return size_of_file(image) if isinstance(image, Path) else None
 
     @cached_property
     def _image_sizes(self) -> list[int | None]:
         """Bytes of each image in the table itself, from the column's offsets: none of them is read."""
-        if self.layout.image is None or self.image_root is not None:
+        if self.layout.image is None:
             return []
         column = self.dataset.select_columns([self.layout.image]).with_format("arrow")
         return [size for batch in column.iter(1000) for size in _sizes(batch.column(0).combine_chunks())]
@@ -111,7 +121,7 @@ class TableSource(PairSource):
     @property
     def _content_columns(self) -> list[str]:
         names = [*self.layout.regions, *self.extra_columns]
-        if self.image_root is not None:
+        if self.has_root:
             names += [name for name in (self.layout.folder, self.layout.filename) if name is not None]
         if self.layout.image is not None:
             names.append(self.layout.image)
@@ -130,31 +140,23 @@ class TableSource(PairSource):
             arrays = {name: np.asarray(values[name]) for name in self.layout.regions if values[name] is not None}
             return content | {"region_features": np.empty((0, 0))} | arrays
         image = values[self.layout.image] if self.layout.image else None
-        if self.image_root is not None and not _holds_bytes(image):
-            path = image.get("path") if isinstance(image, Mapping) else image
-            image = find_image(self.image_root, [*([path] if path else []), *names_of_file(values, self.layout)])
+        path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
+        if isinstance(path, str) or (path is None and self.has_root):
+            image = self.images.find(path or file_name(self.layout, values))
         return content | {"image": image}
 
 
 def _sizes(images: Any) -> list[int | None]:
-    """Sizes of a column's images: of bytes, of structs with bytes or a path, or of the files that paths name."""
+    """Sizes of a column's images, of bytes or of structs with bytes; None for files that are named."""
     import pyarrow
     import pyarrow.compute
 
     kind = images.type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        found = _sizes(images.field("bytes"))
-        files = images.field("path").to_pylist() if kind.get_field_index("path") >= 0 else [None] * len(found)
-        return [size_of_file(path) if size is None and path else size for size, path in zip(found, files, strict=True)]
+        return _sizes(images.field("bytes"))
     if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
         return list(pyarrow.compute.binary_length(images).to_pylist())
-    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        return [size_of_file(path) if path else None for path in images.to_pylist()]
     return [None] * len(images)
-
-
-def _holds_bytes(image: Any) -> bool:
-    return isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes") is not None)
 
 
 def left_encoded(dataset: Any, image: str | None) -> Any:

@@ -17,7 +17,7 @@ class Ranks:
 
     Attributes:
         image_to_text: (I,) 1-based rank of each image's best caption.
-        text_to_image: (T,) 1-based rank of each caption's best image.
+        text_to_image: (T,) 1-based rank of each caption's best image; of captions without an image there is none.
         ties: Negatives that score exactly as much as the positive they are compared with, both directions.
         image_to_text_unscored: Images none of whose captions was scored (every positive −inf).
         text_to_image_unscored: Captions none of whose images was scored.
@@ -35,6 +35,7 @@ def positive_pairs(
     caption_count: int,
     caption_image_rows: Sequence[int] | np.ndarray | Tensor | None = None,
     positives: Sequence[Sequence[int]] | np.ndarray | Tensor | None = None,
+    distractors: bool = False,
 ) -> np.ndarray:
     """The (image row, caption) pairs that count as right, checked, sorted and without repeats.
 
@@ -43,12 +44,13 @@ def positive_pairs(
         caption_count: Number of captions T.
         caption_image_rows: (T,) the row of each caption's image.
         positives: (n, 2) pairs (image row, caption), instead, where a caption has several images.
+        distractors: Whether captions may have no image.
 
     Returns:
         (n, 2) int64, by image, then by caption.
 
     Raises:
-        ValueError: If a row is outside the gallery, or an image or a caption has no positive.
+        ValueError: If a row is outside the gallery, or an image or (without `distractors`) a caption has no positive.
     """
     if (caption_image_rows is None) == (positives is None):
         raise ValueError("Give either caption_image_rows (T,) or positives (n, 2), and not both.")
@@ -68,8 +70,8 @@ def positive_pairs(
         pairs = _integers("positives", positives)
         if pairs.ndim != 2 or pairs.shape[1] != 2:
             raise ValueError(f"positives has shape {pairs.shape}; expected (n, 2): pairs of (image row, caption).")
-    for column, count, what in ((0, image_count, "image"), (1, caption_count, "caption")):
-        _check_cover(pairs[:, column], count, what)
+    _check_cover(pairs[:, 0], image_count, "image")
+    _check_cover(pairs[:, 1], caption_count, "caption", distractors)
     return np.unique(pairs, axis=0)
 
 
@@ -80,7 +82,7 @@ def _integers(name: str, values: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _check_cover(rows: np.ndarray, count: int, what: str) -> None:
+def _check_cover(rows: np.ndarray, count: int, what: str, may_miss: bool = False) -> None:
     outside = np.flatnonzero((rows < 0) | (rows >= count))
     if outside.size:
         raise ValueError(
@@ -88,7 +90,7 @@ def _check_cover(rows: np.ndarray, count: int, what: str) -> None:
             f" ({outside.size} such entries)."
         )
     missing = np.flatnonzero(np.bincount(rows, minlength=count) == 0)
-    if missing.size:
+    if missing.size and not may_miss:
         other = "caption" if what == "image" else "image"
         raise ValueError(
             f"{missing.size} of {count} {what}s have no {other} (the first is {what} {missing[0]});"
@@ -182,7 +184,7 @@ class RankCounter:
         self._ties, self._pairs_counted = int(sums[0]), int(sums[1])
 
     def ranks(self) -> Ranks:
-        """The ranks, once every pair has been counted.
+        """The ranks, once every pair has been counted; captions without an image are candidates and no queries.
 
         Raises:
             ValueError: If the blocks given to `add` do not make up the matrix.
@@ -193,12 +195,13 @@ class RankCounter:
                 f"{self._pairs_counted} pairs were counted; expected {expected}"
                 f" ({self.image_count} images × {self.caption_count} captions), each exactly once."
             )
+        queries = np.unique(self.pairs[:, 1])
         return Ranks(
             image_to_text=self._image_above.numpy() + 1,
-            text_to_image=self._caption_above.numpy() + 1,
+            text_to_image=self._caption_above.numpy()[queries] + 1,
             ties=self._ties,
             image_to_text_unscored=int((self._image_best == -torch.inf).sum()),
-            text_to_image_unscored=int((self._caption_best == -torch.inf).sum()),
+            text_to_image_unscored=int((self._caption_best[queries] == -torch.inf).sum()),
         )
 
     def _best(self, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,7 @@ def retrieval_metrics(
     caption_image_rows: Sequence[int] | np.ndarray | Tensor | None = None,
     *,
     positives: Sequence[Sequence[int]] | np.ndarray | Tensor | None = None,
+    distractors: bool = False,
 ) -> RetrievalMetrics:
     """R@K of this field both ways, in percent: a query is a hit if *any* of its positives is among the first K.
 
@@ -119,13 +120,14 @@ def retrieval_metrics(
         score_matrix: (I, T) scores, rows are images; any float dtype, compared as given.
         caption_image_rows: (T,) row of each caption's image; any number of captions per image.
         positives: (n, 2) (image row, caption) pairs instead, where a caption has several images.
+        distractors: whether captions may have no image: they stand among every image's candidates and are no queries.
 
     Returns:
         `RetrievalMetrics`.
 
     Raises:
-        ValueError: On NaN or +inf, another shape, rows outside the gallery, an image without captions or a caption
-            without an image.
+        ValueError: On NaN or +inf, another shape, rows outside the gallery, an image without captions or (unless
+            `distractors`) a caption without an image.
 
     >>> m = retrieval_metrics([[0.9, 0.1, 0.2], [0.3, 0.8, 0.8]], [0, 1, 0])
     >>> m.image_to_text[1], round(m.text_to_image[1], 1), m.ties
@@ -135,7 +137,7 @@ def retrieval_metrics(
     if scores.ndim != 2:
         raise ValueError(f"score_matrix has shape {tuple(scores.shape)}; expected (images, captions).")
     image_count, caption_count = scores.shape
-    pairs = positive_pairs(image_count, caption_count, caption_image_rows, positives)
+    pairs = positive_pairs(image_count, caption_count, caption_image_rows, positives, distractors)
     counter = RankCounter(image_count, caption_count, pairs)
     step = max(1, _BLOCK_ELEMENTS // caption_count)
     columns = np.arange(caption_count)

@@ -12,7 +12,8 @@ from modeling_tvrn.metrics import retrieval_metrics
 DESCRIPTION = """\
 R@1, R@5 and R@10 of image-text retrieval both ways, in percent, and their sum (rSum). A query is a hit if any of its
 positives is among the first K; ties count against the query. An example is an image: its scores with all captions, and
-the numbers of the captions that describe it. Any number of captions an image, and of images a caption.
+the numbers of the captions that describe it. Any number of captions an image, and of images a caption; a caption of no
+image is a distractor: a candidate of every image, and no query.
 """
 INPUTS = """
 Args:
@@ -54,4 +55,5 @@ class RetrievalMetric(evaluate.Metric):
                 f"The predictions have {sorted(lengths)} scores; expected one score for each caption in every list."
             )
         positives = [(image, caption) for image, captions in enumerate(references) for caption in captions]
-        return retrieval_metrics(np.asarray(predictions, dtype=np.float64), positives=positives).as_dict()
+        scores = np.asarray(predictions, dtype=np.float64)
+        return retrieval_metrics(scores, positives=positives, distractors=True).as_dict()
