@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from ..pixels_tvrn import rgb_images
 from .records import Record
 from .schema import REGION_COLUMNS, ItemId
 
@@ -140,7 +141,7 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
     """The processor's arguments for the image side of some records: `images`, or `region_features` and the like.
 
     Raises:
-        ValueError: the records do not all hold the same of them.
+        ValueError: the records do not all hold the same of them, or a path or an address in place of a picture.
     """
     columns = ("image", *REGION_COLUMNS, "image_embeds")
     forms = {tuple(name for name in columns if name in record) for record in records}
@@ -151,7 +152,12 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
         )
     names = forms.pop()
     if names == ("image",):
-        return {"images": [record["image"] for record in records]}
+        try:
+            return {"images": rgb_images([record["image"] for record in records])}
+        except ValueError as error:  # of a path, which only a user may name
+            raise ValueError(
+                f"a record's 'image' cannot be used: {error}; load_pairs reads and checks data"
+            ) from error
     return {name: [record[name] for record in records] for name in names if name != "image"}
 
 
