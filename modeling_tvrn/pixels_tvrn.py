@@ -279,8 +279,9 @@ def _from_array(image: Any) -> PIL.Image.Image:
             f"is a {array.dtype} array of shape {shape}: expected (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 "
             "channels"
         )
-    array = _to_bytes(array.squeeze(-1) if array.shape[-1] == 1 and array.ndim == 3 else array)
-    return PIL.Image.fromarray(np.ascontiguousarray(array))
+    array = _to_bytes(array)
+    grey = array.ndim == 3 and array.shape[-1] == 1
+    return PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if grey else array))
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:

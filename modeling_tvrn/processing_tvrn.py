@@ -100,10 +100,10 @@ class TVRNProcessor(ProcessorMixin):
                 padded. Whether boxes are needed is the model's decision.
             image_embeds: `(B, P)` beside region features of a dual encoder, as its cache holds them.
             return_tensors: "pt", "np", or None for NumPy arrays.
-            **kwargs: as transformers' processors have them, flat or in `text_kwargs`, `images_kwargs`, `common_kwargs`.
-                Of text `padding`, `truncation` and `max_length` (in place of `max_text_length`), captions of a SigLIP
-                are always padded to the length it learned with. Of images the image processor's settings;
-                `do_rescale` has no say, since pictures of any range are brought to bytes first.
+            **kwargs: as transformers' processors have them, flat or in `text_kwargs`, `images_kwargs`,
+                `common_kwargs`. Of text `padding`, `truncation` and `max_length` (in place of `max_text_length`);
+                captions for a SigLIP are padded to the length it learned with, whatever is asked. Of images the image
+                processor's settings; `do_rescale` has no say, since pictures of any range become bytes first.
 
         Returns:
             `pixel_values (B, 3, H, W)`, or `region_features (B, R, F)`, `region_mask (B, R)` bool and, where given,
@@ -149,7 +149,7 @@ class TVRNProcessor(ProcessorMixin):
                 continue
             if value is not None and (name not in DONE_ANYWAY or value != DONE_ANYWAY[name]):
                 raise ValueError(
-                    f"{name}={value!r:.80} is no argument of this processor: it takes padding, truncation, max_length, "
+                    f"{name}={value!r:.80} is no argument of this processor: it takes {', '.join(_TEXT_SETTINGS)} "
                     "and its image processor's settings"
                 )
             del named["text"][name]
@@ -187,8 +187,8 @@ class TVRNProcessor(ProcessorMixin):
         cut = np.flatnonzero(lengths > limit)
         if cut.size and getattr(truncation, "value", truncation) in (False, "do_not_truncate"):
             raise ValueError(
-                f"text[{cut[0]}] has {lengths[cut[0]]} tokens, over {limit}, and truncation={truncation!r}: shorten it, "
-                "or let it be cut"
+                f"text[{cut[0]}] has {lengths[cut[0]]} tokens, over {limit}, and truncation={truncation!r}: "
+                "shorten it, or let it be cut"
             )
         if padding is not None and self.text_padding == "longest":
             inputs = _padded_as_asked(inputs, padding, limit, tokenizer.pad_token_id)
