@@ -179,6 +179,8 @@ class TVRNProcessor(ProcessorMixin):
         tokenizer = self._need("tokenizer", "text")
         captions = check_captions(text)
         limit = check_length(self.max_text_length if max_length is None else max_length, tokenizer)
+        if self.dual_encoder_processor is not None:  # which reads no more than it learned with
+            limit = min(limit, self.max_text_length)
         if self.text_padding == "max_length" and limit != check_length(self.max_text_length, tokenizer):
             raise ValueError(
                 f"max_length={max_length}: this text side reads captions of {self.max_text_length} tokens"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import math
+import numbers
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,9 @@ FOLDER_COLUMNS = ("filepath", "file_path")
 FILENAME_COLUMNS = ("filename", "file_name", "image_name", "image_path", "path", *FOLDER_COLUMNS)
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
+# One item of a printed list, and the list.
+_PRINTED_ITEM = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|None|nan|null|NaN""")
+_PRINTED = re.compile(rf"\[\s*(?:(?:{_PRINTED_ITEM.pattern})(?:\s*,\s*|\s+))*(?:{_PRINTED_ITEM.pattern})?\s*\]")
 _NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$")
 
 ROLES = ("image", "captions", "image_id", "caption_ids", "split", "filename")
@@ -214,7 +218,7 @@ def read_captions(values: Sequence[Any]) -> list[str]:
     caption each. Missing ones come as empty strings, so that ids keep their place.
     """
     if len(values) > 1:
-        return ["" if value is None else str(value) for value in values]
+        return [_caption(value) for value in values]
     value = values[0]
     if isinstance(value, Mapping):
         value = value.get("raw")
@@ -222,18 +226,35 @@ def read_captions(values: Sequence[Any]) -> list[str]:
         value = value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is left out as such
     if isinstance(value, str):
         return _split_text(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, int | float):
-        return [str(value)]
-    texts = (item.get("raw") if isinstance(item, Mapping) else item for item in value)
-    return ["" if text is None else str(text) for text in texts]
+    if value is None or isinstance(value, numbers.Number):
+        return [text] if (text := _caption(value)) else []
+    return [_caption(item.get("raw") if isinstance(item, Mapping) else item) for item in value]
+
+
+def _caption(value: Any) -> str:
+    """A cell as text; nothing where it is missing, which tables write as null or NaN."""
+    unknown = isinstance(value, numbers.Number) and value != value
+    return "" if value is None or unknown or type(value).__name__ in ("NAType", "NaTType") else str(value)
 
 
 def _split_text(text: str) -> list[str]:
     """One caption a line (only at newlines: splitlines also cuts at characters found inside captions)."""
     listed = _json_list(text)
-    return [str(item or "") for item in listed] if listed is not None else text.strip().split("\n")
+    if listed is None and (listed := _printed_list(text)) is None:
+        return text.strip().split("\n")
+    return [_caption(item) for item in listed]
+
+
+def _printed_list(text: str) -> list[str] | None:
+    """The strings of a list as Python and NumPy print it, and pandas writes it into a table: between commas or
+    blanks. None for other text."""
+    if _PRINTED.fullmatch(text.strip()) is None:
+        return None
+    items = _PRINTED_ITEM.findall(text.strip()[1:-1])
+    try:
+        return [ast.literal_eval(item) if item[0] in "'\"" else "" for item in items]
+    except (ValueError, SyntaxError):  # an escape that is none
+        return None
 
 
 def _json_list(text: str) -> list[Any] | None:

@@ -13,7 +13,7 @@ import torch.utils.data
 
 from ..pixels_tvrn import rgb_images
 from .records import Record
-from .schema import REGION_COLUMNS, ItemId
+from .schema import CAPTION_COLUMNS, REGION_COLUMNS, ItemId, read_captions
 
 Item = dict[str, Any]
 
@@ -46,6 +46,11 @@ class CaptionDataset(torch.utils.data.Dataset[Item]):
     """
 
     def __init__(self, records: Records) -> None:
+        if not hasattr(records, "captions"):
+            raise ValueError(
+                f"the records are a {type(records).__name__}, whose captions are not known beforehand; give what "
+                "load_pairs makes of it: CaptionDataset(load_pairs(data))"
+            )
         self.records = records
         counts = [len(captions) for captions in records.captions]
         if not sum(counts):
@@ -111,6 +116,8 @@ class PairCollator:
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Collate items of `CaptionDataset` or `CaptionStream`, or whole records (then with all of their captions).
 
+        Also rows or columns of a `datasets.Dataset` with pictures in "image": without "image_id" equal ones are one.
+
         Returns:
             The processor's inputs for I images and T captions, I <= T; `image_ids (I,)` and `text_image_ids (T,)`,
             int64 numbers that are equal for equal image ids, on every process of a run; `return_loss`.
@@ -118,6 +125,8 @@ class PairCollator:
         Raises:
             ValueError: no items, or records with images beside records with region features.
         """
+        if isinstance(items, Mapping):  # columns, as a slice of a data set gives them
+            items = [dict(zip(items, row, strict=True)) for row in zip(*items.values(), strict=True)]
         pairs = [pair for item in items for pair in ([item] if "record" in item else _items_of(item))]
         if not pairs:
             raise ValueError(f"a batch of {len(items)} items holds no caption: nothing to collate")
@@ -162,20 +171,27 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def _items_of(record: Record) -> list[Item]:
-    if "captions" not in record:
+    column = next((name for name in CAPTION_COLUMNS if name in record), None) if isinstance(record, Mapping) else None
+    if column is None:
+        keys = f"with the keys {sorted(record)}" if isinstance(record, Mapping) else f"{record!r:.80}"
         raise ValueError(
-            f"an item with the keys {sorted(record)} is neither a record nor of CaptionDataset; of a Trainer set "
-            "remove_unused_columns=False, or it removes what the collator reads"
+            f"a {type(record).__name__} {keys} is neither a record with captions nor of CaptionDataset; of a Trainer "
+            "set remove_unused_columns=False, or it removes what the collator reads"
         )
     return [
         {"record": record, "caption": caption, "caption_number": number}
-        for number, caption in enumerate(record["captions"])
+        for number, caption in enumerate(read_captions([record[column]]))
     ]
 
 
 def _image_number(item: Item) -> int:
-    """The image's row number; of a stream 63 bits of its id's hash, the same in every process."""
+    """The image's row number; of a stream 63 bits of a hash, the same in every process: of its id, else of itself."""
     if "row" in item:
         return int(item["row"])
-    digest = hashlib.blake2b(str(item["record"]["image_id"]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    record = item["record"]
+    if "image_id" in record:
+        name = str(record["image_id"]).encode()
+    else:
+        values = image_inputs([record])
+        name = b"".join(np.asarray(each).tobytes() for column in values.values() for each in column)
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
