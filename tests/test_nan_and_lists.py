@@ -20,8 +20,9 @@ from training_makers import write_images as write_pictures
 from transformers import ViTModel
 
 from modeling_tvrn import TVRNConfig, TVRNModel
-from modeling_tvrn.data import load_pairs
+from modeling_tvrn.data import ImageError, load_pairs
 from modeling_tvrn.data.schema import read_captions
+from modeling_tvrn.data.sources import check_regions
 from modeling_tvrn.encoded_tvrn import EncodedImages
 from modeling_tvrn.front_door import load_model
 from modeling_tvrn.index import ImageTextIndex
@@ -232,6 +233,17 @@ def test_scan_boxes_that_are_none_are_refused_at_loading(tmp_path: Path, box: An
 def test_scan_sizes_that_are_none_are_refused(tmp_path: Path, boxes: Any, sizes: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_pairs(scan(tmp_path, boxes, sizes), split="test")
+
+
+@pytest.mark.parametrize("box", [[0.1, NAN, 0.5, 0.5], [0.5, 0.1, 0.4, 0.5], [0.1, 0.5, 0.4, 0.3]])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_boxes_of_a_record_that_are_none_leave_it_out(box: list[float], is_masked: bool) -> None:
+    content = {"region_features": np.ones((2, 5)), "region_boxes": [[0.1, 0.1, 0.5, 0.5], box]}
+    if is_masked:  # padding may hold anything
+        check_regions({**content, "region_mask": [1, 0]})
+        content["region_mask"] = [1, 1]
+    with pytest.raises(ImageError, match="region_boxes hold NaN, or boxes with x2 < x1"):
+        check_regions(content)
 
 
 def test_scan_boxes_a_pixel_outside_are_clipped(tmp_path: Path) -> None:
