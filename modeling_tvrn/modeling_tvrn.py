@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -359,16 +359,17 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The words' embeddings: of the BiGRU, or the text tower's own."""
-        tower: Any = self.tower("text")
-        return self.word_encoder.embeddings if tower is None else tower.get_input_embeddings()
+        if self.word_encoder is not None:
+            return self.word_encoder.embeddings
+        embeddings: nn.Module = cast(Any, self.tower("text")).get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace them."""
-        tower: Any = self.tower("text")
-        if tower is None:
-            self.word_encoder.embeddings = value
+        if self.word_encoder is not None:
+            self.word_encoder.embeddings = cast(nn.Embedding, value)
         else:
-            tower.set_input_embeddings(value)
+            cast(Any, self.tower("text")).set_input_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """As in transformers, of a model whose words come from a BiGRU.

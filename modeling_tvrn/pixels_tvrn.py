@@ -297,7 +297,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("holds NaN or infinity: expected finite numbers")
     slack = RANGE_SLACK if kind == "f" else 0.0
-    ranges = FLOAT_RANGES if kind == "f" else INTEGER_RANGES
+    ranges: tuple[int, ...] = FLOAT_RANGES if kind == "f" else INTEGER_RANGES
     if kind == "u" and values.dtype.itemsize == 2:  # a dark picture of 16 bits is not one of 8
         ranges = ranges[1:]
     white = next((top for top in ranges if high <= top * (1 + slack)), None)

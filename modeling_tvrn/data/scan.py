@@ -134,13 +134,14 @@ class ScanSource(PairSource):
         expected = (*self._features.shape[:2], 4)
         if boxes.shape != expected or boxes.dtype.kind not in "uif":
             raise ValueError(f"{name} has the shape {boxes.shape} of {boxes.dtype}, expected {expected} of numbers")
-        finite = np.isfinite(boxes).all(axis=2)
-        self._refuse_boxes(~finite, "expected finite numbers")
-        ordered = (boxes[..., 2:] >= boxes[..., :2]).all(axis=2)
-        self._refuse_boxes(~ordered, "x2 < x1 or y2 < y1; expected corners x1, y1, x2, y2, not x, y, width, height")
+        self._refuse_boxes(~np.isfinite(boxes), "expected finite numbers")
+        self._refuse_boxes(
+            boxes[..., 2:] < boxes[..., :2],
+            "x2 < x1 or y2 < y1; expected corners x1, y1, x2, y2, not x, y, width, height",
+        )
         self.in_pixels = bool(boxes.max() > 1)
         slack = _BOX_SLACK if self.in_pixels else _ROUNDING
-        self._refuse_boxes((boxes < -slack).any(axis=2), "outside the image, which begins at 0")
+        self._refuse_boxes(boxes < -slack, "outside the image, which begins at 0")
         if not self.in_pixels:
             return
         largest = np.stack([boxes[..., 1::2].max(axis=(1, 2)), boxes[..., 0::2].max(axis=(1, 2))], axis=1)
@@ -159,12 +160,13 @@ class ScanSource(PairSource):
             )
 
     def _refuse_boxes(self, wrong: np.ndarray, why: str) -> None:
-        """Name the first box of those that are wrong, (rows, regions)."""
+        """Name the first box of which a number, of (rows, regions, numbers), is wrong."""
         if wrong.any() and self._boxes is not None:
-            row, region = np.argwhere(wrong)[0]
+            places = np.argwhere(wrong.any(axis=2))
+            row, region = places[0]
             box = self._boxes[row, region].tolist()
             raise ValueError(
-                f"{self.stem}_boxes.npy, row {row}, region {region}: {box}: {why} ({wrong.sum()} such boxes)"
+                f"{self.stem}_boxes.npy, row {row}, region {region}: {box}: {why} ({len(places)} such boxes)"
             )
 
     def _all_sizes(self, rows: int) -> np.ndarray:

@@ -113,7 +113,7 @@ class PairCollator:
         self.processor = processor
         self.return_loss = return_loss
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item] | Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Collate items of `CaptionDataset` or `CaptionStream`, or whole records (then with all of their captions).
 
         Also rows or columns of a `datasets.Dataset` with pictures in "image": without "image_id" equal ones are one.
