@@ -1,7 +1,7 @@
-"""Checks of a model's inputs: each says what came, what was expected and what to do. Shipped."""
+"""Checks of a model's inputs and weights: each says what came, what was expected and what to do. Shipped."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_tvrn import TVRNConfig
 from .encoded_tvrn import LEVELS, EncodedImages, EncodedTexts, common_fingerprint
@@ -158,6 +158,42 @@ def check_sides(images: EncodedImages, texts: EncodedTexts, config: TVRNConfig, 
             f"match at level {level!r} got galleries of another model or of a lower level: {', '.join(wrong)} (None: "
             "absent). Score with the model that encoded them, or encode them again with that level."
         )
+
+
+def check_segments(token_type_ids: Tensor | None) -> None:
+    """Raise a `ValueError` for captions of two sentences; a tokenizer numbers the segments of one 0."""
+    if token_type_ids is not None and bool((token_type_ids != 0).any()):
+        raise ValueError("token_type_ids hold more than zeros; expected captions of one sentence (segment) each.")
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Raise a `ValueError` for a loaded model with a NaN or infinity among its weights: every score would be NaN."""
+    for weight, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+            continue
+        if not torch.isfinite(value.sum(dtype=torch.float64)):  # one pass, see _refuse_nonfinite
+            raise ValueError(
+                f"{name}: the weight {weight!r} holds NaN or infinity; expected finite numbers. The training that "
+                "wrote it diverged, or the file was changed: take another checkpoint."
+            )
+
+
+def check_own_layers(model: nn.Module, towers: tuple[str, ...]) -> None:
+    """Raise a `ValueError` where a layer beside the towers is quantised.
+
+    TVRN reads its own weights, joins them and moves them in front of other products: as 8-bit codes they'd be garbage.
+    """
+    for part, child in model.named_children():
+        for name, layer in () if part in towers else child.named_modules(prefix=part):
+            weight = getattr(layer, "weight", None)
+            packed = isinstance(weight, Tensor) and not weight.is_floating_point()
+            kinds = (type(layer).__module__, type(weight).__module__)
+            if packed or any(kind.startswith(("torch.ao.", "torchao.", "bitsandbytes.")) for kind in kinds):
+                raise ValueError(
+                    f"The layer {name!r} of TVRN itself is quantised ({type(layer).__name__}); expected floats there. "
+                    "Quantise the towers alone, most of a model: from_pretrained(…, quantization_config=…) does, or "
+                    "quantise model.vision_model and model.text_model."
+                )
 
 
 def in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:

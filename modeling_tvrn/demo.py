@@ -1,7 +1,8 @@
 """The demo page (extra `demo`): search one's photographs by text or by photograph, and see why something was found.
 
 Works offline: nothing is fetched from elsewhere. The server hands out no file of the disk: what is shown are smaller
-copies of indexed photographs, decoded here. Uploads are bounded in bytes and pixels and decoded by `data.images`.
+copies of indexed photographs, decoded here. Uploads are bounded in bytes and pixels and decoded by `data.images`; one
+photograph is in memory at a time, however many people ask.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import html
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ from .scoring.models import evaluating
 logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_BYTES = 20 * 2**20
-MAX_UPLOAD_PIXELS = 50_000_000
+MAX_UPLOAD_PIXELS = 25_000_000  # a few hundred kilobytes can hold any number: each takes up to 16 bytes on the way
 MAX_QUERY = 300  # characters
 MAX_HITS = 48
-THUMBNAIL, SHOWN = 320, 800  # longest side in pixels
+THUMBNAIL = 320  # longest side in pixels
 ABOUT = "# {count} photographs\nSearched by text or by photograph. Click on a result to see why it was found."
 
 # Clicks on words, in pages that are replaced after every search: one listener for all of them.
@@ -72,6 +74,7 @@ class Searches:
             )
         self.model, self.processor, self.index = model, processor, index
         self.folder = Path(folder).resolve()
+        self._one_photograph = threading.Lock()
 
     def by_text(
         self, query: str, limit: int = 12
@@ -95,10 +98,11 @@ class Searches:
         if upload is None:
             return [], [], "Choose a photograph."
         try:
-            picture = read_upload(upload)
+            with self._one_photograph:
+                hits = self._ask(image=read_upload(upload), limit=limit)
         except ImageError as error:
             return [], [], f"{_refusal(error)}."
-        return self._shown(self._ask(image=picture, limit=limit), None)
+        return self._shown(hits, None)
 
     def _ask(self, **query: Any) -> list[Hit]:
         limit = min(max(int(query.pop("limit")), 1), MAX_HITS)
@@ -109,10 +113,12 @@ class Searches:
     ) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
         gallery, state, missing = [], [], 0
         for hit in hits:
-            picture = self._image(hit.path, THUMBNAIL)
-            if picture is None:
-                missing += 1
-                continue
+            with self._one_photograph:
+                picture = self._photograph(hit.path)
+                if picture is None:
+                    missing += 1
+                    continue
+                picture.thumbnail((THUMBNAIL, THUMBNAIL))
             gallery.append((picture, f"{hit.score:.3f}  {hit.id}"))
             state.append({"id": hit.id, "path": hit.path, "query": query})
         said = f"{len(gallery)} found." + (f" {missing} are not there any more." if missing else "")
@@ -120,18 +126,16 @@ class Searches:
             said += f" The numbers are: {hits[0].score_kind}."
         return gallery, state, said
 
-    def _image(self, path: str | None, side: int) -> PIL.Image.Image | None:
-        """A smaller copy of an indexed photograph; None for what is gone, broken, or outside the folder."""
+    def _photograph(self, path: str | None) -> PIL.Image.Image | None:
+        """An indexed photograph; None for what is gone, broken, or outside the folder."""
         if path is None or leads_out(path, self.folder):
             logger.warning("%s is outside %s: not shown", path, self.folder)
             return None
         try:
-            picture = decode_image(Path(path))
+            return decode_image(Path(path))
         except ImageError as error:
             logger.warning("not shown: %s", error)
             return None
-        picture.thumbnail((side, side))
-        return picture
 
     def why(self, state: list[dict[str, Any]], number: int, query: str | None = None) -> str:
         """HTML that explains a hit; for one found by photograph, with a text typed since then."""
@@ -141,11 +145,12 @@ class Searches:
         text = (state[number]["query"] or (query or "")).strip()[:MAX_QUERY]
         if not text:
             return "<p>Found by its likeness to a photograph. Type a text to see how it fits.</p>"
-        picture = self._image(state[number]["path"], SHOWN)
-        if picture is None:
-            return "<p>This photograph is not there any more.</p>"
         try:
-            return self._part(picture, text, state[number]["id"]) + _paragraph(note)
+            with self._one_photograph:
+                picture = self._photograph(state[number]["path"])
+                if picture is None:
+                    return "<p>This photograph is not there any more.</p>"
+                return self._part(picture, text, state[number]["id"]) + _paragraph(note)
         except ValueError as error:  # such as a text without a word
             return f"<p>{html.escape(str(error))}</p>"
 
@@ -156,8 +161,8 @@ class Searches:
         if upload is None or not caption:
             return "<p>Choose a photograph and type a caption.</p>"
         try:
-            picture = read_upload(upload)
-            return self._part(picture, caption, "your photograph") + _paragraph(note)
+            with self._one_photograph:
+                return self._part(read_upload(upload), caption, "your photograph") + _paragraph(note)
         except ImageError as error:
             return f"<p>{html.escape(_refusal(error))}.</p>"
         except ValueError as error:  # such as a caption without a word

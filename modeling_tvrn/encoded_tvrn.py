@@ -244,6 +244,8 @@ def model_fingerprint(model: nn.Module) -> str | None:
         return None
     # Calibration changes no logit: what was encoded before stays valid.
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("calibration_")}
+    if not all(isinstance(value, Tensor) for value in own.values()):  # of a quantised tower: packed
+        return None
     # By name, since the order of a state is that in which modules were assigned.
     weights = {name: value for name, value in sorted(own.items()) if value.is_floating_point()}
     if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):

@@ -5,10 +5,11 @@ Transactions on Multimedia 26, 2024. A pair's score depends on that image and th
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .checks_tvrn import (
     check_embeds,
     check_ids,
     check_level,
+    check_own_layers,
     check_pixels,
     check_regions,
     check_row_ids,
+    check_segments,
     check_text_features,
+    check_weights,
     check_words,
     in_dtype,
     row_ids,
@@ -58,17 +63,20 @@ from .pair_tvrn import PairMatching, PairStage, weighted_components
 from .towers_tvrn import (
     build_dual_encoder,
     build_tower,
+    float_dtype,
     freeze_unused,
-    image_features,
     load_dual_encoder,
     load_tower,
     load_word_embeddings,
+    look,
     plain_dual_encoder,
     probe,
     region_feature_size,
     region_map,
     without_scale,
 )
+
+TOWERS = ("vision_model", "text_model", "dual_encoder")
 
 
 @dataclass
@@ -135,7 +143,12 @@ class TVRNPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report."""
+        """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report; so is a NaN.
+
+        A `quantization_config` is for the towers: TVRN's own layers stay as they are.
+        """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _for_towers(kwargs["quantization_config"])
         wanted = kwargs.pop("output_loading_info", False)
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -149,6 +162,12 @@ class TVRNPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} does not hold this model: {wrong}. Expected every weight of the "
                 "config and no other; was the config changed after training?"
             )
+        if kwargs.get("quantization_config") is not None and not list(model.towers()):
+            raise ValueError(
+                f"quantization_config came for {pretrained_model_name_or_path}, which has no tower to quantise; leave "
+                "it out. TVRN's own layers stay as they are: dtype=torch.bfloat16 halves them."
+            )
+        check_weights(model, str(pretrained_model_name_or_path))
         model._freeze()  # loading replaced the parameters that __init__ froze
         return (model, info) if wanted else model
 
@@ -287,8 +306,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                     f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
                 )
         # Built with a dual encoder of random weights, which gives way to the pretrained one: as loading does it.
-        own = next(model.parameters()).dtype
-        tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(own)
+        tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(float_dtype(model))
         tvrn.dual_encoder = without_scale(model)
         tvrn.logit_scale.data.fill_(sizes.logit_scale)
         if tvrn.logit_bias is not None and sizes.logit_bias is not None:
@@ -345,6 +363,33 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         found: nn.Module | None = getattr(self if self.dual_encoder is None else self.dual_encoder, f"{side}_model")
         return found
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The words' embeddings: of the BiGRU, or the text tower's own."""
+        if self.word_encoder is not None:
+            return self.word_encoder.embeddings
+        embeddings: nn.Module = cast(Any, self.tower("text")).get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace them."""
+        if self.word_encoder is not None:
+            self.word_encoder.embeddings = cast(nn.Embedding, value)
+        else:
+            cast(Any, self.tower("text")).set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in transformers, of a model whose words come from a BiGRU.
+
+        Raises:
+            ValueError: If there is a text tower.
+        """
+        if self.tower("text") is not None and (new_num_tokens is not None or args or kwargs):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) was asked of a model whose words come from a text tower, "
+                "which was trained with its own tokenizer; resize the tower before TVRNModel.from_backbones."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def train(self, mode: bool = True) -> "TVRNModel":
         """As `nn.Module.train`; frozen towers, and every BatchNorm of a tower, stay in evaluation mode.
 
@@ -392,10 +437,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         tower = self.tower("vision")
         assert tower is not None
         # Not every tower casts its pixels itself: a bfloat16 CNN refuses the processor's float32.
-        pixels = pixel_values.to(next(tower.parameters()).dtype)
+        pixels = pixel_values.to(float_dtype(tower))
         if self.dual_encoder is None:
-            return tower(pixel_values=pixels), None
-        output = image_features(self.dual_encoder, pixels)
+            return look(tower, self.config.vision_tower_config, pixels), None
+        output = look(self.dual_encoder.get_image_features, self.config.vision_tower_config, pixels)
         return output, normalize(output.pooler_output.to(self.logit_scale.dtype))
 
     def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -457,6 +502,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
         """
         check_level(level)
+        check_own_layers(self, TOWERS)
         if self._only_embeds(level) and self.dual_encoder is not None:
             others = (region_features, region_boxes, region_mask, image_embeds)
             if pixel_values is not None and all(value is None for value in others):
@@ -591,6 +637,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         text_features: Tensor | None = None,
         text_embeds: Tensor | None = None,
         level: str = "full",
+        token_type_ids: Tensor | None = None,
     ) -> EncodedTexts:
         """What the pair score needs of texts, without any image.
 
@@ -601,11 +648,14 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             text_features: (T, W, F) outputs of the text tower instead of ids, as `extract_words` gives them.
             text_embeds: (T, P) beside text features of a dual encoder, as `extract_text_features` gives them.
             level: As in `encode_images`.
+            token_type_ids: (T, W) of zeros, as BERT's tokenizer gives them; not needed.
 
         Raises:
             ValueError: On wrong shapes, or a text without a word to match.
         """
         check_level(level)
+        check_own_layers(self, TOWERS)
+        check_segments(token_type_ids)
         alone = self._only_embeds(level)
         given, mask, positions, pooled = self._text_inputs(
             input_ids, attention_mask, word_mask, text_features, text_embeds, words=not alone
@@ -715,6 +765,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     # -- both sides -------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -731,6 +782,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         level: str = "full",
         image_embeds: Tensor | None = None,
         text_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> TVRNOutput:
         """Score I images against T texts; with `return_loss=True` also the weighted loss.
 
@@ -738,10 +790,12 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             image_ids: (I,) int64, what decides positives; default: row numbers.
             text_image_ids: (T,) int64, each text's image; default: text k belongs to image k (needs I = T).
             level: "embeddings" or "late_interaction" leave the components after it out, of logits and loss.
-            others: As in `encode_images` and `encode_texts`.
+            others: As in `encode_images` and `encode_texts`; `return_dict=False` gives a tuple, as in transformers.
         """
         images = self.encode_images(pixel_values, region_features, region_boxes, region_mask, image_embeds, level)
-        texts = self.encode_texts(input_ids, attention_mask, word_mask, text_features, text_embeds, level)
+        texts = self.encode_texts(
+            input_ids, attention_mask, word_mask, text_features, text_embeds, level, token_type_ids
+        )
         # Before the pairs are scored, which is most of a step's time.
         check_row_ids(len(images), len(texts), image_ids, text_image_ids)
         # Unweighted for the losses: each component learns by its own, its weight by that of the sum.
@@ -816,6 +870,23 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:
     return Gate(config) if config.refinement == "gate" else Recurrence(config)
+
+
+def _for_towers(quantization: Any) -> Any:
+    """The quantization config with everything beside the towers left out of it."""
+    from_dict = AutoQuantizationConfig.from_dict
+    config = copy.copy(from_dict(quantization) if isinstance(quantization, dict) else quantization)
+    names = ("llm_int8_skip_modules", "modules_to_not_convert")
+    skipped = next((name for name in names if hasattr(config, name)), None)
+    if skipped is None:
+        raise ValueError(
+            f"quantization_config is a {type(config).__name__}, which cannot leave layers out; TVRN's own have to "
+            "stay as they are. Take one with modules_to_not_convert, such as TorchAoConfig or BitsAndBytesConfig."
+        )
+    # transformers reads each as a regular expression that ends where a module's name does.
+    own_parts = rf"(?!(?:{'|'.join(TOWERS)})\.)[^.]+"
+    setattr(config, skipped, [*(getattr(config, skipped) or []), own_parts])
+    return config
 
 
 def _check_words(path: str | os.PathLike, sizes: dict[str, Any], config: dict[str, Any]) -> None:

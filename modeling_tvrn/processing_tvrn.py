@@ -35,6 +35,12 @@ BOX_SLACK = 1e-4  # a box divided by its image's size in float32 may end a round
 PIXEL_SLACK = 1.0  # detectors disagree by one pixel on where an image ends
 PAD, UNKNOWN = "<pad>", "<unk>"
 _LETTER = re.compile("[A-Za-z0-9]")
+_TEXT_SETTINGS = ("padding", "truncation", "max_length")
+PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: "none", "do_not_pad": "none"}
+# Further arguments of transformers' tokenizers that a call may hold: with these values, which are what it does anyway.
+DONE_ANYWAY = {
+    "add_special_tokens": True, "padding_side": "right", "return_attention_mask": True, "return_token_type_ids": False,
+}  # fmt: skip
 
 
 class TVRNProcessor(ProcessorMixin):
@@ -82,16 +88,22 @@ class TVRNProcessor(ProcessorMixin):
         image_sizes: Any = None,
         image_embeds: Any = None,
         return_tensors: str | None = "pt",
+        **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs of B images and/or T captions.
 
         Args:
-            images: a PIL image, a uint8 array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a list of these, or a batch array.
+            images: a PIL image, path, http(s) address, encoded bytes, array or tensor `(H, W)`, `(H, W, C)` or
+                `(C, H, W)`, several of these, or a batch array; see `rgb_images` and `to_rgb` for what they look like.
             text: a caption or a list of captions.
             region_features, region_boxes, region_mask, image_sizes: see `pad_regions`; lists of different lengths are
                 padded. Whether boxes are needed is the model's decision.
             image_embeds: `(B, P)` beside region features of a dual encoder, as its cache holds them.
             return_tensors: "pt", "np", or None for NumPy arrays.
+            **kwargs: as transformers' processors have them, flat or in `text_kwargs`, `images_kwargs`,
+                `common_kwargs`. Of text `padding`, `truncation` and `max_length` (in place of `max_text_length`);
+                captions for a SigLIP are padded to the length it learned with, whatever is asked. Of images the image
+                processor's settings; `do_rescale` has no say, since pictures of any range become bytes first.
 
         Returns:
             `pixel_values (B, 3, H, W)`, or `region_features (B, R, F)`, `region_mask (B, R)` bool and, where given,
@@ -106,20 +118,50 @@ class TVRNProcessor(ProcessorMixin):
             raise ValueError("images and region_features are two forms of the same input: pass one of them")
         if region_features is None and any(value is not None for value in (region_boxes, region_mask, image_sizes)):
             raise ValueError("region_boxes, region_mask and image_sizes describe region_features: pass these too")
+        text_settings, image_settings, return_tensors = self._settings(kwargs, return_tensors)
         inputs: dict[str, np.ndarray] = {}
         if images is not None:
-            inputs["pixel_values"] = self._pixels(images)
+            inputs["pixel_values"] = self._pixels(images, image_settings)
         if region_features is not None:
             inputs.update(pad_regions(region_features, region_boxes, region_mask, image_sizes))
             if image_embeds is not None:
                 inputs["image_embeds"] = np.stack([np.asarray(each, dtype=np.float32) for each in image_embeds])
         if text is not None:
-            inputs.update(self._tokens(text))
+            inputs.update(self._tokens(text, **text_settings))
         return BatchFeature(inputs, tensor_type=return_tensors)
 
-    def _pixels(self, images: Any) -> np.ndarray:
+    def _settings(
+        self, given: dict[str, Any], return_tensors: str | None
+    ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+        """What a call's further arguments set for the text and for the images, and the kind of tensors.
+
+        Raises:
+            ValueError: on one that this processor does not take.
+        """
+        named = {kind: dict(given.pop(f"{kind}_kwargs", None) or {}) for kind in ("text", "images", "common")}
+        for name, value in (named.pop("common") | given).items():
+            of_images = name not in _TEXT_SETTINGS and hasattr(self.image_processor, name)
+            named["images" if of_images else "text"].setdefault(name, value)
+        tensors = [settings.pop("return_tensors", None) for settings in named.values()]
+        named["images"].pop("do_rescale", None)
+        for name, value in list(named["text"].items()):
+            if name in _TEXT_SETTINGS:
+                continue
+            if value is not None and (name not in DONE_ANYWAY or value != DONE_ANYWAY[name]):
+                raise ValueError(
+                    f"{name}={value!r:.80} is no argument of this processor: it takes {', '.join(_TEXT_SETTINGS)} "
+                    "and its image processor's settings"
+                )
+            del named["text"][name]
+        if named["images"].get("input_data_format") is not None:
+            raise ValueError("input_data_format is not taken: pass arrays (H, W, C), or tensors (C, H, W)")
+        return named["text"], named["images"], next((kind for kind in tensors if kind), return_tensors)
+
+    def _pixels(self, images: Any, settings_of_call: dict[str, Any]) -> np.ndarray:
         image_processor = self._need("image_processor", "images")
-        batch = rgb_images(images)
+        batch = rgb_images(images, files=True, web=True)
+        if settings_of_call:
+            return hub_pixels(image_processor, batch, **settings_of_call)
         settings = repr(vars(image_processor))  # a setting changed since then makes a new table
         if self._pixel_table is None or self._pixel_table[0] != settings:
             self._pixel_table = (settings, pixel_table(image_processor))
@@ -127,12 +169,31 @@ class TVRNProcessor(ProcessorMixin):
         pixels = table.pixels(batch) if table is not None else None
         return hub_pixels(image_processor, batch) if pixels is None else pixels
 
-    def _tokens(self, text: str | Sequence[str]) -> dict[str, np.ndarray]:
+    def _tokens(
+        self,
+        text: str | Sequence[str],
+        padding: Any = None,
+        truncation: Any = None,
+        max_length: int | None = None,
+    ) -> dict[str, np.ndarray]:
         tokenizer = self._need("tokenizer", "text")
         captions = check_captions(text)
-        limit = check_length(self.max_text_length, tokenizer)
+        limit = check_length(self.max_text_length if max_length is None else max_length, tokenizer)
+        if self.dual_encoder_processor is not None:  # which reads no more than it learned with
+            limit = min(limit, self.max_text_length)
+        if self.text_padding == "max_length" and limit != check_length(self.max_text_length, tokenizer):
+            raise ValueError(
+                f"max_length={max_length}: this text side reads captions of {self.max_text_length} tokens"
+            )
         inputs, lengths = tokenize(tokenizer, captions, limit, self.text_padding)
         cut = np.flatnonzero(lengths > limit)
+        if cut.size and getattr(truncation, "value", truncation) in (False, "do_not_truncate"):
+            raise ValueError(
+                f"text[{cut[0]}] has {lengths[cut[0]]} tokens, over {limit}, and truncation={truncation!r}: "
+                "shorten it, or let it be cut"
+            )
+        if padding is not None and self.text_padding == "longest":
+            inputs = _padded_as_asked(inputs, padding, limit, tokenizer.pad_token_id)
         if cut.size and not self.truncated_captions:
             more = (
                 "the model reads no more"
@@ -640,6 +701,26 @@ def encode(
     # (T, W): attended, and no special token.
     inputs["word_mask"] = inputs["attention_mask"] * ~np.isin(inputs["input_ids"], special_ids(tokenizer))
     return inputs, lengths
+
+
+def _padded_as_asked(inputs: dict[str, np.ndarray], padding: Any, limit: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Tokens that are padded to the longest caption, with the padding that a call of the processor asks for."""
+    wanted = PADDINGS.get(getattr(padding, "value", padding))
+    if wanted is None:
+        raise ValueError(f"padding={padding!r}: expected one of {', '.join(map(repr, PADDINGS))}")
+    lengths = inputs["attention_mask"].sum(axis=1)
+    if wanted == "none" and lengths.min() < lengths.max():
+        raise ValueError(
+            f"padding={padding!r}, but the captions have {lengths.min()} to {lengths.max()} tokens: a batch needs "
+            "padding=True, or captions one by one"
+        )
+    if wanted != "max_length":
+        return inputs
+    wider = ((0, 0), (0, limit - inputs["input_ids"].shape[1]))
+    return {
+        name: np.pad(values, wider, constant_values=pad_id if name == "input_ids" else 0)
+        for name, values in inputs.items()
+    }
 
 
 def special_ids(tokenizer: Any) -> list[int]:

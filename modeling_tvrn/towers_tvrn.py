@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .checks_tvrn import check_weights
 from .trust_tvrn import MODEL_CODE, explained, without_code
 
 # What a map or a word sequence does not depend on: poolers, and the token of masked-image training.
@@ -82,6 +83,7 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
             f"{str(path)!r} holds a {type(tower).__name__}, which reads {tower.main_input_name}; expected a "
             f"{half.removesuffix('_config')} model, which reads {_READS[half]}."
         )
+    check_weights(tower, repr(os.fspath(path)))
     # Saved with the checkpoint: a Hub id says where a tower is from, a path only whose disk it was on.
     if os.path.isdir(path):
         tower.config.name_or_path = os.path.basename(os.path.abspath(path))
@@ -291,26 +293,32 @@ def _load_whole(name: str, config: PreTrainedConfig, **options: Any) -> Any:
             f"The checkpoint {name!r} does not hold a whole {type(model).__name__}: {faults[0]} ({len(faults)} such "
             "weights); expected all that its config.json says. Fetch it again, or look whether that file was changed."
         )
+    check_weights(model, repr(name))
     return model
 
 
-def image_features(model: Any, pixels: Tensor) -> Any:
-    """`get_image_features` of a dual encoder.
+def look(tower: Any, config: PreTrainedConfig, pixels: Tensor) -> Any:
+    """A vision tower's output, or that of a dual encoder's `get_image_features`.
 
     Raises:
-        ValueError: If its tower refuses pixels of that size, with the size it was made for.
+        ValueError: If it refuses pixels of that size, with the size it was made for.
     """
     try:
-        return model.get_image_features(pixel_values=pixels)
+        return tower(pixel_values=pixels)
     except (ValueError, RuntimeError) as error:
-        made_for, got = _image_size(model.config.vision_config), tuple(pixels.shape[-2:])
+        made_for, got = _image_size(config), tuple(pixels.shape[-2:])
         if got == made_for or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
-            f"The vision tower {model.config.vision_config.model_type!r} refuses pixel_values of {got[0]}×{got[1]} "
+            f"The vision tower {config.model_type!r} refuses pixel_values of {got[0]}×{got[1]} "
             f"({str(error).splitlines()[0]}); expected {made_for[0]}×{made_for[1]}. Make them with the image "
-            "processor of this checkpoint."
+            "processor of this checkpoint, or set image_size to what the tower was made for."
         ) from error
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the dtype of its weights, or in a quantised one of those that are not."""
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
 
 
 @torch.no_grad()
@@ -324,7 +332,7 @@ def probe(model: Any) -> ProbedSizes:
     kind = type(model).__name__
     pixels, ids = _probe_inputs(model.config, kind)
     weight = next(model.parameters())
-    pixels, ids = pixels.to(weight), ids.to(weight.device)
+    pixels, ids = pixels.to(weight.device, float_dtype(model)), ids.to(weight.device)
     try:
         image, text = model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=ids)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -347,7 +355,7 @@ def probe(model: Any) -> ProbedSizes:
     image_embeds, text_embeds = (nn.functional.normalize(side.pooler_output.float(), dim=-1) for side in (image, text))
     ours = math.exp(scale) * (image_embeds @ text_embeds.T) + (0.0 if bias is None else float(bias))
     own = model(pixel_values=pixels, input_ids=ids).logits_per_image.float()
-    slack = TOLERANCE if next(model.parameters()).dtype == torch.float32 else 2e-2
+    slack = TOLERANCE if float_dtype(model) == torch.float32 else 2e-2
     if own.shape != ours.shape or not (own - ours).abs().max() <= slack * max(1.0, math.exp(scale)):
         raise _refused(kind, f"its logit of the probe is {own.tolist()}, scale·cosine + bias is {ours.tolist()}")
     return ProbedSizes(shapes[0][1], grid.shape[1], hidden.shape[2], scale, None if bias is None else float(bias))
@@ -389,7 +397,7 @@ def _refused(kind: str, reason: str) -> ValueError:
 def plain_dual_encoder(config: PreTrainedConfig, nested: nn.Module, scale: Tensor, bias: Tensor | None) -> Any:
     """The dual encoder as a model of its original class, with the scale and bias that TVRN trained."""
     # A copy: building a model writes into its configuration.
-    model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False).to(next(nested.parameters()).dtype)
+    model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False).to(float_dtype(nested))
     state = dict(nested.state_dict())
     for name, value in (
         (SCALE, scale.detach()),

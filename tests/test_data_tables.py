@@ -329,7 +329,7 @@ class TestHub:
 def test_region_features_in_a_table(tmp_path):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(3, 5, 7)).astype(np.float32)
-    boxes = rng.uniform(size=(3, 5, 4)).astype(np.float32)
+    boxes = np.sort(rng.uniform(size=(3, 5, 2, 2)), axis=2).reshape(3, 5, 4).astype(np.float32)
     table = {"region_features": features.tolist(), "region_boxes": boxes.tolist(), "caption": ["one", "two", "three"]}
     write_parquet(tmp_path / "a.parquet", table, image=None)
     for streaming in (False, True):

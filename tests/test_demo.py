@@ -2,17 +2,24 @@
 
 import json
 import re
+import struct
+import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 from data_makers import encoded, noise
 from test_index import bomb, build, photographs, seeing  # noqa: F401 (a fixture)
 
 from modeling_tvrn import demo
+from modeling_tvrn.data.images import decode_image
 from modeling_tvrn.demo import Searches
 from modeling_tvrn.index import ImageTextIndex
 
@@ -55,6 +62,51 @@ def test_an_uploaded_pair_is_scored_and_bad_files_are_named_not_opened(searches:
         (tmp_path / name).write_bytes(content)
         assert reason in searches.score(tmp_path / name, "dogs run")
         assert reason in searches.by_image(tmp_path / name)[2]
+
+
+def test_an_upload_is_bounded_before_it_is_decoded(searches: Searches, tmp_path: Path) -> None:
+    """Behind the header is another picture's data: to decode it would say that it is corrupt."""
+    header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 5001, 5000, 8, 6, 0, 0, 0)
+    header += struct.pack(">I", zlib.crc32(header[4:]))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + encoded(1)[33:])
+    assert "pixel limit" in searches.score(tmp_path / "a.png", "dogs run")
+    assert "pixel limit" in searches.by_image(tmp_path / "a.png")[2]
+
+
+def test_one_photograph_at_a_time_is_in_memory(
+    searches: Searches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(3))
+    _, state, _ = searches.by_text("two dogs run in snow", 2)
+    now, most = [0], [0]
+
+    def counted(*given: Any, **how: Any) -> Any:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        now[0] -= 1
+        return decode_image(*given, **how)
+
+    monkeypatch.setattr(demo, "decode_image", counted)
+    with ThreadPoolExecutor(8) as threads:
+        calls = [
+            lambda: searches.by_text("dogs", 4), lambda: searches.score(tmp_path / "a.png", "dogs"),
+            lambda: searches.by_image(tmp_path / "a.png", 4), lambda: searches.why(state, 0),
+        ]  # fmt: skip
+        for done in [threads.submit(call) for call in calls * 2]:
+            done.result()
+    assert most == [1]
+
+
+def test_a_hit_is_explained_by_the_score_that_found_it(seeing: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Of the photograph itself, however large: a smaller copy of it would score otherwise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1100, 900, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    PIL.Image.fromarray(pixels).save(tmp_path / "photos" / "large.png")
+    searches = Searches(*seeing, build(*seeing, tmp_path / "photos", tmp_path / "index"), tmp_path / "photos")
+    _, state, _ = searches.by_text("two dogs run in snow", 1)
+    hit = searches.index.search(text="two dogs run in snow", limit=1)[0]
+    assert f"{hit.score:.3f}" in searches.why(state, 0)
 
 
 def test_nothing_outside_the_folder_is_shown(searches: Searches, seeing: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -1,9 +1,10 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
 Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
-hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, plots, redaction) import
-none of ours; but processing and teachers may read the configuration, teachers write their files with storage, and
-redaction keeps secrets out of what storage, teachers and data write. Shipped files are copied flat beside a
+hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots,
+redaction) import none of ours; but processing and teachers may read the configuration, teachers write their files with
+storage, redaction keeps secrets out of what storage, teachers and data write, and pixels say to processing, teachers
+and data what a picture looks like. Shipped files are copied flat beside a
 checkpoint, where only torch, transformers and what those require exist.
 """
 
@@ -26,7 +27,7 @@ ALWAYS_REQUIRED = {
     *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer", "pydantic"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
-LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "plots", "redaction"}
+LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "pixels", "plots", "redaction"}
 BASE = {"configuration", "modeling", "front_door", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", "front_door", *EVERYTHING_SHIPPED},
@@ -34,12 +35,13 @@ MAY_IMPORT = {
     "registration": set(),
     "configuration": set(),
     "modeling": {"configuration", "losses"},
-    "processing": {"configuration"},
+    "processing": {"configuration", "pixels"},
+    "pixels": set(),
     "losses": set(),
     "metrics": set(),
     "storage": {"redaction"},
-    "teachers": {"configuration", "storage", "redaction"},
-    "data": {"redaction"},
+    "teachers": {"configuration", "pixels", "storage", "redaction"},
+    "data": {"pixels", "redaction"},
     "plots": set(),
     "redaction": set(),
     "kernels": {"configuration", "modeling"},
@@ -59,7 +61,7 @@ LAYER_OF_SHIPPED = {
     "layers_tvrn": "modeling",
     "pair_tvrn": "modeling",
     "towers_tvrn": "modeling",
-    "pixels_tvrn": "processing",
+    "pixels_tvrn": "pixels",
     "configuration_tvrn": "configuration",
     "modeling_tvrn": "modeling",
     "processing_tvrn": "processing",

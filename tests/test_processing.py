@@ -404,9 +404,8 @@ class TestInputs:
         ("images", "message"),
         [
             ([], "zero images"),
-            (["photo.jpg"], r"images\[0\] is str 'photo.jpg'.*PIL.Image.open"),
+            (["photo.jpg"], r"images\[0\] \('photo.jpg'\) is no file.*text="),
             ([None], r"images\[0\] is NoneType"),
-            (np.ones((9, 9, 3)), r"float64 array of shape \(9, 9, 3\): expected uint8"),
             (np.ones((9, 9, 2), dtype=np.uint8), r"shape \(9, 9, 2\)"),
             (np.ones((0, 9, 3), dtype=np.uint8), r"images\[0\]"),
         ],

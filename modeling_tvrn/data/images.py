@@ -9,27 +9,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
+from ..pixels_tvrn import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from ..pixels_tvrn import known_formats, to_rgb
 from .file_kinds import HEAD, HEIC, kind_of_content, kind_of_damage, kind_of_file, printable, why_unreadable
 from .skipped import CORRUPT_IMAGE, HUGE_IMAGE, MISSING_IMAGE, NO_IMAGE, UNREADABLE_FILE, Unusable
 
 Check = Literal["header", "full", False]
 
-# Pillow's own warning threshold: a quarter of a gigabyte once decoded.
-MAX_IMAGE_PIXELS = 89_478_485
 KEPT_BLOCKS = 64
-# Raster formats only. Pillow would also start Ghostscript for an EPS file, whatever the file is called. MPO, phones'
-# JPEG with further pictures behind the first, has no opener of its own: JPEG's reads it.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
     ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
 )  # fmt: skip
-_EXIF_ORIENTATION = 0x0112
-_EXIF_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in `info`; TIFF's tags apart
 _TAIL = 64  # bytes at the end of a file in which its end marker is looked for
 
 # encoded bytes, a file, what `datasets` makes of an image that it does not decode, or a picture
@@ -41,17 +34,14 @@ class ImageError(Unusable):
 
 
 def decode_image(encoded: EncodedImage, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image:
-    """Decode to RGB, turned upright by its EXIF orientation; the first frame of an animation.
+    """Decode to RGB, see `to_rgb`; the first frame of an animation.
 
     Raises:
         ImageError: missing, corrupt, cut short, or of more than `max_pixels` pixels.
     """
     with _opened(encoded, max_pixels) as image:
         try:
-            image.load()
-            if _may_lie(image) and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                image = PIL.ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+            return to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost anything on corrupt data
             raise _corrupt(encoded, error) from error
 
@@ -109,7 +99,7 @@ def _identified(encoded: EncodedImage) -> PIL.Image.Image:
     """The image with its header read, by the first format that takes it."""
     file = _as_file(encoded)
     try:
-        return PIL.Image.open(file, formats=_formats())
+        return PIL.Image.open(file, formats=known_formats())
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(HUGE_IMAGE, f"{_described(encoded)}: {error}", str(error)) from error
     except OSError as error:
@@ -123,14 +113,6 @@ def _identified(encoded: EncodedImage) -> PIL.Image.Image:
         raise ImageError(NO_IMAGE, f"{_described(encoded)}: {kind}", kind) from error
     except Exception as error:
         raise _corrupt(encoded, error) from error
-
-
-def _formats() -> list[str]:
-    """Of the formats those that this Pillow has: the last ones need a new one, or a plug-in."""
-    PIL.Image.preinit()
-    if any(name not in PIL.Image.OPEN for name in FORMATS):
-        PIL.Image.init()
-    return [name for name in FORMATS if name in PIL.Image.OPEN]
 
 
 def _registers_heif() -> bool:
@@ -266,28 +248,6 @@ def _ends(content: Any) -> tuple[int, bytes, bytes]:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
         return size, head, file.read()
-
-
-def _may_lie(image: PIL.Image.Image) -> bool:
-    """Whether an image says how the camera was held; asking Pillow costs a twentieth of decoding a small picture."""
-    return hasattr(image, "tag_v2") or any(name in image.info for name in _EXIF_SOURCES)
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey at 255 instead of scaling it
-        grey = np.asarray(image).astype(np.float32) / 257
-        image = PIL.Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if image.mode == "RGB":
-        # A plain Image, free of the file and of the decoder's plugin class. Its pixels need not be copied, unless they
-        # are those of a mapped file.
-        return image.copy() if image.readonly else image._new(image.im)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # the colour under full transparency is arbitrary: show it as on a page
-        image = image.convert("RGBA")
-        page = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(page, image)
-    return image.convert("RGB")
 
 
 def _corrupt(encoded: EncodedImage, error: Exception) -> ImageError:

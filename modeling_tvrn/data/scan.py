@@ -21,6 +21,7 @@ CAPTIONS_PER_IMAGE = 5
 _IMAGES, _CAPTIONS = "_ims.npy", "_caps.txt"
 _SIZES = ("_img_sizes.npy", "_image_sizes.npy")
 _BOX_SLACK = 1.0  # pixels by which detectors' boxes may leave the image
+_ROUNDING = 1e-4  # the same of fractions
 
 
 class ScanSource(PairSource):
@@ -126,29 +127,46 @@ class ScanSource(PairSource):
         return [int(line) if line.isdecimal() else line for line in ids]
 
     def _check_boxes(self) -> None:
-        """Refuse boxes that do not belong to the features, and pixel boxes that no size brings into [0, 1]."""
+        """Refuse boxes that do not belong to the features or are none, and pixels that no size brings into [0, 1]."""
         if self._boxes is None:
             return
+        name, boxes = f"{self.stem}_boxes.npy", self._boxes
         expected = (*self._features.shape[:2], 4)
-        if self._boxes.shape != expected:
-            raise ValueError(f"{self.stem}_boxes.npy has the shape {self._boxes.shape}, expected {expected}")
-        largest = np.stack([self._boxes[..., 1::2].max(axis=(1, 2)), self._boxes[..., 0::2].max(axis=(1, 2))], axis=1)
-        self.in_pixels = bool(largest.max() > 1)
+        if boxes.shape != expected or boxes.dtype.kind not in "uif":
+            raise ValueError(f"{name} has the shape {boxes.shape} of {boxes.dtype}, expected {expected} of numbers")
+        self._refuse_boxes(~np.isfinite(boxes), "expected finite numbers")
+        self._refuse_boxes(
+            boxes[..., 2:] < boxes[..., :2],
+            "x2 < x1 or y2 < y1; expected corners x1, y1, x2, y2, not x, y, width, height",
+        )
+        self.in_pixels = bool(boxes.max() > 1)
+        slack = _BOX_SLACK if self.in_pixels else _ROUNDING
+        self._refuse_boxes(boxes < -slack, "outside the image, which begins at 0")
         if not self.in_pixels:
             return
+        largest = np.stack([boxes[..., 1::2].max(axis=(1, 2)), boxes[..., 0::2].max(axis=(1, 2))], axis=1)
         if self._sizes is None:
             raise ValueError(
-                f"{self.stem}_boxes.npy holds pixels (up to {largest.max():g}) and there is no "
-                f"{self.stem}{_SIZES[0]}: save one, (images, 2) with height and width in pixels, or divide the "
-                "boxes by them"
+                f"{name} holds pixels (up to {largest.max():g}) and there is no {self.stem}{_SIZES[0]}: save one, "
+                "(images, 2) with height and width in pixels, or divide the boxes by them"
             )
         sizes = self._all_sizes(len(largest))
         if (largest > sizes + _BOX_SLACK).any():
             swapped = " (they fit once height and width are swapped)" if _fits(largest, sizes[:, ::-1]) else ""
             row = int((largest > sizes + _BOX_SLACK).any(axis=1).argmax())
             raise ValueError(
-                f"{self.stem}_boxes.npy, row {row}: boxes reach (y, x) = {largest[row].tolist()} outside an image of "
+                f"{name}, row {row}: boxes reach (y, x) = {largest[row].tolist()} outside an image of "
                 f"(height, width) {sizes[row].tolist()}{swapped}; the sizes must be (height, width) in pixels"
+            )
+
+    def _refuse_boxes(self, wrong: np.ndarray, why: str) -> None:
+        """Name the first box of which a number, of (rows, regions, numbers), is wrong."""
+        if wrong.any() and self._boxes is not None:
+            places = np.argwhere(wrong.any(axis=2))
+            row, region = places[0]
+            box = self._boxes[row, region].tolist()
+            raise ValueError(
+                f"{self.stem}_boxes.npy, row {row}, region {region}: {box}: {why} ({len(places)} such boxes)"
             )
 
     def _all_sizes(self, rows: int) -> np.ndarray:
@@ -157,12 +175,15 @@ class ScanSource(PairSource):
         if sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2 or len(sizes) not in (rows, rows // self.step):
             found = None if sizes is None else sizes.shape
             raise ValueError(f"{self.stem}{_SIZES[0]} has the shape {found}, expected ({rows}, 2) as height, width")
+        if not (sizes > 0).all() or not np.isfinite(sizes).all():  # NaN is above nothing
+            wrong = sizes[~((sizes > 0) & np.isfinite(sizes)).all(axis=1)][0].tolist()
+            raise ValueError(f"{self.stem}{_SIZES[0]} holds the sizes {wrong}, expected pixels above 0")
         return sizes.repeat(rows // len(sizes), axis=0)
 
     def _relative_boxes(self, place: int) -> np.ndarray:
         boxes = np.array(self._boxes[place], dtype=np.float32)  # type: ignore[index]
         if self._sizes is None or not self.in_pixels:
-            return boxes
+            return boxes.clip(0, 1)
         row = place if len(self._sizes) == len(self._features) else place // self.step
         height, width = self._sizes[row]
         return (boxes / np.array([width, height, width, height], np.float32)).clip(0, 1)

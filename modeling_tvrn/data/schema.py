@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import io
 import numbers
 import re
-import tokenize
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from .file_kinds import is_unicode, printable
 from .images import IMAGE_SUFFIXES
@@ -49,6 +49,9 @@ FILENAME_COLUMNS = (
 LINE_COLUMNS = ("txt",)  # webdataset's text member, also where `datasets` made a column of it: a caption a line
 REGION_COLUMNS = ("region_features", "region_boxes", "region_mask")
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille cell
+# One item of a printed list, and the list.
+_PRINTED_ITEM = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|None|nan|null|NaN""")
+_PRINTED = re.compile(rf"\[\s*(?:(?:{_PRINTED_ITEM.pattern})(?:\s*,\s*|\s+))*(?:{_PRINTED_ITEM.pattern})?\s*\]")
 _NUMBERED = re.compile(r"(caption|text|sentence|comment)s?[ _]?(\d+)$", re.IGNORECASE)
 
 ROLES = ("image", "captions", "image_id", "caption_ids", "split", "filename")
@@ -282,7 +285,7 @@ def read_captions(values: Sequence[Any], per_line: bool = False) -> list[Any]:
     value = values[0]
     if _is_missing(value):
         return []
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | np.ndarray):
         return [_caption(item) for item in value]
     text = _caption(value)
     if not isinstance(text, str):
@@ -330,18 +333,12 @@ def _written_list(text: str) -> list[Any] | None:
 
 def _printed_items(text: str) -> list[str | None] | None:
     """The strings of a list as Python prints it, or as NumPy does, without commas; None for those that are missing."""
-    blanks = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
-    try:
-        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in blanks]
-        printed = [token for token in tokens if token.type in (tokenize.STRING, tokenize.NAME)]
-        missing = {"None": None, "nan": None, "NaN": None, "null": None}
-        items = [
-            missing[token.string] if token.string in missing else ast.literal_eval(token.string) for token in printed
-        ]
-    except (tokenize.TokenError, SyntaxError, ValueError):
+    if _PRINTED.fullmatch(text) is None:  # first: a parser takes minutes over long text that only begins as a list
         return None
-    is_list = {token.string for token in tokens if token not in printed} <= {"[", "]", ","}
-    return items if items and is_list and all(isinstance(item, str | None) for item in items) else None
+    try:
+        return [ast.literal_eval(item) if item[0] in "'\"" else None for item in _PRINTED_ITEM.findall(text[1:-1])]
+    except (ValueError, SyntaxError):  # an escape that is none
+        return None
 
 
 def read_ids(values: Mapping[str, Any], layout: Layout) -> list[Any] | None:

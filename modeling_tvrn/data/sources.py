@@ -162,7 +162,7 @@ def check_regions(content: Mapping[str, Any]) -> None:
     """Check one image's region arrays; whether boxes are needed is the model's decision.
 
     Raises:
-        ImageError: wrong shapes, no regions, or values that are not finite.
+        ImageError: wrong shapes, no regions, values that are not finite, or boxes inside out.
     """
     features = np.asarray(content["region_features"])
     if features.ndim != 2 or not features.size:
@@ -172,6 +172,10 @@ def check_regions(content: Mapping[str, Any]) -> None:
     for name, shape in zip(REGION_COLUMNS[1:], ((len(features), 4), (len(features),)), strict=True):
         if name in content and np.shape(content[name]) != shape:
             raise ImageError(BAD_REGIONS, f"{name} of shape {np.shape(content[name])}, expected {shape}")
+    if "region_boxes" in content:
+        boxes = np.asarray(content["region_boxes"])[np.asarray(content.get("region_mask", True), dtype=bool)]
+        if not (boxes[..., 2:] >= boxes[..., :2]).all() or not np.isfinite(boxes).all():  # NaN is in no order
+            raise ImageError(BAD_REGIONS, "region_boxes hold NaN, or boxes with x2 < x1 or y2 < y1")
 
 
 class ScenesSource(PairSource):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from ..pixels_tvrn import rgb_images
 from .records import Record
-from .schema import REGION_COLUMNS, ItemId
+from .schema import CAPTION_COLUMNS, REGION_COLUMNS, ItemId, read_captions
 
 Item = dict[str, Any]
 
@@ -45,6 +46,11 @@ class CaptionDataset(torch.utils.data.Dataset[Item]):
     """
 
     def __init__(self, records: Records) -> None:
+        if not hasattr(records, "captions"):
+            raise ValueError(
+                f"the records are a {type(records).__name__}, whose captions are not known beforehand; give what "
+                "load_pairs makes of it: CaptionDataset(load_pairs(data))"
+            )
         self.records = records
         counts = [len(captions) for captions in records.captions]
         if not sum(counts):
@@ -117,8 +123,10 @@ class PairCollator:
         self.processor = processor
         self.return_loss = return_loss
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item] | Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Collate items of `CaptionDataset` or `CaptionStream`, or whole records (then with all of their captions).
+
+        Also rows or columns of a `datasets.Dataset` with pictures in "image": without "image_id" equal ones are one.
 
         Returns:
             The processor's inputs for I images and T captions, I <= T; `image_ids (I,)` and `text_image_ids (T,)`,
@@ -127,6 +135,8 @@ class PairCollator:
         Raises:
             ValueError: no items, or records with images beside records with region features.
         """
+        if isinstance(items, Mapping):  # columns, as a slice of a data set gives them
+            items = [dict(zip(items, row, strict=True)) for row in zip(*items.values(), strict=True)]
         pairs = [pair for item in items for pair in ([item] if "record" in item else _items_of(item))]
         if not pairs:
             raise ValueError(f"a batch of {len(items)} items holds no caption: nothing to collate")
@@ -150,7 +160,7 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
     """The processor's arguments for the image side of some records: `images`, or `region_features` and the like.
 
     Raises:
-        ValueError: the records do not all hold the same of them.
+        ValueError: the records do not all hold the same of them, or a path or an address in place of a picture.
     """
     columns = ("image", *REGION_COLUMNS, "image_embeds")
     forms = {tuple(name for name in columns if name in record) for record in records}
@@ -161,25 +171,37 @@ def image_inputs(records: Sequence[Record]) -> dict[str, list[Any]]:
         )
     names = forms.pop()
     if names == ("image",):
-        return {"images": [record["image"] for record in records]}
+        try:
+            return {"images": rgb_images([record["image"] for record in records])}
+        except ValueError as error:  # of a path, which only a user may name
+            raise ValueError(
+                f"a record's 'image' cannot be used: {error}; load_pairs reads and checks data"
+            ) from error
     return {name: [record[name] for record in records] for name in names if name != "image"}
 
 
 def _items_of(record: Record) -> list[Item]:
-    if "captions" not in record:
+    column = next((name for name in CAPTION_COLUMNS if name in record), None) if isinstance(record, Mapping) else None
+    if column is None:
+        keys = f"with the keys {sorted(record)}" if isinstance(record, Mapping) else f"{record!r:.80}"
         raise ValueError(
-            f"an item with the keys {sorted(record)} is neither a record nor of CaptionDataset; of a Trainer set "
-            "remove_unused_columns=False, or it removes what the collator reads"
+            f"a {type(record).__name__} {keys} is neither a record with captions nor of CaptionDataset; of a Trainer "
+            "set remove_unused_columns=False, or it removes what the collator reads"
         )
     return [
         {"record": record, "caption": caption, "caption_number": number}
-        for number, caption in enumerate(record["captions"])
+        for number, caption in enumerate(read_captions([record[column]]))
     ]
 
 
 def _image_number(item: Item) -> int:
-    """The image's row number; of a stream 63 bits of its id's hash, the same in every process."""
+    """The image's row number; of a stream 63 bits of a hash, the same in every process: of its id, else of itself."""
     if "row" in item:
         return int(item["row"])
-    digest = hashlib.blake2b(str(item["record"]["image_id"]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    record = item["record"]
+    if "image_id" in record:
+        name = str(record["image_id"]).encode()
+    else:
+        values = image_inputs([record])
+        name = b"".join(np.asarray(each).tobytes() for column in values.values() for each in column)
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.images import decode_image
 from ..layers_tvrn import grid_boxes
+from ..pixels_tvrn import rgb_images
 
 
 @dataclass
@@ -53,14 +54,13 @@ def read_scene(model: Any, processor: Any, image: Any) -> Scene:
 
 
 def open_image(image: Any) -> PIL.Image.Image:
-    """RGB of a PIL image, a path, encoded bytes or a uint8 array."""
+    """RGB of a PIL image, a path, encoded bytes or an array."""
     if isinstance(image, np.ndarray | Tensor):
-        array = np.asarray(image)
-        return PIL.Image.fromarray(array if array.shape[-1] in (1, 3, 4) else np.moveaxis(array, 0, -1)).convert("RGB")
+        return rgb_images([image])[0]
     if isinstance(image, PIL.Image.Image | str | os.PathLike | bytes | memoryview | Mapping):
         return decode_image(image)
     raise ValueError(
-        f"the image is a {type(image).__name__}; expected a PIL image, a path, encoded bytes, a uint8 array, or a "
+        f"the image is a {type(image).__name__}; expected a PIL image, a path, encoded bytes, an array, or a "
         "record with 'region_features' (and 'image', to draw on)"
     )
 

@@ -28,7 +28,6 @@ from ..pixels_tvrn import PixelTable, rgb_images
 Arrays = dict[str, np.ndarray]
 
 MANIFEST = "tvrn_onnx.json"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")  # none that runs a program
 CAPTIONS_AT_ONCE = 16  # of a block of pairs: sorted by length, so that little of it is padding
 
 
@@ -81,7 +80,7 @@ class OnnxModel:
         """Everything a search and the pair score need of images.
 
         Args:
-            pictures: Files, PIL images or uint8 arrays, of a model exported with pixels.
+            pictures: Files, encoded bytes, PIL images or arrays, of a model exported with pixels.
             batch_size: Images at a time.
             **arrays: The graph's inputs instead: `pixel_values`, or `region_features`, `region_boxes`, `region_mask`.
 
@@ -95,8 +94,8 @@ class OnnxModel:
             raise ValueError("encode_images takes either pictures or the graph's inputs by name.")
         if pictures is None:
             return self._run_in_batches("image", arrays, batch_size)
-        if isinstance(pictures, str | os.PathLike) or not isinstance(pictures, Sequence):
-            pictures = [pictures]
+        if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence):
+            pictures = list(pictures) if getattr(pictures, "ndim", 0) == 4 else [pictures]
         batches = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
         return cat([self._run("image", {"pixel_values": self.pixels(batch)}) for batch in batches])
 
@@ -173,7 +172,7 @@ class OnnxModel:
             resample=recipe["resample"],
             values=np.array(recipe["values"], np.float32),
         )
-        pixels = table.pixels(rgb_images([_opened(picture) for picture in pictures]))
+        pixels = table.pixels(rgb_images(pictures, files=True))
         if pixels is None:
             raise ValueError("A picture is smaller than the part that is cut out of it; enlarge or drop it.")
         return pixels
@@ -286,19 +285,6 @@ def _checked(about: Mapping[str, Any], value: np.ndarray) -> np.ndarray:
     if limit is not None and (value.min() < 0 or value.max() >= limit):
         raise ValueError(f"{name} holds {value.min()} to {value.max()}; expected 0 to {limit - 1}.")
     return np.ascontiguousarray(value, dtype=about["dtype"])
-
-
-def _opened(picture: Any) -> Any:
-    if not isinstance(picture, str | os.PathLike):
-        return picture
-    import PIL.Image
-    import PIL.ImageOps
-
-    if not os.path.isfile(picture):  # a pipe would be waited for
-        raise ValueError(f"{os.fspath(picture)!r} is no file.")
-    PIL.Image.init()
-    with PIL.Image.open(picture, formats=[name for name in FORMATS if name in PIL.Image.OPEN]) as opened:
-        return PIL.ImageOps.exif_transpose(opened).copy()
 
 
 def _length(items: Mapping[str, np.ndarray]) -> int:

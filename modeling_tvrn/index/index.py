@@ -282,10 +282,13 @@ class ImageTextIndex:
         return Hits(hits, seconds)
 
     def search_vector(self, vector: Any, limit: int = 10, *, where: Where | None = None) -> Hits:
-        """The nearest items of an embedding (P,), by cosine alone; needs no model."""
+        """The nearest items of an embedding (P,), by cosine alone; needs no model.
+
+        Raises:
+            ValueError: If it has another shape, holds NaN, or is zero throughout.
+        """
         started = time.perf_counter()
-        plain = np.asarray(vector, np.float32)
-        found = self.backend.nearest(plain / max(float(np.linalg.norm(plain)), 1e-12), limit, where)
+        found = self.backend.nearest(_unit_vector(vector), limit, where)
         return Hits(self._hits(found, None, limit), {"shortlist": time.perf_counter() - started})
 
     def _encode(self, text: str | None, image: Any) -> EncodedItems:
@@ -316,3 +319,23 @@ class ImageTextIndex:
             found_at = (item.get("path"), item.get("text"))
             hits.append(Hit(rank, item["id"], score, logit, cosine, *found_at, metadata, kind))
         return hits
+
+
+def _unit_vector(vector: Any) -> np.ndarray:
+    """A query's embedding (P,) in float32, of unit norm.
+
+    Raises:
+        ValueError: If it is none: NaN would be as near to everything as anything.
+    """
+    if isinstance(vector, torch.Tensor):
+        vector = vector.detach().float().cpu()  # NumPy has no bfloat16
+    try:
+        plain = np.asarray(vector, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the vector is a {type(vector).__name__} {vector!r:.80}; expected numbers (P,)") from error
+    plain = plain[0] if plain.ndim == 2 and len(plain) == 1 else plain
+    norm = float(np.linalg.norm(plain))
+    if not np.isfinite(norm) or norm == 0:
+        what = "zeros alone" if norm == 0 else "NaN or infinity"
+        raise ValueError(f"the vector holds {what}; expected an embedding, as get_text_features gives it")
+    return (plain / norm).astype(np.float32)

@@ -124,7 +124,12 @@ class VectorSearch:
             query: (P,) unit norm.
             limit: How many.
             rows: Only these rows are considered; they are scanned, so that the result is exact however few they are.
+
+        Raises:
+            ValueError: If the query has another length than the vectors.
         """
+        if query.shape != self.vectors.shape[1:]:
+            raise ValueError(f"the query has shape {query.shape}, expected {self.vectors.shape[1:]} as the index has")
         query = np.ascontiguousarray(query, np.float32)
         if rows is None and self.graph is not None:
             found = self._walk(query, limit * OVERSAMPLE[self.precision])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import ItemId, module_fingerprint, preprocessor_fingerprint
 from .pooling import fractional_boxes, pool_boxes
 
@@ -51,21 +52,24 @@ class ImagePreparation:
                     "that exist already need no cache"
                 )
         ids = [record["image_id"] for record in records]
-        pixels = self.processor(images=[record["image"] for record in records], return_tensors="pt")["pixel_values"]
+        pictures = rgb_images([record["image"] for record in records])
+        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         batch = {"image_ids": ids, "pixel_values": pixels}
         if self.boxes_column is not None:
-            boxes, mask, cut = self._boxes(records, self.boxes_column)
+            boxes, mask, cut = self._boxes(records, pictures, self.boxes_column)
             batch |= {"region_boxes": boxes, "region_mask": mask, "cut": cut}
         return batch
 
-    def _boxes(self, records: Sequence[Mapping[str, Any]], column: str) -> tuple[Tensor, Tensor, int]:
+    def _boxes(
+        self, records: Sequence[Mapping[str, Any]], pictures: Sequence[Any], column: str
+    ) -> tuple[Tensor, Tensor, int]:
         boxes = np.zeros((len(records), self.max_regions, 4), dtype=np.float32)
         mask = np.zeros((len(records), self.max_regions), dtype=bool)
         cut = 0
-        for row, record in enumerate(records):
+        for row, (record, picture) in enumerate(zip(records, pictures, strict=True)):
             if column not in record:
                 raise ValueError(f"the record of image {record['image_id']!r} has no {column!r} but {sorted(record)}")
-            found = fractional_boxes(record[column], record["image"].size, record["image_id"])
+            found = fractional_boxes(record[column], picture.size, record["image_id"])
             cut += len(found) > self.max_regions
             kept = found[: self.max_regions]
             boxes[row, : len(kept)] = kept

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see processing_tvrn
 from transformers.utils import cached_file
 
+from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
 from ..trust_tvrn import MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, without_code
 from .vector_pooling import POOLINGS, choose_pooling, pool, prefix_tokens
@@ -75,8 +76,8 @@ class ImagePreparation:
     image_processor: Any
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """The model's input of some PIL images."""
-        return dict(self.image_processor(images=[image.convert("RGB") for image in items], return_tensors="pt"))
+        """The model's input of some pictures."""
+        return dict(self.image_processor(images=rgb_images(items), return_tensors="pt"))
 
     def fingerprint(self) -> dict[str, Any]:
         """Every setting of the image processor."""

@@ -6,13 +6,15 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
-from transformers import CONFIG_MAPPING, ViTImageProcessorPil
+import PIL.Image
+from transformers import ViTImageProcessorPil
 
+from ..configuration_tvrn import TVRNConfig
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
+from ..scoring.models import evaluating
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
-from ..trust_tvrn import without_code
 from .continuing import check_finished, continued
 from .lora import add_adapters
 
@@ -79,7 +81,8 @@ def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor
 
 def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
     """For a vision tower from scratch: a square of `image_size` pixels, values in [-1, 1]."""
-    side = config.image_size or config.model["vision_config"].get("image_size") or 224
+    tower = TVRNConfig(vision_config=config.model["vision_config"]).vision_config
+    side = config.image_size or getattr(tower, "image_size", None) or 224
     return ViTImageProcessorPil(size={"height": side, "width": side})
 
 
@@ -114,6 +117,9 @@ def _on_backbones(
     towers = {"vision": config.vision, "text": config.text, "word_embeddings": config.word_embeddings}
     model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
+    if model.vision_model is not None and config.regions is None:
+        with evaluating(model):  # a size that the tower refuses is found before the work
+            model.extract_regions(processor(images=PIL.Image.new("RGB", (64, 64)))["pixel_values"])
     return model
 
 
@@ -152,8 +158,7 @@ def _size_words(fields: dict[str, Any], processor: TVRNProcessor) -> None:
 def _region_feature_size(fields: dict[str, Any], train_records: Any) -> int:
     vision_config = fields.get("vision_config")
     if vision_config is not None:
-        tower_class = CONFIG_MAPPING[vision_config["model_type"]]
-        return region_feature_size(build_tower(tower_class.from_dict(without_code(vision_config))))
+        return region_feature_size(build_tower(TVRNConfig(vision_config=vision_config).vision_config))
     record = next(iter(train_records))
     if "region_features" not in record:
         raise ValueError(
