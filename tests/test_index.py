@@ -303,8 +303,9 @@ def test_a_folder_with_bad_files_is_indexed_without_them_and_says_so(seeing: Any
     (folder / "link.png").symlink_to(outside)
     index = build(*seeing, folder, tmp_path / "index")
     assert len(index) == 9 and dict(index.report.skipped) == dict.fromkeys(
-        ("corrupt image", "not an image", "image over the pixel limit"), 1
+        ("corrupt image", "not an image", "image over the pixel limit", "unreadable file"), 1
     )
+    assert "link.png: a link that leads out" in str(index.report)
     assert "bomb.png" in str(index.report) and index.report.as_dict()["items"] == 9
     hits = {hit.id: hit for hit in index.search(image=folder / "summer" / "3.png")}
     itself = hits["summer/3.png"]

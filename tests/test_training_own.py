@@ -135,7 +135,8 @@ class TestSettingAside:
     def test_datasets_of_both_splits(self, own: Path) -> None:
         table = datasets.load_dataset("csv", data_files="pairs.csv", split="train", cache_dir=str(own / "cache"))
         parts = datasets.DatasetDict(train=table.select(range(40)), validation=table.select(range(40, 48)))
-        found = self.pairs(own, data=parts, data_options={"columns": {"filename": "image"}})
+        options = {"columns": {"filename": "image"}, "image_root": str(own)}
+        found = self.pairs(own, data=parts, data_options=options)
         assert found.about == {} and len(found.train) == 20 and len(found.validation) == 4
 
 

@@ -21,7 +21,7 @@ class NamedFiles:
     out of it are not followed: pictures of elsewhere would come into features, pages and indexes.
 
     Args:
-        folder: where names begin; None for data that may name no file (those of the Hub).
+        folder: where names begin; None for data that may name no file.
         root: the folder of the data, which no name leaves, where that is another.
         is_given: whether the user named the folder (`image_root=`), and not the data alone.
     """
@@ -38,7 +38,7 @@ class NamedFiles:
         if not name:
             return ImageError(MISSING_IMAGE, "the row names no file", "the row names no file")
         if self.folder is None or self._bounds is None:
-            return _outside(name, "data from the Hub name no files of this machine")
+            return _outside(name, "data from the Hub, or read by `datasets`, name no files of this machine")
         if os.path.isabs(name):
             if not self.is_given:
                 return _outside(name, "an absolute path in data")
