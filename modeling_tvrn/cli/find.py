@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -68,12 +70,6 @@ def index(
         return verify_folder(directory, as_json)
     from ..index import ImageTextIndex
 
-    if repair:
-        from ..storage.verify import verify as compare
-
-        for error in compare(directory)[1]:
-            typer.echo(f"tvrn: {error.path} is {error.problem}: it is made anew", err=True)
-            error.path.unlink(missing_ok=True)
     loaded, processor = load(model, device, dtype, trust_remote_code)
     built = ImageTextIndex.build(
         loaded,
@@ -86,6 +82,7 @@ def index(
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress(),
+        repair=repair,
         url=url,
         collection=collection,
     )
@@ -193,15 +190,16 @@ def _cached_index(model: str, folder: Path) -> Path:
 
 
 def _filters(keep: list[str]) -> dict[str, Any] | None:
-    """{"column": [values]} of COLUMN=VALUE; a column named twice may have either value."""
-    import yaml
-
+    """{"column": [values]} of COLUMN=VALUE; a column named twice may have either value, and 2023 be text or a number."""
     found: dict[str, Any] = {}
     for item in keep:
         column, equals, value = item.partition("=")
         if not equals:
             raise fail(f"--where is {item!r}; expected COLUMN=VALUE")
-        found.setdefault(column, []).append(yaml.safe_load(value))
+        found.setdefault(column, []).append(value)
+        with contextlib.suppress(ValueError, RecursionError):
+            if not isinstance(read := json.loads(value), str | list | dict):
+                found[column].append(read)
     return found or None
 
 

@@ -123,6 +123,7 @@ class ImageTextIndex:
         segment_size: int = 256,
         num_workers: int = 4,
         progress: bool = True,
+        repair: bool = False,
         url: str | None = None,
         collection: str = "tvrn",
         **server: Any,
@@ -148,6 +149,7 @@ class ImageTextIndex:
             segment_size: Items a file of features, and so the most that a kill loses.
             num_workers: Threads that read and decode photographs.
             progress: Show a progress bar with the time left, if it takes longer than a moment.
+            repair: Read the index's files first and make anew those that aren't what was written.
             url: Of a Qdrant server, to which the finished index is also sent (see `qdrant.publish` for `server`).
             collection: Its name there.
 
@@ -155,7 +157,12 @@ class ImageTextIndex:
             ValueError: If there is nothing to index, or a setting is out of range.
             IndexBusyError: If another process is building in the same folder.
         """
-        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress)
+        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress, repair)
+        if url is not None:
+            from .qdrant import QdrantBackend, connect, publish
+
+            shape = {name: server.pop(name) for name in ("shard_number", "replication_factor") if name in server}
+            url = connect(url, **server)  # before hours of work
         temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
         folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
         report = build_version(model, processor, open_source(source, side, ids, metadata), folder, settings)
@@ -163,9 +170,7 @@ class ImageTextIndex:
         index = cls(backend, model, processor, report)
         index._temporary = temporary
         if url is not None:
-            from .qdrant import QdrantBackend, publish
-
-            index.backend = QdrantBackend(publish(backend, url, collection, **server), collection)
+            index.backend = QdrantBackend(publish(backend, url, collection, **shape), collection)
         return index
 
     @classmethod
@@ -253,8 +258,9 @@ class ImageTextIndex:
             text: The query; or
             image: a PIL image, path, encoded bytes, uint8 array, or a record with region features.
             limit: Hits wanted, at most.
-            where: Filter by metadata: {"folder": "summer", "year": [2023, 2024]}; in a folder's index also a
-                `pyarrow.compute` expression or a function of an item's columns.
+            where: Filter by metadata: {"folder": "summer", "year": [2023, 2024]}; a folder of photographs by its path
+                or by any name in it: "summer" finds 2021/summer too. In a folder's index also a `pyarrow.compute`
+                expression or a function of an item's columns.
             shortlist_size: Candidates by embeddings that the pair score sees (at least `limit`).
             rerank: False ranks by the embeddings alone.
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from .fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
+LEFT = re.compile(r".+\.[0-9a-f]+\.tmp")
 OLD = ".removing-"  # begins the name of a folder that is on its way out
 REBUILD = "delete it and run the build that made it again, which makes anew what is missing"
 # What a manifest is of -> the version that this release reads and writes, and what to do about one that it can't read
@@ -87,6 +89,13 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers of `replacing` left in a folder; for whoever alone writes there."""
+    for path in folder.glob("*.tmp"):
+        if LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def publish_folder(aside: Path, target: Path) -> None:
