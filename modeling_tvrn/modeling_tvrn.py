@@ -31,7 +31,7 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
+from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint, share_weights
 from .layers_tvrn import (
     AttentionPooling,
     FeatureDropout,
@@ -291,6 +291,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         tvrn.config.name_or_path = tvrn.config.dual_encoder_config.name_or_path
         return tvrn
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As of every model of transformers; the weights are as readable for others as the other files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        share_weights(save_directory)
+
     def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
         """Write the first stage as a plain checkpoint of its original class, with its processor.
 
@@ -307,6 +312,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias
         )
         plain.save_pretrained(folder)
+        share_weights(folder)
         if processor is not None:
             processor.save_dual_encoder(folder)
 

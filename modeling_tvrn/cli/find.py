@@ -190,7 +190,7 @@ def _cached_index(model: str, folder: Path) -> Path:
 
 
 def _filters(keep: list[str]) -> dict[str, Any] | None:
-    """{"column": [values]} of COLUMN=VALUE; a column named twice may have either value, and 2023 be text or a number."""
+    """{"column": [values]} of COLUMN=VALUE; a column named twice has either value, and 2023 is text or a number."""
     found: dict[str, Any] = {}
     for item in keep:
         column, equals, value = item.partition("=")
