@@ -155,6 +155,8 @@ def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
     """The model in evaluation mode on a device; a GPU where there is one and none is named."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(where).type == "meta":
+            raise ValueError("device 'meta' holds no numbers to compute with; expected cpu, cuda, ...")
         return model.eval().to(where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error

@@ -270,7 +270,8 @@ def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
     """
     imports, images, keywords = PIXELS if _sees(model_config) else REGIONS
     images = images.format(size=_model_value(model_config, "region_feature_size"))
-    return USAGE.format(name=json.dumps(name, ensure_ascii=False), imports=imports, images=images, keywords=keywords).strip()
+    quoted = json.dumps(name, ensure_ascii=False)
+    return USAGE.format(name=quoted, imports=imports, images=images, keywords=keywords).strip()
 
 
 def _sees(model_config: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -267,11 +268,13 @@ class ImageTextIndex:
         Raises:
             ValueError: If not exactly one of text and image is given, `limit` is below 1, or there is no model.
         """
-        if (text is None) == (image is None) or limit < 1 or shortlist_size < 1:
+        if (text is None) == (image is None):
             raise ValueError(
-                f"search takes either text or image, and a limit and shortlist_size of at least 1; got "
-                f"text={text!r:.80}, an image: {image is not None}, limit={limit}, shortlist_size={shortlist_size}"
+                f"search takes either text or image; got text={text!r:.80}, an image: {image is not None}"
             )
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"text is {text!r:.80}, a {type(text).__name__}; expected one sentence")
+        _check_counts(limit=limit, shortlist_size=shortlist_size)
         if self.model is None or self.processor is None:
             raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
         started = time.perf_counter()
@@ -289,6 +292,7 @@ class ImageTextIndex:
 
     def search_vector(self, vector: Any, limit: int = 10, *, where: Where | None = None) -> Hits:
         """The nearest items of an embedding (P,), by cosine alone; needs no model."""
+        _check_counts(limit=limit)
         started = time.perf_counter()
         plain = np.asarray(vector, np.float32)
         found = self.backend.nearest(plain / max(float(np.linalg.norm(plain)), 1e-12), limit, where)
@@ -322,3 +326,9 @@ class ImageTextIndex:
             found_at = (item.get("path"), item.get("text"))
             hits.append(Hit(rank, item["id"], score, logit, cosine, *found_at, metadata, kind))
         return hits
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")

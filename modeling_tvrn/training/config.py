@@ -30,6 +30,7 @@ from .settings import (
 __all__ = ["TrainingConfig"]
 
 EPOCHS = 10
+LARGEST = 2**32  # of any number
 # What a phase leaves out comes from the run's own keys of these names.
 FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
 BRINGS_TOWERS = ("dual_encoder", "start_from")
@@ -250,7 +251,9 @@ class TrainingConfig(BaseModel):
     keep_checkpoints: Annotated[int, FREE] = Field(
         2, ge=0, description="newest checkpoints that stay in output_dir/checkpoints, beside the best model"
     )
-    seed: int = Field(0, ge=0, description="what initial weights, order of the data and dropout follow from")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="what initial weights, order of the data and dropout follow from"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the forward pass")
     shard: Annotated[bool, FREE] = Field(
         False, description="divide weights, gradients and moments among several processes (FSDP2)"
@@ -344,6 +347,8 @@ class TrainingConfig(BaseModel):
                     f"{name} = {REDACTED!r} stands where results.json or a card hides a secret; give the secret "
                     "itself, or leave the key out"
                 )
+            if isinstance(value, int | float) and not abs(value) < LARGEST:  # infinite, or no number, among them
+                raise ValueError(f"{name} = {value:g}; expected a number below {LARGEST:,}")
         known = model_fields(has_dual_encoder=False) if self.model else {}
         for key in self.model:
             if key not in known:
