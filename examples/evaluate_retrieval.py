@@ -49,6 +49,7 @@ import torch.distributed as dist
 import yaml
 
 from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
+from modeling_tvrn.cli.common import prepare_terminal
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import (
     PROTOCOLS,
@@ -154,6 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate, print, and write the report that the command line asks for."""
+    prepare_terminal()
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

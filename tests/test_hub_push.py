@@ -316,9 +316,7 @@ def test_what_a_run_was_told_is_shown_in_its_card_and_does_nothing_there(tmp_pat
     assert not kinds & {"html_block", "html_inline", "link_open", "s_open"}, kinds
     assert [child.attrs["src"] for child in inline if child.type == "image"] == ["query.png"]
     assert {token.info for token in tokens if token.type == "fence"} == {"python", "yaml"}
-    headings = [
-        after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"
-    ]
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
     assert list(headings[1:]) == ["Results", "How to use it", "Training", "Limits"]
     shown = [child.content for child in inline if child.type == "text"]
     assert any("_l_ 100 % m_n" in content for content in shown)

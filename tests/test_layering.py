@@ -3,8 +3,8 @@
 Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
 hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, plots, redaction,
 plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers write their files
-with storage, and redaction keeps secrets out of what storage, teachers and data write. Shipped files are copied flat beside a
-checkpoint, where only torch, transformers and what those require exist.
+with storage, redaction reads YAML, and it keeps secrets out of what storage, teachers and data write. Shipped files
+are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
 """
 
 import ast

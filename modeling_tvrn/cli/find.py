@@ -137,6 +137,8 @@ def search(
         raise fail("give either a TEXT or --image, exactly one of them")
     if picture is not None and picture.suffix.lower() != ".png":
         raise fail(f"--picture is {str(picture)!r}; expected a name that ends in .png")
+    if picture is not None:
+        writable(picture)
     wanted = _filters(keep or [])
     loaded, processor = load(model, device, dtype, trust_remote_code)
     opened = _opened(model, loaded, processor, where, index_folder, url, collection)
@@ -149,10 +151,10 @@ def search(
         rerank=not no_rerank,
     )
     rows = [(hit.rank, hit.score, hit.path or hit.text or hit.id) for hit in hits]
-    if picture is not None:
-        _draw(text or f"{image}", hits, writable(picture))
     kind = hits[0].score_kind if hits else "score"
     say([asdict(hit) for hit in hits], table(("rank", kind, "found"), rows), as_json)
+    if picture is not None:
+        _draw(text or f"{image}", hits, picture)
 
 
 def _opened(
@@ -244,15 +246,17 @@ def explain(
     for option, path, suffix in (("--picture", picture, ".png"), ("--html", html, ".html")):
         if path is not None and path.suffix.lower() != suffix:
             raise fail(f"{option} is {str(path)!r}; expected a name that ends in {suffix}")
+        if path is not None:
+            writable(path)
     from ..explain import explain as take_apart
 
     loaded, processor = load(model, device, dtype, trust_remote_code)
     explanation = take_apart(loaded, processor, image, caption)
     written = []
     if picture is not None:
-        written.append(str(explanation.save_picture(writable(picture))))
+        written.append(str(explanation.save_picture(picture)))
     if html is not None:
-        written.append(str(explanation.save_html(writable(html))))
+        written.append(str(explanation.save_html(html)))
     text = "\n".join([explanation.table(), *(f"written: {path}" for path in written)])
     say({**explanation.as_dict(), "written": written}, text, as_json)
 

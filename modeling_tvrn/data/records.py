@@ -309,7 +309,7 @@ def _checked(source: PairSource, table: PairTable, how: Check, max_pixels: int, 
 
     good = []
     # delayed, so that small sets stay silent
-    bar = tqdm(total=len(table.source_rows), desc="checking images", unit="image", delay=2, leave=False)
+    bar = tqdm(total=len(table.source_rows), desc="checking images", unit="image", delay=2, leave=False, disable=None)
     with bar, ThreadPoolExecutor(_CHECK_THREADS) as pool:
         run: Any = pool.map if how == "full" else map
         for start in range(0, len(table.source_rows), 1024):  # in blocks: `map` would queue everything at once

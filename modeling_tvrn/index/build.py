@@ -189,8 +189,9 @@ class _Encoder:
     def run(self, source: Source, known: Known) -> tuple[list[Item], list[str]]:
         """All items that can be used, with their keys."""
         items, keys = [], []
+        off = None if self.settings.progress else True
         with (
-            tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=not self.settings.progress) as bar,
+            tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=off) as bar,
             evaluating(self.model),
         ):
             for item, loaded in self._loaded(source, known):

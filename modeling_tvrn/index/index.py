@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..data.worded import unknown_words
 from ..encoded_tvrn import EncodedItems
 from ..explain.scene import read_scene
 from ..scoring.models import evaluating
@@ -26,6 +28,8 @@ from .fingerprint import check_model
 from .folder import FolderBackend
 from .sources import RESERVED, open_source
 from .versions import SEGMENTS, next_version, switch_to
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,10 @@ class ImageTextIndex:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"text is {text!r:.80}, a {type(text).__name__}; expected one sentence")
         _check_counts(limit=limit, shortlist_size=shortlist_size)
+        if text is not None and self.processor is not None and (unknown := unknown_words(self.processor, text)):
+            logger.warning(
+                "the model does not know %s: it searches as if it read one unknown word", ", ".join(unknown)
+            )
         if self.model is None or self.processor is None:
             raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
         started = time.perf_counter()

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..data import PairCollator, with_words
+from ..storage.files import make_folder
 from ..teachers import TeacherCache
 from .batches import Phase
 from .best_model import BestModel
@@ -56,6 +57,8 @@ class Run:
         self.config = config = named_data(config, data)
         self.started = time.perf_counter()
         self.accelerator = make_accelerator(config)
+        if self.accelerator.is_main_process:
+            make_folder(Path(config.output_dir))
         pairs = load_training_pairs(config, data)
         self.train_records, self.validation_records, self.about_data = pairs.train, pairs.validation, pairs.about
         self.processor = build_processor(config, self.train_records)

@@ -7,6 +7,7 @@ import copy
 import difflib
 import functools
 import re
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,13 @@ class Section:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; `-` is stdin."""
     file = Path(path)
-    if not file.is_file():
+    if str(path) != "-" and not file.is_file():
         raise ValueError(f"no configuration file {str(path)!r}; give the path of a YAML file, as in examples/configs/")
     try:
-        values = load_yaml(file.read_text(encoding="utf-8"))
+        content = sys.stdin.buffer.read() if str(path) == "-" else file.read_bytes()
+        values = load_yaml(content.decode("utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {redacted_text(yaml_problem(error))}; correct it there") from None
     if values is None:
