@@ -11,7 +11,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -176,7 +175,7 @@ def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) 
     try:
         model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
         return model
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(
             f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole safetensors "
             "files. Save the model again, or fetch it again"

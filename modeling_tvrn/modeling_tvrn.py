@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -133,9 +134,14 @@ class TVRNPreTrainedModel(PreTrainedModel):
         """As in transformers, but a missing, unexpected or misshapen weight is an error, not a report."""
         wanted = kwargs.pop("output_loading_info", False)
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} don't load ({error}); expected whole "
+                "safetensors files, not a part of one or a pointer of Git LFS. Save the model again, or fetch it again"
+            ) from error
         # transformers starts what a checkpoint lacks at random and only reports it.
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}

@@ -602,6 +602,28 @@ def test_a_wrong_setting_is_found_before_anything_is_encoded(
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"text": "a dog", "limit": "3"}, "limit is '3'; expected a whole number of at least 1"),
+        ({"text": "a dog", "limit": 2.5}, "limit is 2.5"),
+        ({"text": "a dog", "limit": 0}, "limit is 0"),
+        ({"text": "a dog", "limit": None}, "limit is None"),
+        ({"text": "a dog", "shortlist_size": "64"}, "shortlist_size is '64'"),
+        ({"text": "\ud800"}, "lone surrogates"),
+        ({"text": ""}, "empty caption"),
+        ({"text": 5}, "text is 5, a int; expected one sentence"),
+        ({"text": ["a", "b"]}, "a list; expected one sentence"),
+        ({}, "either text or image"),
+    ],
+)
+def test_a_query_that_is_none_is_a_sentence(processor: TVRNProcessor, query: dict[str, Any], said: str) -> None:
+    index = build(tiny_model(), processor, records(3))
+    with pytest.raises(ValueError, match=said):
+        index.search(**query)
+    assert len(index.search(text="a dog", limit=np.int64(2))) == 2
+
+
 def test_a_folder_is_found_by_any_name_in_its_path(seeing: Any, tmp_path: Path) -> None:
     places = {"a.png": "", "winter/b.png": "winter", "2021/winter/c.png": "2021/winter", "2021/d.png": "2021"}
     for number, name in enumerate(places):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -35,7 +36,7 @@ class Verbs(typer.core.TyperGroup):
             sys.stdout.flush()
             return result
         except BrokenPipeError:
-            if not reader_left():
+            if not hasattr(select, "poll") or not reader_left():  # Windows ends such a program by itself
                 raise
             raise typer.Exit from None  # whoever reads, such as `head`, has seen enough
         except (ValueError, OSError, ImportError) as error:
@@ -51,12 +52,12 @@ class Verbs(typer.core.TyperGroup):
 
 def reader_left() -> bool:
     """Whether nobody reads stdout any more; what is left to be written then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    watched = select.poll()
+    watched.register(sys.stdout, select.POLLERR)
+    if not watched.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 app = typer.Typer(

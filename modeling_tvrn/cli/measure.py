@@ -185,6 +185,7 @@ def score(
     """
     if below and threshold is None:
         raise fail("--below goes with --threshold")
+    output = None if str(output) == "-" else output
     if output is not None:
         writable(output)
     from .pairs import read_pairs, score_pairs

@@ -279,15 +279,13 @@ class ImageTextIndex:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"text is {text!r:.80}, a {type(text).__name__}; expected one sentence")
         _check_counts(limit=limit, shortlist_size=shortlist_size)
-        if text is not None and self.processor is not None and (unknown := unknown_words(self.processor, text)):
-            logger.warning(
-                "the model does not know %s: it searches as if it read one unknown word", ", ".join(unknown)
-            )
         if self.model is None or self.processor is None:
             raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
         started = time.perf_counter()
         with evaluating(self.model):
             query = self._encode(text, image)
+            if text is not None and (unknown := unknown_words(self.processor, text)):
+                logger.warning("the model does not know %s: each is <unk> to it, as any other", ", ".join(unknown))
             across = rerank and (text is not None) == (self.side == "images") and self.backend.manifest["features"]
             encoded = time.perf_counter()
             vector = query.tensors()["embeds"][0].float().cpu().numpy()

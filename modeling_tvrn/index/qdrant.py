@@ -39,9 +39,11 @@ def connect(url: Any, **options: Any) -> Any:
 
     Raises:
         ImportError: Naming the command that installs qdrant-client.
+        ConnectionError: No server answers, or it refuses.
     """
     try:
         from qdrant_client import QdrantClient
+        from qdrant_client.http.exceptions import ApiException
     except ImportError as error:
         raise ImportError('an index on a server needs qdrant-client: pip install "modeling-tvrn[qdrant]"') from error
     if isinstance(url, QdrantClient):
@@ -51,7 +53,16 @@ def connect(url: Any, **options: Any) -> Any:
     address = os.fspath(url)
     if address == ":memory:":
         return QdrantClient(":memory:")
-    return QdrantClient(url=address, **options) if "://" in address else QdrantClient(path=address)
+    if "://" not in address:
+        return QdrantClient(path=address)
+    client = QdrantClient(url=address, **options)
+    try:
+        client.get_aliases()
+    except ApiException as error:
+        raise ConnectionError(
+            f"no Qdrant server answers as it should at {address!r} ({error}); start it, or correct address and api_key"
+        ) from error
+    return client
 
 
 def publish(
