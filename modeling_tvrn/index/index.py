@@ -163,10 +163,10 @@ class ImageTextIndex:
             IndexBusyError: If another process is building in the same folder.
         """
         settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress, repair)
+        shape = {name: server.pop(name) for name in ("shard_number", "replication_factor") if name in server}
         if url is not None:
-            from .qdrant import QdrantBackend, connect, publish
+            from .qdrant import connect
 
-            shape = {name: server.pop(name) for name in ("shard_number", "replication_factor") if name in server}
             url = connect(url, **server)  # before hours of work
         temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
         folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
@@ -175,6 +175,8 @@ class ImageTextIndex:
         index = cls(backend, model, processor, report)
         index._temporary = temporary
         if url is not None:
+            from .qdrant import QdrantBackend, publish
+
             index.backend = QdrantBackend(publish(backend, url, collection, **shape), collection)
         return index
 

@@ -87,7 +87,7 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(path, os.W_OK) else "it is not writable"
     except OSError as error:
-        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
+        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror or str(error)
     if reason is not None:
         raise OSError(f"{path} can't be a folder to write into: {reason}; give another one")
     return path
