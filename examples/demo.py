@@ -14,6 +14,7 @@ import logging
 import os
 
 from modeling_tvrn import load_model
+from modeling_tvrn.cli.common import prepare_terminal
 from modeling_tvrn.demo import launch
 
 
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     arguments = parse_arguments()
     in_space = "SPACE_ID" in os.environ

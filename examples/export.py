@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
+from modeling_tvrn.cli.common import prepare_terminal
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.export import OnnxModel, export_onnx, quantize_onnx
 from modeling_tvrn.export.quantizing import PARTS
@@ -60,6 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Export, compare, quantise, measure."""
+    prepare_terminal()
     options = parse_arguments(arguments)
     model, processor = load_model(
         options.model, dtype=torch.float32, device="cpu", trust_remote_code=options.trust_remote_code

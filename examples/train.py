@@ -19,9 +19,11 @@ import sys
 from typing import Any
 
 from modeling_tvrn import training
+from modeling_tvrn.cli.common import prepare_terminal
 from modeling_tvrn.redaction import guard_logs, redacted_text
 from modeling_tvrn.training import TrainingConfig, describe
 from modeling_tvrn.training.command import settings_of
+from modeling_tvrn.training.interrupt import watching_signals
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the configuration, train, and print the table of results."""
+    prepare_terminal()
     options = parse_arguments(arguments)
     is_main = os.environ.get("RANK", "0") == "0"  # of several processes one speaks, but for warnings
     level = logging.INFO if is_main else logging.WARNING
@@ -67,10 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: TrainingConfig) -> dict[str, Any]:
     """Train; what that needs is loaded only for a configuration that is right."""
-    from transformers.utils.logging import disable_progress_bar
+    with watching_signals(set_up=True):  # from here on: importing takes seconds
+        from transformers.utils.logging import disable_progress_bar
+
+        train = training.train
 
     disable_progress_bar()  # one for each saved model is noise in a log
-    return training.train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

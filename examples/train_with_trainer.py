@@ -21,6 +21,7 @@ from typing import Any
 from transformers import ConvNextConfig, Trainer, TrainingArguments, ViTImageProcessorPil
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.cli.common import prepare_terminal, progress
 from modeling_tvrn.data import CaptionDataset, PairCollator, load_pairs
 from modeling_tvrn.evaluation import evaluate
 
@@ -63,6 +64,7 @@ def build(options: argparse.Namespace, captions: list[str]) -> tuple[TVRNModel, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, save model and processor, and print the validation recalls."""
+    prepare_terminal()
     options = parse_arguments(arguments)
     records = load_pairs(options.data, split="train")
     if options.images is not None:
@@ -80,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             logging_steps=20,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=not progress(),
             remove_unused_columns=False,  # or Trainer drops what the collator reads
             dataloader_drop_last=True,  # a single left-over caption would have no negatives
         ),

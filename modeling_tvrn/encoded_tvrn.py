@@ -120,6 +120,7 @@ class EncodedItems:
             tensors[name] = value.clone() if shared else value
         about = {"class": type(self).__name__, "model_fingerprint": self.model_fingerprint}
         save_file(tensors, path, metadata={"tvrn": json.dumps(about)})
+        share(path)
 
     @classmethod
     def load(cls: type[Encoded], path: str | os.PathLike) -> Encoded:
@@ -269,6 +270,21 @@ def _hash_of_samples(weights: dict[str, Tensor]) -> str:
     for parts in samples.values():  # one transfer a device
         total.update(torch.cat(parts).cpu().numpy().tobytes())
     return total.hexdigest()
+
+
+def share_weights(folder: str | os.PathLike) -> None:
+    """`share` for all safetensors files of a folder."""
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            share(os.path.join(folder, name))
+
+
+def share(path: str | os.PathLike) -> None:
+    """Give a file that safetensors wrote, for its owner alone, the mode that any other new file beside it has."""
+    beside = f"{os.fspath(path)}.mode"
+    with open(beside, "wb"):
+        os.chmod(path, os.stat(beside).st_mode)
+    os.unlink(beside)
 
 
 def _padded(value: Tensor, sizes: list[int]) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -155,6 +154,8 @@ def _placed(model: TVRNModel, device: str | torch.device | None) -> TVRNModel:
     """The model in evaluation mode on a device; a GPU where there is one and none is named."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(where).type == "meta":
+            raise ValueError("device 'meta' holds no numbers to compute with; expected cpu, cuda, ...")
         return model.eval().to(where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(where)!r} can't be used: {str(error).splitlines()[0]}") from error
@@ -174,7 +175,7 @@ def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) 
     try:
         model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
         return model
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(
             f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole safetensors "
             "files. Save the model again, or fetch it again"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig
-from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint
+from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint, share_weights
 from .layers_tvrn import (
     AttentionPooling,
     BoxPerceptron,
@@ -151,9 +152,14 @@ class TVRNPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = _for_towers(kwargs["quantization_config"])
         wanted = kwargs.pop("output_loading_info", False)
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} don't load ({error}); expected whole "
+                "safetensors files, not a part of one or a pointer of Git LFS. Save the model again, or fetch it again"
+            ) from error
         # transformers starts what a checkpoint lacks at random and only reports it.
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
@@ -315,6 +321,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         tvrn.config.name_or_path = tvrn.config.dual_encoder_config.name_or_path
         return tvrn
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As of every model of transformers; the weights are as readable for others as the other files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        share_weights(save_directory)
+
     def save_dual_encoder(self, folder: str | os.PathLike, processor: Any = None) -> None:
         """Write the first stage as a plain checkpoint of its original class, with its processor.
 
@@ -331,6 +342,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             self.config.dual_encoder_config, self.dual_encoder, self.logit_scale, self.logit_bias
         )
         plain.save_pretrained(folder)
+        share_weights(folder)
         if processor is not None:
             processor.save_dual_encoder(folder)
 

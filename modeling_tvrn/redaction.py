@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from .plain_yaml import load_yaml
+
 __all__ = [
     "REDACTED", "SecretsFilter", "guard_logs", "is_secret", "redacted", "redacted_command", "redacted_text",
     "without_secrets",
@@ -163,7 +165,7 @@ def _redacted_word(word: str) -> str:
         return f"{key}={REDACTED}"
     if value.lstrip().startswith(("{", "[")):
         try:
-            given = yaml.safe_load(value)
+            given = load_yaml(value)
         except yaml.YAMLError:
             return redacted_text(word)
         hidden = redacted(given)

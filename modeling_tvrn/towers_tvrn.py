@@ -72,7 +72,7 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
             trust_remote_code=trust_remote_code,
             **_without_pooler(config),
         )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"No {half.removesuffix('_config')} tower at {str(path)!r}: "
             f"{explained(error, path, MODEL_CODE, trust_remote_code=trust_remote_code)} Expected a Hub model id or a "

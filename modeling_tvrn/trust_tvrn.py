@@ -54,7 +54,7 @@ def explained(error: Exception, name: str | os.PathLike, code: Mapping[str, tupl
     reason = str(error).strip()
     asking = [] if hub.get("trust_remote_code") else list(_asking(name, code, hub))
     if not asking:
-        return reason
+        return reason if reason.endswith((".", "!", "?")) else f"{reason}."
     first = "" if "trust_remote_code" in reason else f" ({reason.partition(chr(10))[0][:160]})"
     return (
         f"{' and '.join(asking)} of {os.fspath(name)!r} asks to run Python code that comes with it{first}. Nothing of "

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from dual_encoder_makers import save_dual_encoder
 from hub_makers import CAPTIONS, pixel_model, region_model, results, save
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 from typer.testing import CliRunner
 
 from modeling_tvrn.cli import app
@@ -21,6 +28,7 @@ from modeling_tvrn.teachers import RegionCache
 
 VERBS = [command.name for command in app.registered_commands]
 HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "matplotlib", "numpy", "PIL", "accelerate"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 TINY_VIT = {
     "model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
     "num_attention_heads": 2, "intermediate_size": 19,
@@ -314,3 +322,176 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     RegionCache.build(loaded, processor, load_pairs("scenes", "validation"), tmp_path / "regions", progress=False)
     tvrn(*arguments, "--regions", tmp_path / "regions", "--dtype", "bfloat16", "--output", output)
     assert json.loads(output.read_text())["models"][0]["dtype"] == "bfloat16"
+
+
+# -- what people feed it ----------------------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 65584\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "foo", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_a_sentence(model: Path, pairs: Path, device: str) -> None:
+    if device.startswith("cuda") and torch.cuda.device_count() > 99:
+        pytest.skip("there are that many")
+    said = tvrn("score", model, pairs, "--device", device, code=2).stderr
+    assert said.startswith(f"tvrn: device {device!r} ") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["cut", "pointer", "empty"])
+@pytest.mark.parametrize("kind", ["tvrn", "dual encoder", "backbone", "teacher"])
+def test_weights_that_are_not_whole_are_a_sentence(
+    model: Path, pairs: Path, tmp_path: Path, kind: str, how: str
+) -> None:
+    folder = tmp_path / "broken"
+    if kind == "tvrn":
+        shutil.copytree(model, folder)
+    elif kind == "dual encoder":
+        save_dual_encoder(folder)
+    else:
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])).save_pretrained(folder)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes({"cut": whole[: len(whole) // 2], "pointer": POINTER, "empty": b""}[how])
+    options = ["--split", "validation", "-o", tmp_path / "cache"]
+    said = {
+        "backbone": lambda: tvrn("regions", "scenes", "--features", folder, *options, code=2),
+        "teacher": lambda: tvrn("teachers", "scenes", folder, "--modality", "image", *options, code=2),
+    }.get(kind, lambda: tvrn("score", folder, pairs, code=2))().stderr
+    assert str(folder) in said and "Error while deserializing" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "MODEL", "--data", "scenes", "--output"],
+        ["score", "MODEL", "PAIRS", "--output"],
+        ["search", "MODEL", "PHOTOS", "a dog", "--picture"],
+        ["explain", "MODEL", "PHOTOS/a.png", "a dog", "--picture"],
+        ["explain", "MODEL", "PHOTOS/a.png", "a dog", "--html"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    model: Path, pairs: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_tvrn.front_door.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    places = {"MODEL": str(model), "PAIRS": str(pairs), "PHOTOS": str(pairs.parent)}
+    words = [re.sub("MODEL|PAIRS|PHOTOS", lambda found: places[found[0]], word) for word in words]
+    suffix = ".html" if words[-1] == "--html" else ".png"
+    assert "there is a file of that name" in tvrn(*words, f"/dev/null/x{suffix}", code=2).stderr
+    (pairs.parent / f"folder{suffix}").mkdir(exist_ok=True)
+    assert "is a folder; expected the name of a file" in tvrn(*words, pairs.parent / f"folder{suffix}", code=2).stderr
+
+
+@pytest.fixture(scope="module")
+def index(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, name in enumerate(["a.png", "2021/winter/b.png", "winter/c.png"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (40 + number, 40), (50 * number, 20, 30)).save(folder / name)
+    built = tmp_path_factory.mktemp("index") / "index"
+    tvrn("index", model, folder, built)
+    return built
+
+
+class TestWhere:
+    @pytest.mark.parametrize(
+        ("given", "found"),
+        [
+            (["folder=winter"], {"2021/winter/b.png", "winter/c.png"}),
+            (["folder=2021"], {"2021/winter/b.png"}),
+            (["folder=2021/winter"], {"2021/winter/b.png"}),
+            (["folder="], {"a.png"}),
+            (["folder=", "folder=winter"], {"a.png", "2021/winter/b.png", "winter/c.png"}),
+            (["size=0"], set()),
+            (["id=a.png"], {"a.png"}),
+            (["folder=[1"], set()),
+            (["folder={a: b}"], set()),
+            (["folder=&a [*a]"], set()),
+            (["folder=no"], set()),
+            (["folder=" + "[" * 9000], set()),
+        ],
+    )
+    def test_values_are_text_or_numbers(self, model: Path, index: Path, given: list[str], found: set[str]) -> None:
+        where = [part for each in given for part in ("--where", each)]
+        hits = json.loads(tvrn("search", model, index, "a dog", "--json", *where).stdout)
+        assert {hit["id"] for hit in hits} == found
+
+    def test_a_number_is_found_as_one(self, model: Path, index: Path) -> None:
+        sizes = {hit["id"]: hit["path"] for hit in json.loads(tvrn("search", model, index, "a dog", "--json").stdout)}
+        size = Path(sizes["a.png"]).stat().st_size
+        hits = json.loads(tvrn("search", model, index, "a dog", "--json", "--where", f"size={size}").stdout)
+        assert "a.png" in {hit["id"] for hit in hits}
+
+
+def test_a_picture_of_hits_without_files_is_a_sentence_after_the_hits(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tvrn("index", model, pairs, tmp_path / "index")
+    monkeypatch.chdir(tmp_path)  # the table's names are none here
+    outcome = tvrn("search", model, tmp_path / "index", "a dog", "--picture", tmp_path / "found.png", code=2)
+    assert "a.png" in outcome.stdout and "--picture needs hits with files" in outcome.stderr
+
+
+def test_unknown_words_are_named(model: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ("--index", tmp_path / "index", "-n", 1)
+    tvrn("search", model, pairs.parent, "A dog, xyzzy blorb xyzzy", *options)
+    assert "the model does not know xyzzy, blorb: each is <unk>" in caplog.text
+    caplog.clear()
+    tvrn("search", model, pairs.parent, "A dog", *options)
+    assert "does not know" not in caplog.text
+
+
+class TestTerminals:
+    def test_a_table_and_a_recipe_come_from_stdin(
+        self, model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(pairs.parent)
+        given = CliRunner().invoke(app, ["score", str(model), "-", "-o", "-"], input=pairs.read_bytes())
+        assert given.exit_code == 0 and given.stdout == tvrn("score", model, pairs).stdout
+        assert not Path("-").exists()
+        mistaken = CliRunner().invoke(app, ["train", "-c", "-"], input="seed: -1")
+        assert mistaken.exit_code == 2 and "seed = -1" in mistaken.stderr
+
+    @pytest.mark.slow
+    def test_a_reader_that_leaves_ends_it_quietly(self) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "modeling_tvrn.cli", "train", "--keys"]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.slow
+    def test_a_terminal_without_some_letters_ends_nothing(self) -> None:
+        code = """
+import sys
+sys.argv = ["tvrn", "say"]
+from modeling_tvrn.cli.app import app, main
+from modeling_tvrn.cli.common import say
+@app.command("say")
+def speak() -> None:
+    print("é → 日")
+    say("é → 日", "é → 日", as_json=True)
+main()
+"""
+        environment = {**ENVIRONMENT, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+        assert done.stderr == b""
+        text, as_json = done.stdout.decode("latin-1").splitlines()
+        assert text == r"é \u2192 \u65e5" and json.loads(as_json) == "é → 日"
+
+    def test_bars_go_to_a_terminal_alone(self, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """Also where a script asks for them, as the library's functions do by default."""
+        loaded, processor = region_model()
+        records = load_pairs("scenes", "validation", count=4)
+        captions = [caption for captions in records.captions for caption in captions]
+        from modeling_tvrn.evaluation.encoding import encode_captions
+        from modeling_tvrn.index import ImageTextIndex
+        from modeling_tvrn.scoring.blocks import pair_bar
+
+        encode_captions(loaded, processor, captions, 4, True)
+        ImageTextIndex.build(loaded, processor, captions, tmp_path / "index")
+        for bar in (pair_bar(3, True),):
+            assert bar.disable
+        assert capfd.readouterr().err == ""

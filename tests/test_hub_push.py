@@ -1,5 +1,6 @@
 """A push is examined first, is one commit, and gives others a model that loads; against a Hub on this machine."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from dual_encoder_makers import save_dual_encoder
 from hub_makers import CAPTIONS, FEATURES, region_model, results, save
 from hub_server import HubServer, online
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from markdown_it import MarkdownIt
 
 from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.hub import doctor, push_to_hub, write_run_card
@@ -156,6 +158,31 @@ class TestPush:
                 assert b"/home/somebody" not in content and str(tmp_path).encode() not in content, name
         assert json.loads(hub.files("org/tvrn-test")["results.json"])["metrics"]["rsum"] == 320.0
 
+    @pytest.mark.parametrize("name", ["curve.png", "query.png", "README.md", "results.json", "chat_template.jinja"])
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_no_link_is_followed_out_of_the_folder(
+        self, hub: HubServer, tmp_path: Path, name: str, in_memory: bool
+    ) -> None:
+        folder = save(tmp_path / "run", *region_model())
+        (folder / "results.json").write_text(json.dumps(results(config=results()["config"] | {"data": "scenes"})))
+        (tmp_path / "secret").write_text((folder / "results.json").read_text())
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../secret")
+        given = (region_model(), {"results": folder}) if in_memory else ((folder, None), {})
+        with pytest.raises(ValueError, match=f"{name} is a link to .*secret, which lies outside"):
+            push_to_hub(*given[0], "org/tvrn-test", token=hub.token, endpoint=hub.url, **given[1])
+        assert not hub.repos
+
+    def test_links_within_the_folder_and_of_weights_are(self, hub: HubServer, tmp_path: Path) -> None:
+        folder = save(tmp_path / "run", *region_model())
+        (folder / "results.json").write_text(json.dumps(results()))
+        (folder / "plot.png").write_bytes(b"a curve")
+        (folder / "curve.png").symlink_to("plot.png")
+        os.rename(folder / "model.safetensors", tmp_path / "big.safetensors")
+        (folder / "model.safetensors").symlink_to(tmp_path / "big.safetensors")
+        push_to_hub(folder, None, "org/tvrn-test", token=hub.token, endpoint=hub.url)
+        assert hub.files("org/tvrn-test")["curve.png"] == b"a curve"
+
     def test_a_model_that_fails_stays_here_unless_told(self, hub: HubServer) -> None:
         model, processor = region_model()
         with torch.no_grad():
@@ -259,6 +286,43 @@ class TestPush:
 def test_a_wrong_repository_name(repo_id: str) -> None:
     with pytest.raises(ValueError):
         push_to_hub(*region_model(), repo_id)
+
+
+HOSTILE = "*a* <b onclick=x>|[c](javascript:d) `e` ``` ~~f~~ # g\n\n```\n# h\n<script>i</script> ![j](k) _l_ 100 % m_n"
+
+
+def test_what_a_run_was_told_is_shown_in_its_card_and_does_nothing_there(tmp_path: Path) -> None:
+    """Every text of results.json that reaches the card is what an attacker would write."""
+
+    def spoilt(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: spoilt(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [spoilt(each) for each in value]
+        return HOSTILE if isinstance(value, str) else value
+
+    found = results(teachers={"image": dict.fromkeys(("model", "revision", "class", "pooling"), HOSTILE)})
+    found["config"] |= {"query": HOSTILE, "vision": HOSTILE, "word_embeddings": HOSTILE}
+    recipe = [name for name in found["config"] if name != "output_dir"]
+    found = {**spoilt(found), "recipe": recipe}
+    found["data"]["overlap"] = {"images": 3, "example": {"validation": HOSTILE}}
+    found["data"]["set_aside"] = {"of": 6, "seed": 0}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "query.png").write_bytes(b"")
+    card = ModelCard(write_run_card(tmp_path, name=HOSTILE).read_text()).text
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card)
+    inline = [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {"html_block", "html_inline", "link_open", "s_open"}, kinds
+    assert [child.attrs["src"] for child in inline if child.type == "image"] == ["query.png"]
+    assert {token.info for token in tokens if token.type == "fence"} == {"python", "yaml"}
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
+    assert list(headings[1:]) == ["Results", "How to use it", "Training", "Limits"]
+    shown = [child.content for child in inline if child.type == "text"]
+    assert any("_l_ 100 % m_n" in content for content in shown)
+    table = [token for token in tokens if token.type == "tr_open"]
+    cells = [token for token in tokens if token.type in ("td_open", "th_open")]
+    assert len(cells) == 2 * (len(table) - 4) + 8 * 4
 
 
 def test_paths_are_cut_and_names_kept() -> None:

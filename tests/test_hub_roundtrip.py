@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from dual_encoder_makers import save_dual_encoder
+from hub_makers import pixel_model
 from load_checkpoints import raw_inputs, score
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -34,6 +36,8 @@ from transformers import (
 import modeling_tvrn
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.processing_tvrn import build_word_tokenizer
+from modeling_tvrn.training import UnimodalHeads
+from modeling_tvrn.training.best_model import save_model
 
 CAPTIONS = ["A dog runs in the snow.", "two dogs, one cat!", "the cat sleeps", "snow"]
 FEATURES = 13
@@ -392,3 +396,25 @@ class TestBrokenCheckpoints:
     def test_settings_can_still_be_overridden_when_loading(self, folder):
         assert AutoModel.from_pretrained(folder, pair_chunk_size=7).config.pair_chunk_size == 7
         assert isinstance(AutoModel.from_pretrained(folder).config, TVRNConfig)
+
+
+def test_weights_are_as_readable_as_the_other_files(tmp_path: Path) -> None:
+    """safetensors writes for its owner alone; what is shared on a disk is read by others."""
+    before = os.umask(0o027)
+    try:
+        model, processor = pixel_model()
+        save(tmp_path / "one", model, processor)
+        model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+        dual = TVRNModel.from_dual_encoder(save_dual_encoder(tmp_path / "clip"), hidden_size=24, similarity_size=12)
+        dual.save_dual_encoder(tmp_path / "dual")
+        UnimodalHeads(8).save(tmp_path / "dual")
+        model.encode_texts(**processor(text=CAPTIONS)).save(tmp_path / "texts.safetensors")
+        save_model(tmp_path / "run", model, processor)
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*.safetensors") if path.parent.name != "clip"]
+    assert len(written) >= 6
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {
+        path.name: "0o640" for path in written
+    }
+    assert not list(tmp_path.rglob("*.mode"))

@@ -1,12 +1,15 @@
 """`ImageTextIndex`: finds what exhaustive scoring finds, survives kills, bad files and changing folders."""
 
+import itertools
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,10 @@ from model_makers import FEATURES, regions, tiny_model, words
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.index import Hits, ImageTextIndex, IndexBusyError, OtherModelError
 from modeling_tvrn.index import build as building_module
+from modeling_tvrn.index.segments import Segments
 from modeling_tvrn.index.vectors import VectorSearch
-from modeling_tvrn.index.versions import LOCK
-from modeling_tvrn.storage.files import locked
+from modeling_tvrn.index.versions import FORMAT, LOCK
+from modeling_tvrn.storage.files import StorageError, locked, write_json
 
 CAPTIONS = ["two dogs run in snow", "a red kite over the sea", "a man on a skateboard", "children play football"]
 COUNT = 23
@@ -436,6 +440,210 @@ def test_a_half_written_segment_is_encoded_again(processor: TVRNProcessor, tmp_p
     broken.write_bytes(broken.read_bytes()[:-5])
     report = build(model, processor, records(), tmp_path).report
     assert report.encoded in (7, COUNT % 7) and report.reused == COUNT - report.encoded
+
+
+# -- damage and churn -------------------------------------------------------------------------------------------------
+
+
+def logits_of(index: ImageTextIndex) -> dict[str, Any]:
+    return {hit.id: hit.logit for hit in index.search(text=CAPTIONS[0], limit=COUNT)}
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(b"{" + path.read_bytes()[10:])
+
+
+def flip_last_byte(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "pointer": lambda home: spoil(home / "current.json"),
+    "empty pointer": lambda home: (home / "current.json").write_text(""),
+    "no pointer": lambda home: (home / "current.json").unlink(),
+    "pointer out of the folder": lambda home: write_json(home / "current.json", FORMAT, {"version": "../../x"}),
+    "pointer to nothing": lambda home: write_json(home / "current.json", FORMAT, {"version": "000007"}),
+    "manifest": lambda home: spoil(home / "versions" / "000001" / "manifest.json"),
+    "no manifest": lambda home: (home / "versions" / "000001" / "manifest.json").unlink(),
+    "items": lambda home: spoil(home / "versions" / "000001" / "items.sqlite"),
+    "no items": lambda home: (home / "versions" / "000001" / "items.sqlite").unlink(),
+    "vectors": lambda home: spoil(home / "versions" / "000001" / "vectors.safetensors"),
+    "no version": lambda home: shutil.rmtree(home / "versions"),
+    "segment": lambda home: spoil(next((home / "segments").iterdir())),
+    "no segments": lambda home: shutil.rmtree(home / "segments"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_damaged_index_is_built_again(processor: TVRNProcessor, tmp_path: Path, damage: str, repair: bool) -> None:
+    model = tiny_model()
+    before = logits_of(build(model, processor, records(), tmp_path / "index"))
+    DAMAGE[damage](tmp_path / "index")
+    report = build(model, processor, records(), tmp_path / "index", repair=repair).report
+    assert (report.encoded > 0) == ("segment" in damage) and (report.encoded < COUNT or damage == "no segments")
+    again = ImageTextIndex.load(tmp_path / "index", model, processor, verify=repair)
+    assert logits_of(again) == pytest.approx(before, abs=1e-3)
+
+
+def test_repair_finds_damaged_features_and_leaves_the_files_of_others(
+    processor: TVRNProcessor, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    before = logits_of(build(model, processor, records(), tmp_path))
+    segment = flip_last_byte(next((tmp_path / "segments").iterdir()))
+    (tmp_path / "manifest.json").write_text("{not ours")
+    index = build(model, processor, records(), tmp_path, repair=True)
+    assert 0 < index.report.encoded < COUNT and not segment.exists()
+    assert logits_of(index) == pytest.approx(before, abs=1e-3)
+    assert (tmp_path / "manifest.json").read_text() == "{not ours"
+
+
+def test_an_index_of_another_format_is_not_built_over(processor: TVRNProcessor, tmp_path: Path) -> None:
+    (tmp_path / "current.json").write_text('{"format": "tvrn-index", "format_version": 99}')
+    for repair in (False, True):
+        with pytest.raises(StorageError, match="of format tvrn-index 99"):
+            build(tiny_model(), processor, records(), tmp_path, repair=repair)
+
+
+def test_what_killed_builds_left_half_written_goes(processor: TVRNProcessor, tmp_path: Path) -> None:
+    build(tiny_model(), processor, records(), tmp_path)
+    left = ["current.json.4711.tmp", "segments/a.safetensors.0123456789ab.tmp", "versions/000001/x.0123456789ab.tmp"]
+    for name in left:
+        (tmp_path / name).write_text("half")
+    (tmp_path / "mine.tmp").write_text("somebody else's")
+    build(tiny_model(), processor, records(), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["mine.tmp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [True, False])
+def test_churn_leaves_no_more_than_a_fresh_index_would_take(
+    processor: TVRNProcessor, tmp_path: Path, features: bool
+) -> None:
+    """Every build changes one of 9 items; what is in use is copied together as garbage grows."""
+    model, items, changed = tiny_model(), records(9), records(30, seed=5)
+    for number in range(30):
+        items[number % 9] = changed[number] | {"image_id": f"image-{number % 9}"}
+        index = build(model, processor, items, tmp_path / "old", features=features)
+        assert index.report.encoded == (9 if number == 0 else 1)
+    fresh = build(model, processor, items, tmp_path / "fresh", features=features)
+    size = {name: sum(path.stat().st_size for path in (tmp_path / name).rglob("*")) for name in ("old", "fresh")}
+    assert size["old"] < 4 * size["fresh"], "two versions are kept"
+    assert len(index.backend.manifest["segments"]) <= 5 * len(fresh.backend.manifest["segments"])
+    found, wanted = (each.search(text=CAPTIONS[0], limit=COUNT) for each in (index, fresh))
+    assert {hit.id: hit.score for hit in found} == pytest.approx({hit.id: hit.score for hit in wanted}, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "used", "files"),
+    [
+        ([8], 8, 1),  # nothing to gain
+        ([8], 4, 1),  # half of it in use
+        ([8], 3, 2),  # copied out
+        ([1] * 4, 4, 4),
+        ([1] * 5, 5, 6),  # joined into one
+        ([8, 8, 1, 1, 1, 1, 1], 21, 8),  # full ones stay
+        ([8, 8, 8], 3, 4),
+        ([3, 5, 4, 8], 1, 5),
+    ],
+)
+def test_what_is_in_use_is_copied_bit_for_bit_out_of_garbage(
+    processor: TVRNProcessor, tmp_path: Path, written: list[int], used: int, files: int
+) -> None:
+    model, keys = tiny_model(), [str(number) for number in range(sum(written))]
+    segments = Segments(tmp_path, "build", "images")
+    items = iter(records(len(keys)))
+    for start, count in zip(np.cumsum([0, *written]), written, strict=False):
+        encoded_items = building_module.encode(model, processor, list(itertools.islice(items, count)), "images")
+        segments.write(keys[start : start + count], encoded_items.to(torch.float16))
+    kept = keys[::-1][:used]  # the last
+    before = segments.read(kept, None)
+    segments.compact(kept, size=8)
+    assert len(list(tmp_path.iterdir())) == files
+    segments.drop_unused({segments.place[key][0] for key in kept})
+    again = Segments(tmp_path, "build", "images")
+    again.scan()
+    for name, tensor in before.tensors().items():
+        assert torch.equal(again.read(kept, None).tensors()[name], tensor), name
+
+
+def test_damaged_items_are_not_copied_as_whole(
+    processor: TVRNProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    build(model, processor, records(), tmp_path, segment_size=64)
+    segment = flip_last_byte(next((tmp_path / "segments").iterdir()))  # of features that building doesn't read
+    build(model, processor, records(5), tmp_path, segment_size=64)  # most of it is garbage now
+    assert "--repair" in caplog.text and segment.exists()
+    assert build(model, processor, records(5), tmp_path, segment_size=64, repair=True).report.encoded == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"precision": "int4"}, "precision is 'int4'; expected one of float32, int8, binary"),
+        ({"engine": "annoy"}, "engine is 'annoy'; expected one of auto, exact, hnsw"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"side": "sounds"}, "side is 'sounds'"),
+        ({"url": "foo://host"}, "foo"),
+    ],
+)
+def test_a_wrong_setting_is_found_before_anything_is_encoded(
+    processor: TVRNProcessor, tmp_path: Path, setting: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "url" in setting:
+        pytest.importorskip("qdrant_client", reason='comes with pip install ".[qdrant]"')
+    monkeypatch.setattr(building_module, "encode", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(ValueError, match=said):
+        build(tiny_model(), processor, records(), tmp_path / "index", **setting)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"text": "a dog", "limit": "3"}, "limit is '3'; expected a whole number of at least 1"),
+        ({"text": "a dog", "limit": 2.5}, "limit is 2.5"),
+        ({"text": "a dog", "limit": 0}, "limit is 0"),
+        ({"text": "a dog", "limit": None}, "limit is None"),
+        ({"text": "a dog", "shortlist_size": "64"}, "shortlist_size is '64'"),
+        ({"text": "\ud800"}, "lone surrogates"),
+        ({"text": ""}, "empty caption"),
+        ({"text": 5}, "text is 5, a int; expected one sentence"),
+        ({"text": ["a", "b"]}, "a list; expected one sentence"),
+        ({}, "either text or image"),
+    ],
+)
+def test_a_query_that_is_none_is_a_sentence(processor: TVRNProcessor, query: dict[str, Any], said: str) -> None:
+    index = build(tiny_model(), processor, records(3))
+    with pytest.raises(ValueError, match=said):
+        index.search(**query)
+    assert len(index.search(text="a dog", limit=np.int64(2))) == 2
+
+
+def test_a_folder_is_found_by_any_name_in_its_path(seeing: Any, tmp_path: Path) -> None:
+    places = {"a.png": "", "winter/b.png": "winter", "2021/winter/c.png": "2021/winter", "2021/d.png": "2021"}
+    for number, name in enumerate(places):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(encoded(number))
+    index = build(*seeing, tmp_path / "photos")
+    for wanted, found in {
+        "winter": {"winter", "2021/winter"},
+        "2021": {"2021", "2021/winter"},
+        2021: {"2021", "2021/winter"},
+        "2021/winter": {"2021/winter"},
+        "": {""},
+        "win": set(),
+        "%": set(),
+    }.items():
+        hits = index.search(text="two dogs", where={"folder": wanted})
+        assert {hit.metadata["folder"] for hit in hits} == found, wanted
+    both = index.search(text="two dogs", where={"folder": ["", "winter"]})
+    assert {hit.metadata["folder"] for hit in both} == {"", "winter", "2021/winter"}
 
 
 @pytest.mark.slow

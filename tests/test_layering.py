@@ -1,11 +1,11 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
 Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
-hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots,
-redaction) import none of ours; but processing and teachers may read the configuration, teachers write their files with
-storage, redaction keeps secrets out of what storage, teachers and data write, and pixels say to processing, teachers
-and data what a picture looks like. Shipped files are copied flat beside a
-checkpoint, where only torch, transformers and what those require exist.
+hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots, redaction,
+plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers write their files
+with storage, redaction reads YAML, and it keeps secrets out of what storage, teachers and data write, and pixels say
+to processing, teachers and data what a picture looks like. Shipped files are copied flat beside a checkpoint, where
+only torch, transformers and what those require exist.
 """
 
 import ast
@@ -27,7 +27,9 @@ ALWAYS_REQUIRED = {
     *("numpy", "PIL", "pyarrow", "yaml", "tqdm", "matplotlib", "typer", "pydantic"),
 }
 EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
-LEAVES = {"losses", "metrics", "storage", "teachers", "data", "processing", "pixels", "plots", "redaction"}
+LEAVES = {
+    *("losses", "metrics", "storage", "teachers", "data", "processing", "pixels", "plots", "redaction", "plain_yaml"),
+}
 BASE = {"configuration", "modeling", "front_door", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", "front_door", *EVERYTHING_SHIPPED},
@@ -43,7 +45,8 @@ MAY_IMPORT = {
     "teachers": {"configuration", "pixels", "storage", "redaction"},
     "data": {"pixels", "redaction"},
     "plots": set(),
-    "redaction": set(),
+    "redaction": {"plain_yaml"},
+    "plain_yaml": set(),
     "kernels": {"configuration", "modeling"},
     "scoring": {*BASE, "kernels"},
     "explain": BASE,

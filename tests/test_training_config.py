@@ -1,6 +1,7 @@
 """Keys of a run: read from YAML and the command line, checked, and explained where they are wrong."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["epochs=2.5"], "epochs = 2.5 is a float; expected int"),
         (["epochs=true"], "epochs = True is a bool; expected int"),
         (["batch_size=1"], "batch_size = 1; expected at least 2"),
+        (["seed=1e20"], r"seed = 1e\+20 is a float; expected int"),
+        (["seed=4294967296"], "seed = 4294967296; expected at most 4294967295"),
+        (["batch_size=99999999999999999999"], r"batch_size = 1e\+20; expected a number below 4,294,967,296"),
+        (["model.hidden_size=99999999999999999999"], r"model.hidden_size = 1e\+20; expected a number below"),
+        (["learning_rate=1e999"], "learning_rate = inf; expected a number below"),
+        (["seed=" + "9" * 5000], "seed=999.*not valid YAML .Exceeds the limit"),
+        (["model=" + "{a: " * 3000 + "1" + "}" * 3000], "nested more than 50 deep"),
+        (["a" + ".a" * 5000 + "=1"], "nested more than 50 deep"),
+        (["model.hidden_size=&a [*a]"], "nested more than 50 deep"),
         (["learning_rate=0"], "learning_rate = 0; expected above 0"),
         (["word_dropout=1"], "word_dropout = 1; expected below 1"),
         (["mixed_precision=fp8"], "mixed_precision = 'fp8'; expected one of no, bf16, fp16"),
@@ -106,6 +116,32 @@ def test_a_missing_or_misshapen_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the key 'model' stands twice; keep one of the two"):
         TrainingConfig.from_yaml(written(tmp_path, "model: {hidden_size: 8}\nseed: 1\nmodel: {dropout: 0.1}\n"))
     assert TrainingConfig.from_yaml(written(tmp_path, "# nothing\n")) == TrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"data: [a\nb: c", r"expected ',' or ']', but got ':' \(line 2"),
+        (b"\tdata: a", r"found character .* \(line 1"),
+        (b"data: \xe9", "unexpected end of data"),
+        (b"data: \x00", "special characters are not allowed"),
+        (b"? [a, b]\n: 1", "unhashable key"),
+        (b"data: !!python/object/apply:os.system ['ls']", "could not determine a constructor for the tag"),
+        (b"data: " + b"[" * 9000, "nested more than 50 deep"),
+        (b"model: &m\n  hidden_size: *m", "nested more than 50 deep"),
+        (b"model:\n  dropout: 0.1\n  dropout: 0.2", "the key 'dropout' stands twice; keep one of the two"),
+        (
+            b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 40)),
+            "with its aliases it has more than 100,000 values",
+        ),
+    ],
+)
+def test_yaml_that_cannot_be_read_names_its_file_at_once(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=f"run.yaml is not valid YAML: .*{message}.*; correct it there"):
+        TrainingConfig.from_yaml(tmp_path / "run.yaml")
+    assert time.perf_counter() - started < 5
 
 
 def test_help_explains_every_key_with_its_default() -> None:

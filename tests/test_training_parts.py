@@ -75,20 +75,6 @@ def test_captions_of_an_image_stay_together_and_groups_are_shuffled() -> None:
     assert images.tolist() != sorted(images.tolist())
 
 
-def test_look_alikes_share_a_batch_each_with_one_caption_at_a_time() -> None:
-    rows = np.repeat(np.arange(40), 3)
-    groups = rows // 4  # families of four images
-    batches = CaptionBatches(rows, 16, seed=0, groups=groups)
-    seen = list(batches)
-    assert sorted(row for batch in seen for row in batch) == list(range(len(rows)))
-    for batch in seen:
-        units = [(groups[row], rows[row]) for row in batch]
-        assert len(set(units)) == len(units)  # no image twice
-        assert set(np.bincount(groups[batch])) <= {0, 4, 8, 12, 16}  # whole families
-    order = list(CaptionBatches(rows, 16, seed=1, groups=groups))
-    assert order != seen
-
-
 def test_a_single_left_over_caption_joins_the_batch_before_it() -> None:
     assert [len(batch) for batch in CaptionBatches(range(9), 4)] == [4, 5]
     assert [len(batch) for batch in CaptionBatches(range(10), 4)] == [4, 4, 2]

@@ -16,8 +16,13 @@ import torch
 from safetensors.torch import load_file
 from training_makers import Processes, killed_at_call, tiny_config, write_scan
 
+from modeling_tvrn import TVRNModel
+from modeling_tvrn.storage.files import write_json
 from modeling_tvrn.training import TrainingConfig, TrainingStopped
-from modeling_tvrn.training.loop import Training
+from modeling_tvrn.training import run as run_module
+from modeling_tvrn.training.calibration import calibrate
+from modeling_tvrn.training.interrupt import Interrupt, watching_signals
+from modeling_tvrn.training.loop import Training, train
 from modeling_tvrn.training.snapshots import Snapshots, read_snapshot
 
 # 28 captions; dropout, so that the random state matters; means of weights; two phases
@@ -367,3 +372,91 @@ def test_a_scheduler_s_signal_saves_and_leaves_with_code_0(
     assert step == (5 if count == 1 else 6)  # among several it is agreed on one step later
     processes.run(fit, config, count=count)
     assert_equal_bits(final(configure(name="whole").output_dir), final(config.output_dir))
+
+
+def signalled_in_set_up(config: TrainingConfig, number: int, rank: int) -> Any:
+    """A run of which one process gets a signal between its start and its first step."""
+    build = run_module.build_model
+
+    def build_and_signal(*arguments: Any) -> Any:
+        if os.environ.get("RANK", "0") == str(rank):
+            os.kill(os.getpid(), number)
+        return build(*arguments)
+
+    run_module.build_model = build_and_signal
+    train(config)
+    raise AssertionError("the run went on to its end")
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "rank"), [(signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0), (signal.SIGUSR1, 2, 1)]
+)
+@pytest.mark.slow
+def test_a_signal_while_the_run_is_set_up_ends_all_processes_with_code_0(
+    configure: Callable[..., TrainingConfig], processes: Processes, number: int, count: int, rank: int
+) -> None:
+    config = configure()
+    assert processes.finish(processes.start(signalled_in_set_up, config, number, rank, count=count)) == [0] * count
+    assert not (Path(config.output_dir) / "checkpoints").exists()
+
+
+def test_a_signal_is_noted_from_the_first_import_on_and_by_the_next_run_forgotten(
+    configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # one of two: it must not leave the other waiting
+    with watching_signals(set_up=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.delenv("WORLD_SIZE")
+    run = Training(configure(max_steps=1))
+    with pytest.raises(SystemExit) as left:
+        run.fit()
+    assert left.value.code == 0 and run.step == 0
+    assert fit(configure(max_steps=1))["step"] == 1
+    with pytest.raises(SystemExit) as left, watching_signals(set_up=True):
+        os.kill(os.getpid(), signal.SIGTERM)  # alone, it leaves at once
+    assert left.value.code == 0
+    Interrupt(torch.device("cpu")).forget()
+
+
+# -- what is found before the work -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/run", "/proc/run", "a file"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_read(
+    configure: Callable[..., TrainingConfig], tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_training_pairs", lambda *_: pytest.fail("data were read"))
+    if folder == "a file":
+        (tmp_path / "file").write_text("")
+        folder = str(tmp_path / "file")
+    config = configure().model_copy(update={"output_dir": folder})
+    with pytest.raises(OSError, match=f"{folder} can't be a folder to write into: .*; give another one"):
+        Training(config)
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "", "null", '{"format": "tvrn-checkpoint"}', "[" * 100_000, None])
+def test_a_checkpoint_with_another_manifest_is_passed_over(
+    tmp_path: Path, manifest: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshots = Snapshots(tmp_path)
+    for step in (1, 2):
+        snapshots.save(step, {}, {"model": {"weight": torch.full((1,), float(step))}})
+    path = snapshots.path(2) / "manifest.json"
+    if manifest is None:
+        write_json(path, "tvrn-checkpoint", {})  # with the right checksum
+    else:
+        path.write_text(manifest)
+    found = snapshots.newest()
+    assert found is not None and found.tensors["model"]["weight"] == 1 and "trying the one before it" in caplog.text
+
+
+def test_the_best_model_of_an_interrupted_run_is_calibrated_and_the_run_learns_as_before(
+    configure: Callable[..., TrainingConfig],
+) -> None:
+    run = Training(configure(max_steps=2))
+    run.fit()  # it ends before results are written
+    saved = TVRNModel.from_pretrained(run.best.folder)
+    assert saved.is_calibrated and not run.model.is_calibrated
+    shift = saved.calibration_shift.clone()
+    calibrate(saved, run.processor, run.validation_records)
+    assert torch.allclose(saved.calibration_shift, shift, atol=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import typer
 
 from ..redaction import guard_logs, redacted_text
 from . import caches, evaluate, find, measure, share
-from .common import quiet_libraries
+from .common import prepare_terminal
 
 __all__ = ["app", "main"]
 
@@ -30,7 +32,13 @@ class Verbs(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a verb."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            if not hasattr(select, "poll") or not reader_left():  # Windows ends such a program by itself
+                raise
+            raise typer.Exit from None  # whoever reads, such as `head`, has seen enough
         except (ValueError, OSError, ImportError) as error:
             # An extra that is missing, a file that is not there, a value that is wrong: all say what to do.
             if logging.getLogger(__package__).isEnabledFor(logging.DEBUG):
@@ -40,6 +48,16 @@ class Verbs(typer.core.TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo("tvrn: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from error
+
+
+def reader_left() -> bool:
+    """Whether nobody reads stdout any more; what is left to be written then goes nowhere."""
+    watched = select.poll()
+    watched.register(sys.stdout, select.POLLERR)
+    if not watched.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 app = typer.Typer(
@@ -97,7 +115,7 @@ for verb, (function, summary) in VERBS.items():
 
 def main() -> None:
     """The entry point `tvrn`."""
-    quiet_libraries()
+    prepare_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     guard_logs()
     app(prog_name="tvrn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import typer
 
 __all__ = [
     *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
-    *("fail", "load", "progress", "quiet_libraries", "say", "say_cut", "table", "writable"),
+    *("fail", "load", "progress", "prepare_terminal", "say", "say_cut", "table", "writable"),
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
@@ -31,12 +32,21 @@ def progress() -> bool:
     return sys.stderr.isatty()
 
 
-def quiet_libraries() -> None:
-    """Switch the libraries' own progress bars and hints off where nobody watches; before they are imported."""
+def prepare_terminal() -> None:
+    """What a program begins with: no bars of libraries where nobody watches, no character that ends it at its end."""
     if not progress():
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
+        # What a script has imported already does not look there again.
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].logging.disable_progress_bar()
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
+        if "huggingface_hub" in sys.modules:
+            sys.modules["huggingface_hub"].utils.disable_progress_bars()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with contextlib.suppress(AttributeError):  # a stream that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def say(value: Any, text: str, as_json: bool) -> None:
@@ -51,11 +61,13 @@ def say_cut(processor: Any) -> None:
 
 
 def as_json_text(value: Any, indent: int | None = None) -> str:
-    """JSON in its own letters; with escapes throughout where it holds lone surrogates, which cannot be printed."""
-    from ..data.file_kinds import is_unicode
-
+    """JSON in its own letters; with escapes throughout where some cannot be printed, such as lone surrogates."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
-    return text if is_unicode(text) else json.dumps(value, indent=indent, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, default=str)
+    return text
 
 
 def fail(message: str) -> typer.Exit:
@@ -91,6 +103,10 @@ def load(
 
 
 def writable(path: Path) -> Path:
-    """A file to be written, in a folder that exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to be written, asked for before the work: its folder exists, and may be written to."""
+    from ..storage.files import make_folder
+
+    make_folder(path.parent)
+    if path.is_dir():
+        raise fail(f"{str(path)!r} is a folder; expected the name of a file to write")
     return path

@@ -130,6 +130,8 @@ def evaluate(
     names = [*models, *others]
     by_model: list[Path | None] = [*caches] if len(caches) > 1 else [next(iter(caches), None)] * len(names)
     chosen = list(zip(names, by_model, strict=True))
+    if output is not None:
+        writable(output)  # before the work
     with _processes() as speaks:
         records = _records(data, split, data_option or [], images if from_file else None, from_file)
         checkpoints = _Checkpoints(records, device, dtype, trust_remote_code)
@@ -146,8 +148,7 @@ def evaluate(
             }  # fmt: skip
             report, text = _ranked(checkpoints, chosen[: len(models)], chosen[len(models) :], settings)
         if output is not None and speaks:
-            written = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-            writable(output).write_text(written, encoding="utf-8")
+            output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         say(report, text, as_json)
 
 
@@ -179,9 +180,9 @@ def _records(data: str | None, split: str | None, options: Sequence[str], images
         return None
     if from_file:
         return read_contrast_rows(data, images)
-    import yaml
+    from ..training.settings import read_overrides
 
-    given = dict(yaml.safe_load(f"{{{option.replace('=', ': ', 1)}}}").popitem() for option in options)
+    given = read_overrides(options, {})
     return load_pairs(data, split, **given)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -68,12 +70,6 @@ def index(
         return verify_folder(directory, as_json)
     from ..index import ImageTextIndex
 
-    if repair:
-        from ..storage.verify import verify as compare
-
-        for error in compare(directory)[1]:
-            typer.echo(f"tvrn: {error.path} is {error.problem}: it is made anew", err=True)
-            error.path.unlink(missing_ok=True)
     loaded, processor = load(model, device, dtype, trust_remote_code)
     built = ImageTextIndex.build(
         loaded,
@@ -86,6 +82,7 @@ def index(
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress(),
+        repair=repair,
         url=url,
         collection=collection,
     )
@@ -140,6 +137,8 @@ def search(
         raise fail("give either a TEXT or --image, exactly one of them")
     if picture is not None and picture.suffix.lower() != ".png":
         raise fail(f"--picture is {str(picture)!r}; expected a name that ends in .png")
+    if picture is not None:
+        writable(picture)
     wanted = _filters(keep or [])
     loaded, processor = load(model, device, dtype, trust_remote_code)
     opened = _opened(model, loaded, processor, where, index_folder, url, collection)
@@ -152,10 +151,10 @@ def search(
         rerank=not no_rerank,
     )
     rows = [(hit.rank, hit.score, hit.path or hit.text or hit.id) for hit in hits]
-    if picture is not None:
-        _draw(text or f"{image}", hits, writable(picture))
     kind = hits[0].score_kind if hits else "score"
     say([asdict(hit) for hit in hits], table(("rank", kind, "found"), rows), as_json)
+    if picture is not None:
+        _draw(text or f"{image}", hits, picture)
 
 
 def _opened(
@@ -193,15 +192,16 @@ def _cached_index(model: str, folder: Path) -> Path:
 
 
 def _filters(keep: list[str]) -> dict[str, Any] | None:
-    """{"column": [values]} of COLUMN=VALUE; a column named twice may have either value."""
-    import yaml
-
+    """{"column": [values]} of COLUMN=VALUE; a column named twice has either value, and 2023 is text or a number."""
     found: dict[str, Any] = {}
     for item in keep:
         column, equals, value = item.partition("=")
         if not equals:
             raise fail(f"--where is {item!r}; expected COLUMN=VALUE")
-        found.setdefault(column, []).append(yaml.safe_load(value))
+        found.setdefault(column, []).append(value)
+        with contextlib.suppress(ValueError, RecursionError):
+            if not isinstance(read := json.loads(value), str | list | dict):
+                found[column].append(read)
     return found or None
 
 
@@ -246,15 +246,17 @@ def explain(
     for option, path, suffix in (("--picture", picture, ".png"), ("--html", html, ".html")):
         if path is not None and path.suffix.lower() != suffix:
             raise fail(f"{option} is {str(path)!r}; expected a name that ends in {suffix}")
+        if path is not None:
+            writable(path)
     from ..explain import explain as take_apart
 
     loaded, processor = load(model, device, dtype, trust_remote_code)
     explanation = take_apart(loaded, processor, image, caption)
     written = []
     if picture is not None:
-        written.append(str(explanation.save_picture(writable(picture))))
+        written.append(str(explanation.save_picture(picture)))
     if html is not None:
-        written.append(str(explanation.save_html(writable(html))))
+        written.append(str(explanation.save_html(html)))
     text = "\n".join([explanation.table(), *(f"written: {path}" for path in written)])
     say({**explanation.as_dict(), "written": written}, text, as_json)
 

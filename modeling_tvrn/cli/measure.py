@@ -7,7 +7,9 @@ import csv
 import itertools
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +44,9 @@ def train(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option("--config", "-c", metavar="NAME|FILE", help="a shipped recipe, or a YAML file of keys"),
+        typer.Option(
+            "--config", "-c", metavar="NAME|FILE", help="a shipped recipe, or a YAML file of keys; - is stdin"
+        ),
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="explain every key, and exit")] = False,
     as_json: AsJson = False,
@@ -61,14 +65,16 @@ def train(
     """
     from ..training import TrainingConfig, describe
     from ..training.command import settings_of
+    from ..training.interrupt import watching_signals
 
     if keys:
         return typer.echo(describe(TrainingConfig))
     settings = settings_of(config, overrides or [])
     log = logging.getLogger("modeling_tvrn")
     log.setLevel(min(logging.INFO, log.getEffectiveLevel()))  # of a run of hours one wants to see how it goes
-    from ..training import TrainingStopped
-    from ..training import train as run
+    with watching_signals(set_up=True):  # from here on: importing takes seconds
+        from ..training import TrainingStopped
+        from ..training import train as run
 
     try:
         results = run(settings)
@@ -83,7 +89,9 @@ def train(
 
 def score(
     model: Model,
-    pairs: Annotated[Path, typer.Argument(metavar="CSV", help="table with a header: columns image and caption")],
+    pairs: Annotated[
+        Path, typer.Argument(metavar="CSV", help="table with a header: columns image and caption; - is stdin")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write (default: stdout)")] = None,
     images: Annotated[
         Path | None,
@@ -114,9 +122,13 @@ def score(
     """
     if below and threshold is None:
         raise fail("--below goes with --threshold")
+    output = None if str(output) == "-" else output
+    if output is not None:
+        writable(output)
     from .pairs import read_pairs, score_pairs
 
-    rows = list(read_pairs(pairs, image_column, caption_column))
+    with _file(pairs) as table:
+        rows = list(read_pairs(table, image_column, caption_column))
     loaded, processor = load(model, device, dtype, trust_remote_code)
     if threshold is not None:
         _check_threshold(model, loaded, threshold)
@@ -125,12 +137,26 @@ def score(
     columns = list(rows[0])
     if output is None:
         with contextlib.suppress(AttributeError):  # a stream that is no file
-            sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+            # Bytes as they came, whatever the terminal's encoding.
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
         _write_rows(kept, columns, loaded.score_kind, sys.stdout, as_json)
     else:
-        with writable(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with output.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             _write_rows(kept, columns, loaded.score_kind, file, as_json)
     say_cut(processor)
+
+
+@contextlib.contextmanager
+def _file(path: Path) -> Iterator[Path]:
+    """A file that may be read more than once; `-` is a copy of stdin."""
+    if str(path) != "-":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="tvrn-score-") as folder:
+        copy = Path(folder) / "stdin.csv"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield copy
 
 
 def _check_threshold(name: str, model: Any, threshold: float) -> None:

@@ -43,7 +43,6 @@ class PairTable:
     splits: list[str] = field(default_factory=list)
     filenames: list[str] = field(default_factory=list)
     source_rows: list[int] = field(default_factory=list)
-    groups: list[ItemId | None] = field(default_factory=list)
 
     def append(self, pair: Pair, source_row: int) -> None:
         """Add one image."""
@@ -53,13 +52,11 @@ class PairTable:
         self.splits.append(pair.split)
         self.filenames.append(pair.filename)
         self.source_rows.append(source_row)
-        self.groups.append(pair.group)
 
     def pair(self, row: int) -> Pair:
         """One image's texts, copied."""
         captions, ids = list(self.captions[row]), list(self.caption_ids[row])
-        names = self.splits[row], self.filenames[row]
-        return Pair(self.image_ids[row], captions, ids, *names, group=self.groups[row])
+        return Pair(self.image_ids[row], captions, ids, self.splits[row], self.filenames[row])
 
     def select(self, rows: Sequence[int]) -> PairTable:
         """The given rows, in this order."""
@@ -123,11 +120,6 @@ class PairDataset(torch.utils.data.Dataset[Record]):
     def scenes(self) -> Any:
         """The generated scenes that the records come from (`SceneRecords`, perhaps more of them); None of others."""
         return self._source.scenes
-
-    @property
-    def groups(self) -> list[ItemId | None]:
-        """Of each record's image the group of those that look alike; None where the source names none."""
-        return self._table.groups
 
     def __len__(self) -> int:
         return len(self._table.image_ids)
@@ -369,7 +361,7 @@ def _checked(source: PairSource, table: PairTable, how: Check, max_pixels: int, 
 
     good = []
     # delayed, so that small sets stay silent
-    bar = tqdm(total=len(table.source_rows), desc="checking images", unit="image", delay=2, leave=False)
+    bar = tqdm(total=len(table.source_rows), desc="checking images", unit="image", delay=2, leave=False, disable=None)
     with bar, ThreadPoolExecutor(_CHECK_THREADS) as pool:
         run: Any = pool.map if how == "full" else map
         for start in range(0, len(table.source_rows), 1024):  # in blocks: `map` would queue everything at once

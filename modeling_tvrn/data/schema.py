@@ -41,7 +41,6 @@ CAPTION_COLUMNS = (
 IMAGE_ID_COLUMNS = ("image_id", "img_id", "cocoid", "coco_id", "imgid")
 CAPTION_ID_COLUMNS = ("caption_ids", "sentids", "sentences_sentid", "caption_id", "sentid")
 SPLIT_COLUMNS = ("split",)
-GROUP_COLUMNS = ("group",)
 FOLDER_COLUMNS = ("filepath", "file_path")
 FILENAME_COLUMNS = (
     "filename", "file_name", "image_name", "image_path", "image_file", "path", "file", *FOLDER_COLUMNS,
@@ -69,12 +68,11 @@ class Layout:
     split: str | None = None
     filename: str | None = None
     folder: str | None = None
-    group: str | None = None
 
     @property
     def text_columns(self) -> list[str]:
         """The columns that are read without touching images."""
-        single = (self.image_id, self.caption_ids, self.split, self.filename, self.folder, self.group)
+        single = (self.image_id, self.caption_ids, self.split, self.filename, self.folder)
         names = [*self.captions, *(name for name in single if name is not None)]
         return list(dict.fromkeys(names))
 
@@ -104,7 +102,6 @@ class Pair:
     filename: str
     own_split: bool = False  # told by the row, not by its file
     is_named: bool = False  # whether the file name is the row's own
-    group: ItemId | None = None  # images of one group look alike
 
 
 def detect_layout(
@@ -136,7 +133,6 @@ def detect_layout(
         split=chosen.get("split", _first(SPLIT_COLUMNS, columns)),
         filename=chosen.get("filename", _first(FILENAME_COLUMNS, columns)),
         folder=_first(FOLDER_COLUMNS, columns),
-        group=_first(GROUP_COLUMNS, columns),
     )
     if not layout.captions or not (has_images or layout.image or "region_features" in layout.regions):
         raise ValueError(_refusal(columns, layout, source))
@@ -248,8 +244,7 @@ def _read_pair(layout: Layout, row: SourceRow, report: SkipReport) -> Pair:
     own_split = row.values.get(layout.split) if layout.split else None
     split = canonical_split(str(own_split or row.split or EVERY_SPLIT))
     texts, names = [text for text, _ in kept], [name for _, name in kept]
-    group = _plain_id(row.values.get(layout.group), str(image_id)) if layout.group else None
-    return Pair(image_id, texts, names, split, filename or row.key, bool(own_split), bool(filename), group)
+    return Pair(image_id, texts, names, split, filename or row.key, bool(own_split), bool(filename))
 
 
 def caption_fault(text: Any) -> str | None:

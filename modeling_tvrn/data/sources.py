@@ -182,7 +182,7 @@ class ScenesSource(PairSource):
     """Generated scenes: captions are known beforehand, a picture is drawn when its record is asked for."""
 
     is_trusted = True
-    layout = Layout(captions=("captions",), image="image", image_id="image_id", group="group")
+    layout = Layout(captions=("captions",), image="image", image_id="image_id")
 
     def __init__(self, records: Any) -> None:
         self.name = "scenes"
@@ -192,10 +192,8 @@ class ScenesSource(PairSource):
         return len(self.records)
 
     def rows(self) -> Iterator[SourceRow]:
-        texts = zip(self.records.image_ids, self.records.captions, self.records.families, strict=True)
-        for image_id, captions, family in texts:
-            values = {"image_id": image_id, "captions": captions, "group": family}
-            yield SourceRow(values, self.records.split, f"{image_id}.png")
+        for image_id, captions in zip(self.records.image_ids, self.records.captions, strict=True):
+            yield SourceRow({"image_id": image_id, "captions": captions}, self.records.split, f"{image_id}.png")
 
     def content(self, row: int) -> Content:
         text = {"captions", "image_id", "caption_ids", "split", "filename"}

@@ -63,16 +63,6 @@ class CaptionDataset(torch.utils.data.Dataset[Item]):
         self._numbers = np.array([first_row[image_id] for image_id in records.image_ids])
         self.image_rows = self._numbers[self._rows]
 
-    @property
-    def groups(self) -> np.ndarray:
-        """For each item a number, int64 (items,), that images of one group of the records share; an image without a
-        group has its own."""
-        groups = getattr(self.records, "groups", [None] * len(self.records))
-        # Two kinds of keys, so that no group is taken for the row of an image without one.
-        keys = [("row", row) if group is None else ("group", group) for row, group in enumerate(groups)]
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        return np.array([numbers[key] for key in keys])[self._rows]
-
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -25,6 +25,17 @@ def unusable_captions(processors: Sequence[Any], captions: Sequence[Any]) -> dic
     return dict(sorted(found.items()))
 
 
+def unknown_words(processor: Any, text: str) -> list[str]:
+    """The words of a text that a tokenizer does not know, all of which become the same token."""
+    tokenizer = processor.tokenizer
+    roles = [role for role, token in tokenizer.special_tokens_map.items() if token == tokenizer.unk_token]
+    if roles != ["unk_token"] or not tokenizer.is_fast:  # CLIP's is also its last token, and it spells every word
+        return []
+    read = tokenizer(text, return_offsets_mapping=True)
+    places = [place for place, token in enumerate(read["input_ids"]) if token == tokenizer.unk_token_id]
+    return list(dict.fromkeys(text[slice(*read["offset_mapping"][place])] for place in places))
+
+
 def with_words(records: Any, *processors: Any) -> Any:
     """The records without captions that one of the processors cannot use, such as `<pad>` or a lone U+FE0F.
 
@@ -132,11 +143,6 @@ class WordedRecords:
     def filenames(self) -> list[str]:
         """File name of each record."""
         return self._chosen("filenames")
-
-    @cached_property
-    def groups(self) -> list[ItemId | None]:
-        """Group of each record's image."""
-        return self._chosen("groups")
 
     def _chosen(self, name: str) -> list[Any]:
         values = getattr(self.records, name)

@@ -133,4 +133,4 @@ def _to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _bar(total: int | None, what: str, progress: bool) -> contextlib.AbstractContextManager[tqdm]:
-    return tqdm(total=total, desc=what, unit=f" {what}", delay=2.0, leave=False, disable=not progress)
+    return tqdm(total=total, desc=what, unit=f" {what}", delay=2.0, leave=False, disable=None if progress else True)

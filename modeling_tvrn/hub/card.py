@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["CardMetadata", "results_of_index", "write_model_card"]
+__all__ = ["CardMetadata", "results_of_index", "text", "write_model_card"]
 
 PIPELINE_TAG = "feature-extraction"
 TAGS = ("tvrn", "image-text-matching", "image-text-retrieval", "custom_code")
@@ -113,18 +115,43 @@ def template_path() -> Path:
     )
 
 
+def text(value: Any) -> str:
+    """A value as Markdown that shows it and does nothing else: no HTML, link, heading or cell of a table."""
+    shown = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"""[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-]""", r"\\\g<0>", shown)
+
+
+def code(value: Any) -> str:
+    """A value as a span of code, whatever backticks it holds."""
+    shown = " ".join(str(value).split())
+    marks = _longer_than(shown)
+    return f"{marks} {shown} {marks}" if shown.startswith("`") or shown.endswith("`") else f"{marks}{shown}{marks}"
+
+
+def fenced(language: str, value: str) -> str:
+    """Lines of code as a block, whatever fences they hold."""
+    marks = _longer_than("``" + value)
+    return f"{marks}{language}\n{value}\n{marks}"
+
+
+def _longer_than(value: str) -> str:
+    """Backticks, more than stand side by side in a text."""
+    return "`" * (1 + max(map(len, re.findall("`+", value)), default=0))
+
+
 def write_model_card(folder: str | os.PathLike[str], metadata: CardMetadata, **sections: Any) -> Path:
     """Render `model_cards/template.md` into a checkpoint's README.md.
 
     Args:
         folder: the checkpoint's folder, or a path that ends in .md.
         metadata: the YAML header.
-        sections: the template's other variables.
+        sections: the template's other variables, raw: the template says what is text and what is code.
 
     Returns:
         The path written to.
     """
-    card = ModelCard.from_template(metadata.header(), template_path=str(template_path()), **sections)
+    ways: dict[str, Any] = {"text": text, "code": code, "fenced": fenced}
+    card = ModelCard.from_template(metadata.header(), template_path=str(template_path()), **ways, **sections)
     path = Path(folder) if Path(folder).suffix == ".md" else Path(folder) / "README.md"
     path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
     return path

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..plain_yaml import load_yaml, yaml_problem
 from .card import PIPELINE_TAG, results_of_index
 from .files import read_json
 from .report import Check
@@ -54,9 +55,9 @@ def read_header(path: Path) -> dict[str, Any]:
     if before.strip() or not end:
         raise ValueError("README.md does not begin with a YAML header between two lines of ---")
     try:
-        header = yaml.safe_load(block)
+        header = load_yaml(block)
     except yaml.YAMLError as error:
-        raise ValueError(f"README.md's header is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"README.md's header is not YAML ({yaml_problem(error)})") from error
     if not isinstance(header, dict):
         raise ValueError("README.md's header holds no keys")
     return header

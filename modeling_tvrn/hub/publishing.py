@@ -131,18 +131,42 @@ def _opened(model: Any, processor: Any, results: Any) -> tuple[Any, Any, Path | 
     if not isinstance(model, (str, os.PathLike)):
         if processor is None:
             raise ValueError("a model in memory needs its processor: push_to_hub(model, processor, repo_id)")
-        return model, processor, results if results is None or isinstance(results, Mapping) else Path(results)
+        if results is None or isinstance(results, Mapping):
+            return model, processor, results
+        _refuse_links(Path(results))
+        return model, processor, Path(results)
     folder = Path(model)
     if processor is not None:
         raise ValueError("processor goes with a model in memory; a folder brings its own")
     if not folder.is_dir():
         raise ValueError(f"{os.fspath(model)!r} is no folder; expected that of a saved model, or a model in memory")
     own = results if results is not None else folder
+    for each in {folder, folder if isinstance(own, Mapping) else Path(own)}:
+        _refuse_links(each)
     return (
         TVRNModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True),
         TVRNProcessor.from_pretrained(folder, trust_remote_code=False),
         own if isinstance(own, Mapping) else Path(own),
     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse files that lie elsewhere: `curve.png` may be a link to what nobody means to publish.
+
+    Weights, which are read as tensors, may lie anywhere; and so may the files of the Hub's own cache.
+
+    Raises:
+        ValueError: names the link and where it leads.
+    """
+    home = folder.resolve()
+    inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in folder.glob("*"):
+        target = path.resolve()
+        if path.suffix != ".safetensors" and not any(target.is_relative_to(each) for each in inside):
+            raise ValueError(
+                f"not pushed: {path} is a link to {target}, which lies outside the folder; put the file itself there, "
+                "or remove the link"
+            )
 
 
 def _stage(

@@ -15,7 +15,7 @@ from ..configuration_tvrn import TVRNConfig
 from ..data import PRESETS
 from ..metrics import RECALL_AT, Accuracy, Recalls, accuracy_table, recall_table
 from ..redaction import redacted
-from .card import CardMetadata, write_model_card
+from .card import CardMetadata, text, write_model_card
 from .foreign import check_own_folder
 from .portable import is_hub_id, portable, portable_command
 
@@ -25,7 +25,7 @@ USAGE = """\
 import torch
 {imports}from transformers import AutoModel, AutoProcessor
 
-name = "{name}"  # a folder or a Hub id
+name = {name}  # a folder or a Hub id
 model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
@@ -198,7 +198,7 @@ def results_table(results: Mapping[str, Any], split: str) -> str:
     """The recalls of results.json as Markdown, beside those of the embeddings and of chance."""
     rows = {"pair score": "metrics", "embeddings alone": "embedding_metrics", "chance": "chance"}
     systems = {label: _recalls(results[key]) for label, key in rows.items() if results.get(key) is not None}
-    return recall_table(systems, f"{split}, percent")
+    return recall_table(systems, f"{text(split)}, percent")
 
 
 def _contrast_table(results: Mapping[str, Any]) -> str | None:
@@ -280,7 +280,8 @@ def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
     """
     imports, images, keywords = PIXELS if _sees(model_config) else REGIONS
     images = images.format(size=_model_value(model_config, "region_feature_size"))
-    return USAGE.format(name=name, imports=imports, images=images, keywords=keywords).strip()
+    quoted = json.dumps(name, ensure_ascii=False)
+    return USAGE.format(name=quoted, imports=imports, images=images, keywords=keywords).strip()
 
 
 def _sees(model_config: Mapping[str, Any]) -> bool:

@@ -30,8 +30,18 @@ from ..storage.tensors import write_tensors
 from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments
 from .sources import RESERVED, Item, Loaded, Source, check_name
-from .vectors import GRAPH, VectorSearch
-from .versions import FORMAT, LOCK, MANIFEST, SEGMENTS, current, drop_old_versions, next_version, switch_to
+from .vectors import GRAPH, VectorSearch, check_search
+from .versions import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    SEGMENTS,
+    current,
+    drop_old_versions,
+    make_usable,
+    next_version,
+    switch_to,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +61,11 @@ class BuildSettings:
     segment_size: int = 256
     num_workers: int = 4
     progress: bool = True
+    repair: bool = False
 
     def check(self) -> None:
-        """Refuse sizes below 1 at once, not after an hour."""
+        """Refuse wrong settings at once, not after an hour."""
+        check_search(self.precision, self.engine)
         for name in ("batch_size", "segment_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -121,6 +133,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
     settings.check()
     started = time.perf_counter()
     with locked(directory / LOCK):
+        make_usable(directory, thoroughly=settings.repair)
         fingerprint = index_fingerprint(model, processor)
         build = digest({"model": fingerprint, "side": source.side, "features": settings.features})
         segments = Segments(directory / SEGMENTS, build, source.side)
@@ -134,6 +147,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         _compare(report, {item.id: key for item, key in zip(items, keys, strict=True)}, known)
         if not items:
             raise ValueError(f"{printable(source.name)} holds nothing to index (skipped: {report.skipped})")
+        segments.compact(keys, settings.segment_size)
         version = next_version(directory)
         files = {ITEMS: write_table(version / ITEMS, _columns(items, keys))}
         files |= _write_search(version, segments.embeds(keys), settings, report)
@@ -175,8 +189,9 @@ class _Encoder:
     def run(self, source: Source, known: Known) -> tuple[list[Item], list[str]]:
         """All items that can be used, with their keys."""
         items, keys = [], []
+        off = None if self.settings.progress else True
         with (
-            tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=not self.settings.progress) as bar,
+            tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=off) as bar,
             evaluating(self.model),
         ):
             for item, loaded in self._loaded(source, known):

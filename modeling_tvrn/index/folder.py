@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from ..encoded_tvrn import EncodedItems
 from ..storage.files import check_file, read_json
-from ..storage.tables import Where
+from ..storage.tables import Where, values_of
 from ..storage.tensors import TensorFile
 from .build import FIX, VECTORS, open_table
 from .segments import Segments
+from .sources import folder_names
 from .vectors import GRAPH, VectorSearch
 from .versions import FORMAT, MANIFEST, SEGMENTS, current
 
@@ -61,8 +62,17 @@ class FolderBackend:
 
     def nearest(self, query: np.ndarray, count: int, where: Where | None) -> list[tuple[int, float]]:
         """(row, cosine), nearest first."""
-        rows, cosines = self.search.search(query, count, self.table.rows_where(where))
+        rows, cosines = self.search.search(query, count, self.table.rows_where(self._with_folders(where)))
         return list(zip(rows.tolist(), cosines.tolist(), strict=True))
+
+    def _with_folders(self, where: Where | None) -> Where | None:
+        """The filter with the paths of all folders that it names."""
+        if not isinstance(where, Mapping) or "folder" not in where or "folder" not in self.table.names:
+            return where
+        wanted = values_of(where["folder"])
+        names = {str(value) for value in wanted if value is not None}
+        found = [path for path in self.table.distinct("folder") if names & {*folder_names(str(path))}]
+        return {**where, "folder": [*wanted, *found]}
 
     def item(self, place: int) -> dict[str, Any]:
         """One item's columns."""

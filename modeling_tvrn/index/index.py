@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from ..data.worded import unknown_words
 from ..encoded_tvrn import EncodedItems
 from ..explain.scene import read_scene
 from ..scoring.models import evaluating
@@ -25,6 +28,8 @@ from .fingerprint import check_model
 from .folder import FolderBackend
 from .sources import RESERVED, open_source
 from .versions import SEGMENTS, next_version, switch_to
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class ImageTextIndex:
         segment_size: int = 256,
         num_workers: int = 4,
         progress: bool = True,
+        repair: bool = False,
         url: str | None = None,
         collection: str = "tvrn",
         **server: Any,
@@ -148,6 +154,7 @@ class ImageTextIndex:
             segment_size: Items a file of features, and so the most that a kill loses.
             num_workers: Threads that read and decode photographs.
             progress: Show a progress bar with the time left, if it takes longer than a moment.
+            repair: Read the index's files first and make anew those that aren't what was written.
             url: Of a Qdrant server, to which the finished index is also sent (see `qdrant.publish` for `server`).
             collection: Its name there.
 
@@ -155,7 +162,12 @@ class ImageTextIndex:
             ValueError: If there is nothing to index, or a setting is out of range.
             IndexBusyError: If another process is building in the same folder.
         """
-        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress)
+        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress, repair)
+        shape = {name: server.pop(name) for name in ("shard_number", "replication_factor") if name in server}
+        if url is not None:
+            from .qdrant import connect
+
+            url = connect(url, **server)  # before hours of work
         temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
         folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
         report = build_version(model, processor, open_source(source, side, ids, metadata), folder, settings)
@@ -165,7 +177,7 @@ class ImageTextIndex:
         if url is not None:
             from .qdrant import QdrantBackend, publish
 
-            index.backend = QdrantBackend(publish(backend, url, collection, **server), collection)
+            index.backend = QdrantBackend(publish(backend, url, collection, **shape), collection)
         return index
 
     @classmethod
@@ -253,24 +265,29 @@ class ImageTextIndex:
             text: The query; or
             image: a PIL image, path, encoded bytes, uint8 array, or a record with region features.
             limit: Hits wanted, at most.
-            where: Filter by metadata: {"folder": "summer", "year": [2023, 2024]}; in a folder's index also a
-                `pyarrow.compute` expression or a function of an item's columns.
+            where: Filter by metadata: {"folder": "summer", "year": [2023, 2024]}; a folder of photographs by its path
+                or by any name in it: "summer" finds 2021/summer too. In a folder's index also a `pyarrow.compute`
+                expression or a function of an item's columns.
             shortlist_size: Candidates by embeddings that the pair score sees (at least `limit`).
             rerank: False ranks by the embeddings alone.
 
         Raises:
             ValueError: If not exactly one of text and image is given, `limit` is below 1, or there is no model.
         """
-        if (text is None) == (image is None) or limit < 1 or shortlist_size < 1:
+        if (text is None) == (image is None):
             raise ValueError(
-                f"search takes either text or image, and a limit and shortlist_size of at least 1; got "
-                f"text={text!r:.80}, an image: {image is not None}, limit={limit}, shortlist_size={shortlist_size}"
+                f"search takes either text or image; got text={text!r:.80}, an image: {image is not None}"
             )
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"text is {text!r:.80}, a {type(text).__name__}; expected one sentence")
+        _check_counts(limit=limit, shortlist_size=shortlist_size)
         if self.model is None or self.processor is None:
             raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
         started = time.perf_counter()
         with evaluating(self.model):
             query = self._encode(text, image)
+            if text is not None and (unknown := unknown_words(self.processor, text)):
+                logger.warning("the model does not know %s: each is <unk> to it, as any other", ", ".join(unknown))
             across = rerank and (text is not None) == (self.side == "images") and self.backend.manifest["features"]
             encoded = time.perf_counter()
             vector = query.tensors()["embeds"][0].float().cpu().numpy()
@@ -287,6 +304,7 @@ class ImageTextIndex:
         Raises:
             ValueError: If it has another shape, holds NaN, or is zero throughout.
         """
+        _check_counts(limit=limit)
         started = time.perf_counter()
         found = self.backend.nearest(_unit_vector(vector), limit, where)
         return Hits(self._hits(found, None, limit), {"shortlist": time.perf_counter() - started})
@@ -339,3 +357,9 @@ def _unit_vector(vector: Any) -> np.ndarray:
         what = "zeros alone" if norm == 0 else "NaN or infinity"
         raise ValueError(f"the vector holds {what}; expected an embedding, as get_text_features gives it")
     return (plain / norm).astype(np.float32)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")

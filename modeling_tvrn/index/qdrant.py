@@ -20,8 +20,9 @@ from safetensors.torch import load, save
 
 from ..encoded_tvrn import EncodedItems
 from ..storage.files import FORMATS, StorageError
+from ..storage.tables import values_of
 from .segments import SIDES
-from .sources import RESERVED
+from .sources import RESERVED, folder_names
 from .versions import FORMAT
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VECTOR, FEATURES, META = "embedding", "features", "meta"
+VECTOR, FEATURES, META, FOLDERS = "embedding", "features", "meta", "folders"
 UPLOAD_BATCH = 64  # points a request; with features one takes some 100 kB
 
 
@@ -38,9 +39,11 @@ def connect(url: Any, **options: Any) -> Any:
 
     Raises:
         ImportError: Naming the command that installs qdrant-client.
+        ConnectionError: No server answers, or it refuses.
     """
     try:
         from qdrant_client import QdrantClient
+        from qdrant_client.http.exceptions import ApiException
     except ImportError as error:
         raise ImportError('an index on a server needs qdrant-client: pip install "modeling-tvrn[qdrant]"') from error
     if isinstance(url, QdrantClient):
@@ -50,7 +53,16 @@ def connect(url: Any, **options: Any) -> Any:
     address = os.fspath(url)
     if address == ":memory:":
         return QdrantClient(":memory:")
-    return QdrantClient(url=address, **options) if "://" in address else QdrantClient(path=address)
+    if "://" not in address:
+        return QdrantClient(path=address)
+    client = QdrantClient(url=address, **options)
+    try:
+        client.get_aliases()
+    except ApiException as error:
+        raise ConnectionError(
+            f"no Qdrant server answers as it should at {address!r} ({error}); start it, or correct address and api_key"
+        ) from error
+    return client
 
 
 def publish(
@@ -166,6 +178,8 @@ def _point(index: FolderBackend, row: int, point: str) -> Any:
     item = index.item(row)
     meta = {name: value for name, value in item.items() if name not in RESERVED and value is not None}
     payload: dict[str, Any] = {"id": item["id"], "path": item["path"], "text": item["text"], META: meta}
+    if isinstance(meta.get("folder"), str):
+        payload[FOLDERS] = folder_names(meta["folder"])
     if index.manifest["features"]:
         tensors = {name: _half(value) for name, value in index.features([row]).tensors().items()}
         payload[FEATURES] = base64.b64encode(save(tensors)).decode()
@@ -219,11 +233,21 @@ def _filter(where: Any) -> Any:
         raise ValueError(f"where is a {type(where).__name__}; on a server a filter is a dict of columns and values")
     conditions: list[Any] = []
     for name, wanted in where.items():
-        several = isinstance(wanted, list | tuple | set | frozenset)
-        match = models.MatchAny(any=list(wanted)) if several else models.MatchValue(value=wanted)
         key = name if name in ("id", "path", "text") else f"{META}.{name}"
-        conditions.append(models.FieldCondition(key=key, match=match))
+        keys = [key, FOLDERS] if name == "folder" else [key]
+        either = [_condition(key, value) for key in keys for value in values_of(wanted)]
+        conditions.append(models.Filter(should=either))
     return models.Filter(must=conditions)
+
+
+def _condition(key: str, value: Any) -> Any:
+    from qdrant_client import models
+
+    if value is None:
+        return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+    if isinstance(value, float):
+        return models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))
+    return models.FieldCondition(key=key, match=models.MatchValue(value=value))
 
 
 def _half(value: torch.Tensor) -> torch.Tensor:

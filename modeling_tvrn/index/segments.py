@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from ..storage.tensors import TensorFile
 from .versions import FORMAT
 
 logger = logging.getLogger(__name__)
+
+GARBAGE = 0.5  # share of a segment's items that nothing refers to, from which on the others are copied out of it
+MANY = 4  # times as many small segments as full ones would do, from which on they are joined
 
 SIDES: dict[str, type[EncodedItems]] = {"images": EncodedImages, "texts": EncodedTexts}
 
@@ -74,8 +78,39 @@ class Segments:
 
     def write(self, keys: Sequence[str], encoded: EncodedItems) -> None:
         """A new segment; it has its name only once it is whole on the disk."""
-        arrays = {name: _array(value) for name, value in encoded.tensors().items()}
+        self._write(keys, {name: _array(value) for name, value in encoded.tensors().items()})
+
+    def _write(self, keys: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
         self._take(write_shard(self.directory / f"{uuid4().hex}.safetensors", keys, self.build, arrays))
+
+    def compact(self, keys: Sequence[str], size: int) -> None:
+        """Copy items out of segments that are mostly garbage, or small and many, into segments of `size` items.
+
+        Args:
+            keys: Of all items in use.
+            size: Of a full segment; those of which half is in use stay.
+        """
+        live: dict[str, list[str]] = {}
+        for key in dict.fromkeys(keys):
+            live.setdefault(self.place[key][0], []).append(key)
+        thin = {name: own for name, own in live.items() if len(own) < size / 2}
+        moved = [key for own in thin.values() for key in own]
+        rows = sum(len(shard_ids(self.files[name])) for name in thin)
+        if rows - len(moved) <= GARBAGE * rows and len(thin) <= MANY * math.ceil(len(moved) / size):
+            return
+        try:
+            for name in thin:
+                self.files[name].verify()  # a copy of what is damaged would pass for whole
+        except StorageError as error:
+            logger.warning("%s (with --repair the build does)", error)
+            return
+        for start in range(0, len(moved), size):
+            some = moved[start : start + size]
+            places = [self.place.pop(key) for key in some]
+            names = self._arrays(places[0][0])
+            self._write(
+                some, {name: _stacked([self._arrays(file)[name][row] for file, row in places]) for name in names}
+            )
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
         if name not in self._mapped:
@@ -102,6 +137,14 @@ class Segments:
         for path in self.directory.glob("*.safetensors*"):
             if path.name not in used:
                 path.unlink(missing_ok=True)
+
+
+def _stacked(items: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one dtype, filled up with zeros to the largest: (n, ...)."""
+    whole = np.zeros((len(items), *np.max([item.shape for item in items], axis=0)), items[0].dtype)
+    for place, item in enumerate(items):
+        whole[place][tuple(slice(length) for length in item.shape)] = item
+    return whole
 
 
 def _array(value: torch.Tensor) -> np.ndarray:

@@ -97,6 +97,12 @@ class FolderSource:
             yield item
 
 
+def folder_names(folder: str) -> list[str]:
+    """What a filter may call a folder: "2021/winter" is found by its path, and by "2021" or "winter"."""
+    parts = folder.split("/")
+    return ["/".join(parts[start:end]) for start in range(len(parts)) for end in range(start + 1, len(parts) + 1)]
+
+
 class _FileLoader:
     """Reads a photograph whole, so that what is hashed is what is decoded, even in a folder that changes meanwhile."""
 
@@ -226,6 +232,8 @@ def open_source(source: Any, side: str | None, ids: Any, metadata: Any) -> Sourc
     Raises:
         ValueError: If it is nothing that can be indexed.
     """
+    if side not in (None, "images", "texts"):
+        raise ValueError(f"side is {side!r}; expected 'images' or 'texts'")
     if isinstance(source, EncodedItems):
         return EncodedSource(source, ids, metadata)
     if ids is not None:

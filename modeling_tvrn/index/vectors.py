@@ -85,10 +85,7 @@ class VectorSearch:
     """
 
     def __init__(self, vectors: np.ndarray, precision: str = "float32", engine: str = "auto") -> None:
-        if precision not in PRECISIONS or engine not in ENGINES:
-            raise ValueError(
-                f"precision is {precision!r} and engine {engine!r}; expected one of {PRECISIONS} and one of {ENGINES}"
-            )
+        check_search(precision, engine)
         self.vectors, self.precision = vectors, precision
         self.engine = choose_engine(engine, len(vectors))
         self.graph: Any = None
@@ -181,10 +178,22 @@ class VectorSearch:
         return int(len(self.vectors) * (size + (8 * LINKS if self.engine == "hnsw" else 0)))
 
 
-def choose_engine(engine: str, count: int) -> str:
-    """ "exact" or "hnsw"."""
+def check_search(precision: str, engine: str) -> None:
+    """Refuse what a search can't be made with.
+
+    Raises:
+        ValueError: On an unknown precision or engine.
+        ImportError: If "hnsw" is asked for without faiss.
+    """
+    for name, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ENGINES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     if engine == "hnsw":
         import_faiss()
+
+
+def choose_engine(engine: str, count: int) -> str:
+    """ "exact" or "hnsw"."""
     if engine != "auto":
         return engine
     if count <= EXACT_UP_TO:

@@ -309,6 +309,5 @@ def check_galleries(model: PairModel, images: Gallery, texts: Gallery, chunk_siz
 
 def pair_bar(pairs: int, progress: bool) -> tqdm:
     """A bar over pairs, with the time left, once it takes longer than a moment."""
-    return tqdm(
-        total=pairs, desc="pairs", unit=" pairs", unit_scale=True, delay=2.0, leave=False, disable=not progress
-    )
+    off = None if progress else True
+    return tqdm(total=pairs, desc="pairs", unit=" pairs", unit_scale=True, delay=2.0, leave=False, disable=off)

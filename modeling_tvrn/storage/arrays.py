@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..redaction import redacted
-from .files import StorageError, read_json, write_json
+from .files import StorageError, make_folder, read_json, sweep, write_json
 from .fingerprints import ItemId, check_fingerprint, digest, items_fingerprint, plain_id
 from .ids import IdIndex
 from .tensors import MappedFile, TensorFile, write_tensors
@@ -249,7 +249,7 @@ class StoreWriter:
         self.shard_size = shard_size
         # A shard is tied to what made it, whatever the whole data turn out to be.
         self.build = digest({name: part for name, part in self.fingerprint.items() if name != "data"})
-        self.directory.mkdir(parents=True, exist_ok=True)
+        sweep(make_folder(self.directory))
         if overwrite:
             self._remove_shards(0)
             (self.directory / MANIFEST_NAME).unlink(missing_ok=True)

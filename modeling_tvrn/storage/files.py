@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from .fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
+LEFT = re.compile(r".+\.[0-9a-f]+\.tmp")
 OLD = ".removing-"  # begins the name of a folder that is on its way out
 REBUILD = "delete it and run the build that made it again, which makes anew what is missing"
 # What a manifest is of -> the version that this release reads and writes, and what to do about one that it can't read
@@ -75,6 +77,22 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> Path:
+    """A folder to write into, made if need be; to be asked for before the work, not after it.
+
+    Raises:
+        OSError: It can't be made or written to; says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "it is not writable"
+    except OSError as error:
+        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror or str(error)
+    if reason is not None:
+        raise OSError(f"{path} can't be a folder to write into: {reason}; give another one")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; the file then takes its place, whole, or the place stays as it was."""
@@ -87,6 +105,13 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers of `replacing` left in a folder; for whoever alone writes there."""
+    for path in folder.glob("*.tmp"):
+        if LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def publish_folder(aside: Path, target: Path) -> None:
@@ -117,7 +142,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     Raises:
         BusyError: Another process holds it, and `wait` is not set.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with open(path, "a+", encoding="utf-8") as file:
         try:
             _lock(file.fileno(), wait=False)
@@ -171,7 +196,7 @@ def read_json(path: Path, kind: str, fix: str | None = None) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document.get("format"), document.get("format_version")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise StorageError(path, f"damaged: it can't be read ({type(error).__name__}: {error})", fix) from error
     if found != (kind, version):
         of = " ".join(str(part) for part in found if part is not None) or "nobody knows what"

@@ -74,6 +74,11 @@ class Table:
         found = self._connection.execute(f"SELECT {_quoted(name)} FROM items ORDER BY {ROW}")
         return [_given(value) for (value,) in found]
 
+    def distinct(self, name: str) -> list[Any]:
+        """One column's different values."""
+        found = self._connection.execute(f"SELECT DISTINCT {_quoted(name)} FROM items")
+        return [_given(value) for (value,) in found]
+
     def row(self, number: int) -> dict[str, Any]:
         """One row's columns."""
         names = ", ".join(map(_quoted, self.names))
@@ -101,8 +106,7 @@ class Table:
                 raise ValueError(f"the filter names the columns {unknown}; the index has {self.names}")
             kept = []
             for name, wanted in where.items():
-                values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
-                kept.append(self._rows_of(name, [_stored(value) for value in values]))
+                kept.append(self._rows_of(name, [_stored(value) for value in values_of(wanted)]))
             return np.array(sorted(set.intersection(*kept)), np.int64)
         if type(where).__module__.startswith("pyarrow"):
             import pyarrow
@@ -122,6 +126,11 @@ class Table:
             condition = " OR ".join([f"{_quoted(name)} IS ?"] * len(some))
             found |= {row for (row,) in self._connection.execute(f"SELECT {ROW} FROM items WHERE {condition}", some)}
         return found
+
+
+def values_of(wanted: Any) -> list[Any]:
+    """The values that a filter accepts of a column: one, or several."""
+    return list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
 
 
 def _quoted(name: str) -> str:

@@ -164,7 +164,9 @@ def _fill(
         batches = DataLoader(prepared, batch_size=None, num_workers=num_workers)
     total = None if ids is None else len(ids)
     cut, is_first = 0, True
-    bar = tqdm(total=total, initial=len(done), unit="image", desc="extracting regions", disable=not progress)
+    bar = tqdm(
+        total=total, initial=len(done), unit="image", desc="extracting regions", disable=None if progress else True
+    )
     with bar, extraction.evaluating():
         for batch in batches:
             arrays = extraction.extract(batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see processing_tvrn
@@ -250,7 +251,7 @@ def _load_model(name: str, dtype: str, where: dict[str, Any]) -> tuple[Any, list
         model, info = AutoModel.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **where
         )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"no teacher at {name!r}: {explained(error, name, MODEL_CODE, **where)} Expected a Hub model id or a "
             "folder with config.json and weights."

@@ -123,7 +123,7 @@ def fill(
         check_resumable(done, ids, writer)
     noun = "image" if teacher.modality == "image" else "caption"
     total = None if ids is None else len(ids)
-    bar = tqdm(total=total, initial=len(done), unit=noun, desc="teacher", disable=not progress)
+    bar = tqdm(total=total, initial=len(done), unit=noun, desc="teacher", disable=None if progress else True)
     cut = 0
     with bar:
         for block, vectors, long in _blocks(teacher, dataset, done, ids is None, batch_size, num_workers, writer):
@@ -151,7 +151,7 @@ def fill_from_regions(
     done = list(writer.ids)
     check_resumable(done, ids, writer)
     firsts, seconds = contents_of(dataset, "image")
-    bar = tqdm(total=len(ids), initial=len(done), unit="image", desc="teacher", disable=not progress)
+    bar = tqdm(total=len(ids), initial=len(done), unit="image", desc="teacher", disable=None if progress else True)
     with bar:
         for start in range(len(done), len(ids), REGIONS_AT_ONCE):
             rows = slice(start, start + REGIONS_AT_ONCE)

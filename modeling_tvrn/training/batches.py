@@ -49,24 +49,15 @@ class CaptionBatches(Sampler[list[int]]):
         batch_size: captions a batch.
         captions_per_image: captions of the same image that stay together in a batch.
         seed: of the order.
-        groups: for each caption the group of its image, whose images stay together: each other's hard negatives.
     """
 
-    def __init__(
-        self,
-        image_rows: Sequence[int],
-        batch_size: int,
-        captions_per_image: int = 1,
-        seed: int = 0,
-        groups: Sequence[int] | np.ndarray | None = None,
-    ) -> None:
+    def __init__(self, image_rows: Sequence[int], batch_size: int, captions_per_image: int = 1, seed: int = 0) -> None:
         if len(image_rows) < 2:
             raise ValueError(f"{len(image_rows)} captions to train on; expected at least 2 for negatives")
         self.image_rows = np.asarray(image_rows, dtype=np.int64)
         self.batch_size = batch_size
         self.captions_per_image = captions_per_image
         self.seed = seed
-        self.groups = None if groups is None else np.asarray(groups, dtype=np.int64)
         self.epoch = 0
         self.start = 0
 
@@ -89,19 +80,15 @@ class CaptionBatches(Sampler[list[int]]):
         """All caption rows in this epoch's order."""
         rng = np.random.default_rng([self.seed, self.epoch])
         shuffled = rng.permutation(len(self.image_rows))
-        if self.captions_per_image == 1 and self.groups is None:
+        if self.captions_per_image == 1:
             return shuffled
         by_image = shuffled[np.argsort(self.image_rows[shuffled], kind="stable")]
         rows = self.image_rows[by_image]
         first = np.searchsorted(rows, rows)
-        # What stays together: the images of a group, each with its first captions, then each with the next.
         part = (np.arange(len(rows)) - first) // self.captions_per_image
-        groups = rows if self.groups is None else self.groups[by_image]
-        together = np.lexsort((part, groups))
-        part, groups, by_image = part[together], groups[together], by_image[together]
-        starts = np.flatnonzero(np.r_[True, (np.diff(groups) != 0) | (np.diff(part) != 0)])
-        units = np.split(by_image, starts[1:])
-        return np.concatenate([units[number] for number in rng.permutation(len(units))])
+        starts = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(part) != 0)])
+        groups = np.split(by_image, starts[1:])
+        return np.concatenate([groups[number] for number in rng.permutation(len(groups))])
 
 
 class DistributedBatchSampler(Sampler[list[int]]):
@@ -213,21 +200,7 @@ def make_phases(config: TrainingConfig, batches_of: Callable[[PhaseConfig], Batc
     ]
 
 
-def phases(config: TrainingConfig, captions: CaptionDataset) -> list[Phase]:
-    """The phases of a run over captions whose images are known.
-
-    Raises:
-        ValueError: batches of look-alikes are wanted of images in no groups.
-    """
-    rows, groups, grouped = captions.image_rows.tolist(), captions.groups, config.batch_captions_per_image
-
-    def batches_of(phase: PhaseConfig) -> Batches:
-        if phase.batch_look_alikes and len(np.unique(groups)) == len(np.unique(rows)):
-            raise ValueError(
-                f"batch_look_alikes = True, but no two images of {config.data} are of one group; give the data a "
-                "column 'group' with the same value for images that look alike, or leave the key out"
-            )
-        together = groups if phase.batch_look_alikes else None
-        return CaptionBatches(rows, phase.batch_size, grouped, config.seed, together)
-
-    return make_phases(config, batches_of)
+def phases(config: TrainingConfig, image_rows: Sequence[int]) -> list[Phase]:
+    """The phases of a run over captions whose images are known."""
+    grouped, seed = config.batch_captions_per_image, config.seed
+    return make_phases(config, lambda each: CaptionBatches(image_rows, each.batch_size, grouped, seed))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation import EvaluationReport
 from ..modeling_tvrn import TVRNModel
 from ..storage.files import check_listed, flush, list_files, publish_folder
+from .calibration import calibrated
 from .lora import merged_state
 from .snapshots import WRITING_FAILED
+
+if TYPE_CHECKING:
+    from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +92,16 @@ class BestModel:
         if (self.folder / "config.json").exists():
             logger.warning("%s holds a model already; it is replaced at the first evaluation", self.folder)
 
-    def offer(self, step: int, report: EvaluationReport, model: Any, processor: Any) -> bool:
-        """Save the model if its rSum is higher than that of the one kept."""
+    def offer(
+        self, step: int, report: EvaluationReport, model: Any, processor: Any, validation: Validation | None = None
+    ) -> bool:
+        """Save the model if its rSum is higher than that of the one kept; with a calibration, given its validation."""
         if self.rsum is not None and report.metrics.rsum <= self.rsum:
             return False
         try:
             if self.writes:
-                save_model(self.folder, model, processor, alone=True)
+                with calibrated(model, validation) if validation is not None else contextlib.nullcontext():
+                    save_model(self.folder, model, processor, alone=True)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             logger.error(

@@ -6,8 +6,10 @@ Contrastive losses see differences of logits alone, so what a logit is as a numb
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ from torch import Tensor
 from ..evaluation import encode_dataset
 from ..losses import positive_mask
 
-__all__ = ["balanced_shift", "calibrate"]
+if TYPE_CHECKING:
+    from .validation import Validation
+
+__all__ = ["balanced_shift", "calibrate", "calibrated"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,18 @@ def balanced_shift(logits: Tensor, positives: Tensor) -> float:
         slope = torch.sigmoid(others + middle).mean() - torch.sigmoid(-matches - middle).mean()
         low, high = (low, middle) if slope > 0 else (middle, high)
     return (low + high) / 2
+
+
+@contextlib.contextmanager
+def calibrated(model: Any, validation: Validation) -> Iterator[None]:
+    """Calibrate the model for as long as it is saved: while it learns that is none of its state."""
+    before = {name: value.clone() for name, value in model.named_buffers(recurse=False)}
+    calibrate(model, validation.processor, validation.records)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            getattr(model, name).copy_(value)
 
 
 @torch.no_grad()

@@ -30,8 +30,9 @@ from .settings import (
 __all__ = ["TrainingConfig"]
 
 EPOCHS = 10
+LARGEST = 2**32  # of any number
 # What a phase leaves out comes from the run's own keys of these names.
-FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio", "batch_look_alikes")
+FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
 BRINGS_TOWERS = ("dual_encoder", "start_from")
 TOWER_KEYS = (
     *("dual_encoder", "start_from", "vision", "text", "word_embeddings"),
@@ -151,11 +152,6 @@ class TrainingConfig(BaseModel):
     )
     batch_size: int = Field(64, ge=2, description="captions a batch, each with its image")
     batch_captions_per_image: Count = Field(1, description="captions of the same image put into the same batch")
-    batch_look_alikes: bool = Field(
-        False,
-        description="put the images of one group, look-alikes, into the same batch, where a caption has to tell them "
-        "apart (generated scenes; own data with a column group)",
-    )
     gradient_accumulation_steps: Count = Field(
         1, description="batches whose gradients make one optimizer step; negatives stay within a batch"
     )
@@ -266,7 +262,9 @@ class TrainingConfig(BaseModel):
     keep_checkpoints: Annotated[int, FREE] = Field(
         2, ge=0, description="newest checkpoints that stay in output_dir/checkpoints, beside the best model"
     )
-    seed: int = Field(0, ge=0, description="what initial weights, order of the data and dropout follow from")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="what initial weights, order of the data and dropout follow from"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the forward pass")
     shard: Annotated[bool, FREE] = Field(
         False, description="divide weights, gradients and moments among several processes (FSDP2)"
@@ -360,6 +358,8 @@ class TrainingConfig(BaseModel):
                     f"{name} = {REDACTED!r} stands where results.json or a card hides a secret; give the secret "
                     "itself, or leave the key out"
                 )
+            if isinstance(value, int | float) and not abs(value) < LARGEST:  # infinite, or no number, among them
+                raise ValueError(f"{name} = {value:g}; expected a number below {LARGEST:,}")
         known = model_fields(has_dual_encoder=False) if self.model else {}
         for key in self.model:
             if key not in known:
@@ -416,11 +416,6 @@ class TrainingConfig(BaseModel):
                     f"phases.{number}.epochs = {phase.epochs} and streaming = True: the length of a stream is not "
                     f"known; give phases.{number}.epochs=null and phases.{number}.steps, or streaming=false"
                 )
-        if any(phase.batch_look_alikes for phase in self.schedule()):
-            raise ValueError(
-                "streaming = True and batch_look_alikes = True, which needs the whole training split; set "
-                "batch_look_alikes=false, or streaming=false"
-            )
         if self.max_steps is None and self.phases is None:
             raise ValueError(
                 "streaming = True needs max_steps, or phases with steps, got None: the length of a stream is not known"

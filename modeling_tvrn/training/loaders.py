@@ -48,7 +48,7 @@ def open_captions(config: TrainingConfig, records: Any, accelerator: Accelerator
         names = ImageNames()
         return Captions(StreamItems(records), stream_phases(config, records, accelerator), names, names)
     captions = CaptionDataset(records)
-    return Captions(captions, phases(config, captions), records.image_ids)
+    return Captions(captions, phases(config, captions.image_rows.tolist()), records.image_ids)
 
 
 def make_loader(

@@ -16,6 +16,7 @@ from .batches import Phase
 from .config import TrainingConfig
 from .distributed import average_gradients, broadcast_json, everywhere
 from .divergence import TrainingStopped
+from .interrupt import watching_signals
 from .loaders import named_shards, to_device
 from .optim import rate_factor
 from .output import write_results
@@ -47,8 +48,9 @@ def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
         TrainingStopped: the loss became NaN or infinite or the scores collapsed; names the step and the image ids.
         SystemExit: with code 0, when SIGTERM or SIGUSR1 came and the run's state is saved.
     """
-    run = Training(config, data)
-    run.fit()
+    with watching_signals(set_up=True):  # while data and towers are read
+        run = Training(config, data)
+        run.fit()
     result = write_results(run)
     if run.accelerator.num_processes > 1:
         result = broadcast_json(result, run.accelerator.device)
@@ -81,7 +83,9 @@ class Training(Run):
             TrainingStopped: see `train`.
         """
         try:
-            with self.interrupt.watching():
+            with watching_signals():
+                if self.interrupt.agreed_before_the_first_step():
+                    self._leave_unbegun()
                 while self.step < self.total_steps:
                     self._run_phase(self.phases[self.phase_number], self.loaders[self.phase_number])
                 if not self.best.step:  # nothing was left to do of a checkpoint from another folder
@@ -91,6 +95,7 @@ class Training(Run):
             self._say_what_is_kept()
             raise
         finally:
+            self.interrupt.forget()
             self.progress.close()
 
     def _say_what_is_kept(self) -> None:
@@ -280,6 +285,17 @@ class Training(Run):
         logger.error("%s: stopped after step %d without a checkpoint of it", name, self.step)
         raise SystemExit(1)
 
+    def _leave_unbegun(self) -> None:
+        """End the run as its scheduler asked while it was set up; a checkpoint that it was to go on from stays.
+
+        Raises:
+            SystemExit: always; code 0.
+        """
+        name = self.interrupt.received or "another process's signal"
+        self.progress.say("%s: left before the first step of this run; the same command starts it again", name)
+        self.leave_group()
+        raise SystemExit(0)
+
     def _set_rates(self, phase: Phase) -> None:
         own = phase.steps, phase.steps_per_epoch
         factor = phase.rate * rate_factor(self.phase_step, *own, self.config, phase.config.warmup_ratio)
@@ -296,7 +312,7 @@ class Training(Run):
             model = self.whole_copy.of(self.model) if self.is_sharded else self.model
             with self.accelerator.autocast(), torch.random.fork_rng(devices):
                 report = self.validation.run(model)
-            better = self.best.offer(self.step, report, model, self.processor)
+            better = self.best.offer(self.step, report, model, self.processor, self.validation)
         self.objective.train()
         seconds = time.perf_counter() - started
         epoch = self.epoch + self.epoch_step / self.phases[self.phase_number].steps_per_epoch

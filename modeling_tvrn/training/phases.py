@@ -122,9 +122,6 @@ class PhaseConfig(BaseModel):
     warmup_ratio: float = Field(
         0.05, ge=0, le=1, description="share of the phase's steps (unset: the run's warmup_ratio)"
     )
-    batch_look_alikes: bool = Field(
-        False, description="images of one group share a batch (unset: the run's batch_look_alikes)"
-    )
 
     @model_validator(mode="before")
     @classmethod

@@ -26,13 +26,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: an existing file, else the shipped one of that name.
+    """The file of a recipe: an existing file, or `-`, which is stdin; else the shipped one of that name.
 
     Raises:
         ValueError: neither is there; lists the shipped ones, the nearest first.
     """
     path, shipped = Path(name).expanduser(), shipped_recipes()
-    if path.is_file():
+    if path.is_file() or str(name) == "-":
         return path
     if str(name) in shipped:
         return shipped[str(name)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import PairCollator, with_words
 from ..data.flips import FlippingCollator
+from ..storage.files import make_folder
 from ..teachers import TeacherCache
 from .batches import Phase
 from .best_model import BestModel
@@ -57,6 +58,8 @@ class Run:
         self.config = config = named_data(config, data)
         self.started = time.perf_counter()
         self.accelerator = make_accelerator(config)
+        if self.accelerator.is_main_process:
+            make_folder(Path(config.output_dir))
         pairs = load_training_pairs(config, data)
         self.train_records, self.validation_records, self.about_data = pairs.train, pairs.validation, pairs.about
         self.processor = build_processor(config, self.train_records)

@@ -7,6 +7,7 @@ import copy
 import difflib
 import functools
 import re
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from ..plain_yaml import DEEPEST, load_yaml, yaml_problem
 from ..redaction import redacted, redacted_command, redacted_text
 
 __all__ = [
@@ -52,50 +54,16 @@ class Section:
     title: str
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` is a word (a precision here), `5e-4` is a number, `010` is not eight, `1:30` not
-    ninety, and a date is text; PyYAML's 1.1 says otherwise. And a key stands once: of two, one would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the safe loader's, without duplicates."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice; keep one of the two", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in _REPLACED]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), [*"-+0123456789"])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
-    "-+0123456789.",
-)
-
-
-def _load(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; `-` is stdin."""
     file = Path(path)
-    if not file.is_file():
+    if str(path) != "-" and not file.is_file():
         raise ValueError(f"no configuration file {str(path)!r}; give the path of a YAML file, as in examples/configs/")
     try:
-        values = _load(file.read_text(encoding="utf-8"))
+        content = sys.stdin.buffer.read() if str(path) == "-" else file.read_bytes()
+        values = load_yaml(content.decode("utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {_problem(error)}; correct it there") from None
+        raise ValueError(f"{path} is not valid YAML: {redacted_text(yaml_problem(error))}; correct it there") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -112,25 +80,21 @@ def read_overrides(overrides: Sequence[str], values: dict[str, Any]) -> dict[str
             given = redacted_text(override)
             raise ValueError(f"override {given!r} is not of the form key=value, as in batch_size=128")
         try:
-            value = _load(text)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
             given = redacted_command([override])
-            raise ValueError(f"override {given}: the value is not valid YAML ({_problem(error)}); quote it") from None
+            problem = redacted_text(yaml_problem(error))
+            raise ValueError(f"override {given:.200}: the value is not valid YAML ({problem}); quote it") from None
         # `query=a dog: running` is a sentence with a colon; a mapping on one line has braces
         is_text = isinstance(value, dict) and not text.lstrip().startswith("{")
         _put(merged, key.split("."), text if is_text else value)
     return merged
 
 
-def _problem(error: Exception) -> str:
-    """What is wrong and where, without the lines around it, which may hold a secret."""
-    mark = getattr(error, "problem_mark", None)
-    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-    return redacted_text(str(getattr(error, "problem", None) or type(error).__name__)) + where
-
-
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     """Put a value where a dotted key says; a number is a place in a list."""
+    if len(path) > DEEPEST:
+        raise ValueError(f"the key {'.'.join(path):.80}… is nested more than {DEEPEST} deep; expected section.key")
     inner: Any = values
     for depth in range(len(path) - 1):
         key = _key(inner, path[: depth + 1])
@@ -210,7 +174,7 @@ def _told(problem: Any, cls: type[BaseModel]) -> str:
         expected = {"string_type": "str", "bool_type": "true or false"}.get(kind, kind.removesuffix("_type"))
         expected += " or null" if type(None) in typing.get_args(field.annotation) else ""
     elif kind in LIMITS:
-        expected = f"{LIMITS[kind]} {next(iter(context.values())):g} ({field.description})"
+        expected = f"{LIMITS[kind]} {next(iter(context.values())):.15g} ({field.description})"
     else:
         expected = f"one of {', '.join(choices(field.annotation))} ({field.description})"
     is_a = f" is a {type(given).__name__}" if kind.endswith("_type") else ""

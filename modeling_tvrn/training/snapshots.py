@@ -152,6 +152,8 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         expected = "give a folder such as output_dir/checkpoints/step-00000120"
         raise StorageError(folder, f"no whole checkpoint: it has no {MANIFEST}", expected)
     manifest = read_json(folder / MANIFEST, FORMAT)
+    if lacking := {"files", "state"} - {*manifest}:
+        raise StorageError(folder / MANIFEST, f"damaged: it lacks {sorted(lacking)}", FORMATS[FORMAT][1])
     tensors = {}
     for name, entry in manifest["files"].items():
         file = TensorFile.open(folder / name, FORMATS[FORMAT][1])

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..encoded_tvrn import share
 from ..layers_tvrn import UnimodalHead
 
 __all__ = ["UnimodalHeads"]
@@ -43,6 +44,7 @@ class UnimodalHeads(nn.Module):
         """Write the heads beside a checkpoint."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, Path(folder) / HEADS_FILE)
+        share(Path(folder) / HEADS_FILE)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> UnimodalHeads:
