@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -277,6 +280,22 @@ class TestScan:
         for row, (height, width) in enumerate(self.SIZES):
             expected = self.BOXES[row] / [width, height, width, height]
             np.testing.assert_allclose(records[row]["region_boxes"], expected, rtol=1e-6)
+
+    def test_the_names_of_gsmn_s_files_and_their_pickled_sizes(self, tmp_path):
+        """Sizes are published as an array of dicts: never loaded, but the message's command makes numbers of them."""
+        self.write(tmp_path, ims_bbx=self.BOXES, ims_size=self.SIZES)
+        height, width = self.SIZES[1]
+        expected = self.BOXES[1] / [width, height, width, height]
+        np.testing.assert_allclose(load_pairs(tmp_path)[1]["region_boxes"], expected, rtol=1e-6)
+        sizes = np.array(
+            [{"image_h": height, "image_w": width} for height, width in self.SIZES.tolist()], dtype=object
+        )
+        np.save(tmp_path / "dev_ims_size.npy", sizes, allow_pickle=True)
+        with pytest.raises(ValueError, match=r"dev_ims_size\.npy cannot be mapped .*is not loaded") as refused:
+            load_pairs(tmp_path)
+        command = re.search(r'python -c "(.*)"', str(refused.value))[1]
+        subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+        np.testing.assert_allclose(load_pairs(tmp_path)[1]["region_boxes"], expected, rtol=1e-6)
 
     def test_boxes_that_are_fractions_already_stay(self, tmp_path):
         self.write(tmp_path, boxes=self.BOXES / 100, img_sizes=self.SIZES)

@@ -1,7 +1,8 @@
 """SCAN's precomputed data: `{split}_ims.npy` with region features, `{split}_caps.txt` with one caption a line.
 
-Optional beside them: `{split}_boxes.npy` (n, regions, 4) xyxy in pixels or in [0, 1], `{split}_img_sizes.npy` (or
-`_image_sizes`) (n, 2) as height, width in pixels, and `{split}_ids.txt` with an image id a line.
+Optional beside them: `{split}_boxes.npy` (or `_ims_bbx`) (n, regions, 4) xyxy in pixels or in [0, 1],
+`{split}_img_sizes.npy` (or `_image_sizes`, `_ims_size`) (n, 2) as height, width in pixels, and `{split}_ids.txt` with an
+image id a line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .splits import SplitChoice, canonical_split, choose_splits
 
 CAPTIONS_PER_IMAGE = 5
 _IMAGES, _CAPTIONS = "_ims.npy", "_caps.txt"
-_SIZES = ("_img_sizes.npy", "_image_sizes.npy")
+_BOXES = ("_boxes.npy", "_ims_bbx.npy")
+_SIZES = ("_img_sizes.npy", "_image_sizes.npy", "_ims_size.npy")
 _BOX_SLACK = 1.0  # pixels by which detectors' boxes may leave the image
 _ROUNDING = 1e-4  # the same of fractions
 
@@ -71,13 +73,18 @@ class ScanSource(PairSource):
 
     @cached_property
     def _boxes(self) -> np.ndarray | None:
-        path = self.folder / f"{self.stem}_boxes.npy"
-        return _mapped(path) if path.exists() else None
+        path = self._first(_BOXES)
+        return None if path is None else _mapped(path)
 
     @cached_property
     def _sizes(self) -> np.ndarray | None:
-        paths = [self.folder / f"{self.stem}{ending}" for ending in _SIZES]
-        return next((np.asarray(_mapped(path), dtype=np.float32) for path in paths if path.exists()), None)
+        path = self._first(_SIZES)
+        return None if path is None else np.asarray(_mapped(path), dtype=np.float32)
+
+    def _first(self, endings: tuple[str, ...]) -> Path | None:
+        """The first of several files that is there."""
+        paths = [self.folder / f"{self.stem}{ending}" for ending in endings]
+        return next((path for path in paths if path.exists()), None)
 
     def __getstate__(self) -> dict[str, Any]:
         # sent to a worker, a memory map would travel with all that it maps
@@ -130,7 +137,7 @@ class ScanSource(PairSource):
         """Refuse boxes that do not belong to the features or are none, and pixels that no size brings into [0, 1]."""
         if self._boxes is None:
             return
-        name, boxes = f"{self.stem}_boxes.npy", self._boxes
+        name, boxes = self._name_of(_BOXES), self._boxes
         expected = (*self._features.shape[:2], 4)
         if boxes.shape != expected or boxes.dtype.kind not in "uif":
             raise ValueError(f"{name} has the shape {boxes.shape} of {boxes.dtype}, expected {expected} of numbers")
@@ -147,7 +154,7 @@ class ScanSource(PairSource):
         largest = np.stack([boxes[..., 1::2].max(axis=(1, 2)), boxes[..., 0::2].max(axis=(1, 2))], axis=1)
         if self._sizes is None:
             raise ValueError(
-                f"{name} holds pixels (up to {largest.max():g}) and there is no {self.stem}{_SIZES[0]}: save one, "
+                f"{name} holds pixels (up to {largest.max():g}) and there is no {self._name_of(_SIZES)}: save one, "
                 "(images, 2) with height and width in pixels, or divide the boxes by them"
             )
         sizes = self._all_sizes(len(largest))
@@ -159,6 +166,11 @@ class ScanSource(PairSource):
                 f"(height, width) {sizes[row].tolist()}{swapped}; the sizes must be (height, width) in pixels"
             )
 
+    def _name_of(self, endings: tuple[str, ...]) -> str:
+        """The file that is read, or the one to save."""
+        found = self._first(endings)
+        return f"{self.stem}{endings[0]}" if found is None else found.name
+
     def _refuse_boxes(self, wrong: np.ndarray, why: str) -> None:
         """Name the first box of which a number, of (rows, regions, numbers), is wrong."""
         if wrong.any() and self._boxes is not None:
@@ -166,7 +178,7 @@ class ScanSource(PairSource):
             row, region = places[0]
             box = self._boxes[row, region].tolist()
             raise ValueError(
-                f"{self.stem}_boxes.npy, row {row}, region {region}: {box}: {why} ({len(places)} such boxes)"
+                f"{self._name_of(_BOXES)}, row {row}, region {region}: {box}: {why} ({len(places)} such boxes)"
             )
 
     def _all_sizes(self, rows: int) -> np.ndarray:
@@ -174,10 +186,11 @@ class ScanSource(PairSource):
         sizes = self._sizes
         if sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2 or len(sizes) not in (rows, rows // self.step):
             found = None if sizes is None else sizes.shape
-            raise ValueError(f"{self.stem}{_SIZES[0]} has the shape {found}, expected ({rows}, 2) as height, width")
+            name = self._name_of(_SIZES)
+            raise ValueError(f"{name} has the shape {found}, expected ({rows}, 2) as height, width")
         if not (sizes > 0).all() or not np.isfinite(sizes).all():  # NaN is above nothing
             wrong = sizes[~((sizes > 0) & np.isfinite(sizes)).all(axis=1)][0].tolist()
-            raise ValueError(f"{self.stem}{_SIZES[0]} holds the sizes {wrong}, expected pixels above 0")
+            raise ValueError(f"{self._name_of(_SIZES)} holds the sizes {wrong}, expected pixels above 0")
         return sizes.repeat(rows // len(sizes), axis=0)
 
     def _relative_boxes(self, place: int) -> np.ndarray:
@@ -197,9 +210,16 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
+        again = ""
+        if path.name.endswith("_ims_size.npy"):  # published as an array of dicts, which only pickle reads
+            target = path.name.replace("_ims_size.npy", _SIZES[0])
+            again = (
+                f": if you trust it, python -c \"import numpy as np; np.save('{target}', [[size['image_h'], "
+                f"size['image_w']] for size in np.load('{path.name}', allow_pickle=True)])\""
+            )
         raise ValueError(
-            f"{path} cannot be mapped ({error}); expected a plain .npy array. One of Python objects must first be "
-            "saved again as numbers"
+            f"{path} cannot be mapped ({error}); expected a plain .npy array. One of Python objects, which is code to "
+            f"run and is not loaded, must first be saved again as numbers{again}"
         ) from error
 
 
