@@ -310,7 +310,7 @@ class TestScan:
         with pytest.raises(ValueError, match=r"they fit once height and width are swapped.*\(height, width\)"):
             load_pairs(tmp_path)
         self.write(tmp_path, boxes=self.BOXES[:2])
-        with pytest.raises(ValueError, match=r"shape \(2, 4, 4\), expected \(3, 4, 4\)"):
+        with pytest.raises(ValueError, match=r"shape \(2, 4, 4\) of float32, expected \(3, 4, 4\)"):
             load_pairs(tmp_path)
 
     def test_an_empty_line_does_not_shift_the_captions_of_others(self, tmp_path):

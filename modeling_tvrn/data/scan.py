@@ -1,8 +1,8 @@
 """SCAN's precomputed data: `{split}_ims.npy` with region features, `{split}_caps.txt` with one caption a line.
 
 Optional beside them: `{split}_boxes.npy` (or `_ims_bbx`) (n, regions, 4) xyxy in pixels or in [0, 1],
-`{split}_img_sizes.npy` (or `_image_sizes`, `_ims_size`) (n, 2) as height, width in pixels, and `{split}_ids.txt` with an
-image id a line.
+`{split}_img_sizes.npy` (or `_image_sizes`, `_ims_size`) (n, 2) as height, width in pixels, and `{split}_ids.txt` with
+an image id a line.
 """
 
 from __future__ import annotations
