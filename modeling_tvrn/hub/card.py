@@ -150,7 +150,7 @@ def write_model_card(folder: str | os.PathLike[str], metadata: CardMetadata, **s
     Returns:
         The path written to.
     """
-    ways = {"text": text, "code": code, "fenced": fenced}
+    ways: dict[str, Any] = {"text": text, "code": code, "fenced": fenced}
     card = ModelCard.from_template(metadata.header(), template_path=str(template_path()), **ways, **sections)
     path = Path(folder) if Path(folder).suffix == ".md" else Path(folder) / "README.md"
     path.write_text(str(card).rstrip() + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ def _stacked(items: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays of one dtype, filled up with zeros to the largest: (n, ...)."""
     whole = np.zeros((len(items), *np.max([item.shape for item in items], axis=0)), items[0].dtype)
     for place, item in enumerate(items):
-        whole[(place, *map(slice, item.shape))] = item
+        whole[(place, *(slice(size) for size in item.shape))] = item
     return whole
 
 

@@ -51,9 +51,9 @@ def make_usable(directory: Path, thoroughly: bool = False) -> None:
         if not error.problem.startswith("damaged"):
             raise
         broken.append(error)
-    for error in broken:
-        logger.warning("%s is %s: it is made anew", error.path, error.problem)
-        error.path.unlink(missing_ok=True)
+    for found in broken:
+        logger.warning("%s is %s: it is made anew", found.path, found.problem)
+        found.path.unlink(missing_ok=True)
 
 
 def _broken(directory: Path) -> list[StorageError]:
