@@ -413,7 +413,7 @@ def _load(
         return auto_class.from_pretrained(name, **hub)
     except (OSError, ValueError, AttributeError) as error:
         reason = explained(error, name, code, **hub)
-        if reason != str(error).strip():
+        if reason.rstrip(".") != str(error).strip().rstrip("."):
             raise ValueError(f"no {what} loaded: {reason}") from error
         if isinstance(error, AttributeError):
             raise

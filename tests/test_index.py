@@ -151,9 +151,11 @@ def test_encoded_features_need_no_second_encoding(processor: TVRNProcessor) -> N
 def test_wrong_questions_are_refused(processor: TVRNProcessor, tmp_path: Path) -> None:
     model = tiny_model()
     index = build(model, processor, records(), tmp_path / "index")
-    for wrong in ({}, {"text": "a", "image": records()[0]}, {"text": "a", "limit": 0}):
+    for wrong in ({}, {"text": "a", "image": records()[0]}):
         with pytest.raises(ValueError, match="either text or image"):
             index.search(**wrong)
+    with pytest.raises(ValueError, match="limit is 0; expected a whole number"):
+        index.search(text="a", limit=0)
     with pytest.raises(ValueError, match="without a model"):
         ImageTextIndex.load(tmp_path / "index").search(text="a")
     with pytest.raises(ValueError, match="either a directory or url="):

@@ -73,7 +73,9 @@ class TestGradients:
         model = new_model(**variant)
         found = gradients(model, **regions(4), **words(4))
         assert found.keys() == dict(model.named_parameters()).keys()
-        assert [key for key, value in found.items() if value.abs().max() == 0] == []
+        # Layers in front of one that starts at 0 learn from the second step on.
+        behind = ("box_embedding.0.", "geometry.relation.0.")
+        assert [k for k, value in found.items() if value.abs().max() == 0 and not k.startswith(behind)] == []
 
     @pytest.mark.parametrize("variant", HEADS, ids=name)
     @pytest.mark.parametrize("chunk_size", [1, 6])

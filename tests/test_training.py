@@ -162,7 +162,7 @@ def test_the_card_has_the_hub_s_metadata_and_its_code_runs(
     [entry] = metadata["model-index"][0]["results"]
     values = {metric["type"]: metric["value"] for metric in entry["metrics"]}
     assert values["rsum"] == pytest.approx(result["metrics"]["rsum"], abs=0.01) and len(values) == 7
-    assert "{{" not in body and "{%" not in body and result["table"] in body and "![Loss" in body
+    assert "{{" not in body and "{%" not in body and result["table"].split("\n\n")[0] in body and "![Loss" in body
     assert str(folder.parent) not in card, "a path of this machine"
     assert "steps, in batches of 25 captions" in card
     phased = {**result, "config": {**result["config"], "phases": [{"batch_size": 40}, {}]}}
@@ -263,7 +263,9 @@ def test_the_mean_of_the_weights_is_what_is_saved(configure: Configure) -> None:
     assert run.best.step in (6, 12)
     if run.best.step == 12:
         stored = weights(run.config.output_dir)
-        assert all(torch.equal(stored[name], value) for name, value in means.items())
+        # what is saved is calibrated as well, which training knows nothing of
+        trained = {name: value for name, value in means.items() if not name.startswith("calibration_")}
+        assert all(torch.equal(stored[name], value) for name, value in trained.items())
     assert not torch.equal(own["region_projection.weight"], means["region_projection.weight"])
 
 
