@@ -2,9 +2,10 @@
 
 Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
 hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, plots, redaction) import
-none of ours; but processing and teachers may read the configuration, teachers write their files with storage, and
-redaction keeps secrets out of what storage, teachers and data write. Shipped files are copied flat beside a
-checkpoint, where only torch, transformers and what those require exist.
+none of ours; but processing and teachers may read the configuration, teachers prepare pixels and pool maps as
+processing and model do and write their files with storage, and redaction keeps secrets out of what storage, teachers
+and data write. Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those
+require exist.
 """
 
 import ast
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "storage": {"redaction"},
-    "teachers": {"configuration", "storage", "redaction"},
+    "teachers": {"configuration", "modeling", "processing", "storage", "redaction"},
     "data": {"redaction"},
     "plots": set(),
     "redaction": set(),
@@ -55,6 +56,7 @@ MAY_IMPORT |= {"demo": TOP, "export": TOP, "cli": {*TOP, "demo", "export"}}
 # Shipped files by the layer they belong to; a new one is named here.
 LAYER_OF_SHIPPED = {
     "checks_tvrn": "modeling",
+    "detectors_tvrn": "modeling",
     "encoded_tvrn": "modeling",
     "layers_tvrn": "modeling",
     "pair_tvrn": "modeling",
