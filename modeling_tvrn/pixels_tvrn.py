@@ -174,9 +174,10 @@ def resize_only(image_processor: Any) -> Any:
 
     Fractions of the photograph are then fractions of the pixels, whatever the aspect ratio. Changed in place.
     """
-    if getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None):
-        image_processor.size = dict(image_processor.crop_size)
-    image_processor.do_center_crop = False
+    if getattr(image_processor, "do_center_crop", None):
+        if getattr(image_processor, "crop_size", None):
+            image_processor.size = dict(image_processor.crop_size)
+        image_processor.do_center_crop = False
     if getattr(image_processor, "do_pad", None):
         image_processor.do_pad = False
     size = dict(image_processor.size)

@@ -11,13 +11,31 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from detector_makers import CONFIGS, PROCESSORS, QUERIES, VIT, detector_config, make_detector
+from detector_makers import CONFIGS, PROCESSORS, QUERIES, SIDE, VIT, detector_config, make_detector
+from dual_encoder_makers import dual_encoder, save_dual_encoder
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from training_makers import tiny_config, write_images
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    CLIPImageProcessorPil,
+    SiglipImageProcessorPil,
+    ViTConfig,
+    ViTModel,
+)
+from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
-from modeling_tvrn.detectors_tvrn import non_maximum_suppression
+from modeling_tvrn.cli.app import app
+from modeling_tvrn.detectors_tvrn import detect, non_maximum_suppression, pool_boxes
+from modeling_tvrn.explain import explain
+from modeling_tvrn.front_door import load_model
+from modeling_tvrn.hub import doctor
+from modeling_tvrn.index import ImageTextIndex
+from modeling_tvrn.teachers import StaleStoreError
+from modeling_tvrn.towers_tvrn import region_map
+from modeling_tvrn.training.loop import Training
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "projection_size": 6, "similarity_size": 5, "max_regions": 6}
 # Hybrid detectors have hundreds of layers however small they are: seconds to build and load.
@@ -43,6 +61,12 @@ def pictures() -> list[PIL.Image.Image]:
 def made(hub: Callable[[str], Path]) -> Callable[[str], tuple[TVRNModel, TVRNProcessor]]:
     """One model of each class for the tests that leave it as it is: building these takes longer than running them."""
     return functools.cache(lambda kind: on(hub(kind)))
+
+
+def tvrn(*arguments: object, code: int = 0) -> Any:
+    outcome = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert outcome.exit_code == code, f"{outcome.stdout}\n{outcome.stderr}\n{outcome.exception!r}"
+    return outcome
 
 
 def on(detector: Path, **config: Any) -> tuple[TVRNModel, TVRNProcessor]:
@@ -254,3 +278,141 @@ def test_inputs_that_this_detector_does_not_take_are_refused(
     model, _ = made("yolos")
     with pytest.raises(ValueError, match=message):
         model.encode_images(torch.zeros(2, 3, 48, 48), **given)
+
+
+# -- boxes of a detector, features of a vision tower ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory, hub: Callable[[str], Path]) -> dict[str, tuple[Any, Any]]:
+    """A ViT whose own image processor crops, and a SigLIP that only resizes, both beside YOLOS: models, processors."""
+    folder = tmp_path_factory.mktemp("towers")
+    torch.manual_seed(2)
+    ViTModel(ViTConfig(**VIT)).save_pretrained(folder / "vit")
+    crops = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True}
+    CLIPImageProcessorPil(**crops).save_pretrained(folder / "vit")
+    save_dual_encoder(folder / "siglip", "siglip")
+    side = dual_encoder("siglip").config.vision_config.image_size
+    settings = SiglipImageProcessorPil(size={"height": side, "width": side})
+    settings.save_pretrained(folder / "siglip")
+    (folder / "siglip" / "processor_config.json").unlink(missing_ok=True)
+    yolos = hub("yolos")
+    processor = TVRNProcessor.from_backbones(folder / "vit", detector=yolos)
+    processor.tokenizer = TVRNProcessor.from_captions(CAPTIONS).tokenizer
+    vit = TVRNModel.from_backbones(folder / "vit", detector=yolos, vocab_size=20, freeze_vision=True, **SIZES)
+    sizes = {name: size for name, size in SIZES.items() if name != "projection_size"}
+    siglip = TVRNModel.from_dual_encoder(folder / "siglip", detector=yolos, component_weight_init_value=0.5, **sizes)
+    return {
+        "vit": (vit.eval(), processor),
+        "siglip": (siglip.eval(), TVRNProcessor.from_dual_encoder(folder / "siglip", detector=yolos)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_a_detectors_boxes_are_pooled_out_of_the_map_beside_it(
+    kind: str, beside: dict[str, tuple[Any, Any]], pictures: list[PIL.Image.Image], tmp_path: Path
+) -> None:
+    model, processor = beside[kind]
+    inputs = processor(images=pictures)
+    assert set(inputs) == {"pixel_values", "detector_pixel_values", "pixel_extents"}
+    assert set(inputs) <= set(processor.model_input_names)
+    with torch.no_grad():
+        features, boxes, mask = model.extract_regions(**inputs)
+        _, found, _ = detect(model.detector, inputs["detector_pixel_values"], inputs["pixel_extents"], 6, None)
+        tower = model.tower("vision")
+        grid = region_map(tower(inputs["pixel_values"]), inputs["pixel_values"], model.config.vision_tower_config)
+        logits = model(**processor(images=pictures, text=CAPTIONS)).logits_per_image
+    assert torch.equal(boxes, found) and mask.all()
+    assert_close(features, pool_boxes(grid, boxes))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, reading = TVRNModel.from_pretrained(tmp_path).eval(), TVRNProcessor.from_pretrained(tmp_path)
+    assert type(reading.detector_image_processor) is type(processor.detector_image_processor)
+    assert_close(again(**reading(images=pictures, text=CAPTIONS)).logits_per_image, logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="without detector_pixel_values"):
+        model.encode_images(inputs["pixel_values"])
+
+
+def test_a_dual_encoder_that_crops_is_refused_beside_a_detector(tmp_path: Path, hub: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="crops or pads pictures, so its map and a detector's boxes"):
+        TVRNProcessor.from_dual_encoder(save_dual_encoder(tmp_path, "clip"), detector=hub("yolos"))
+
+
+# -- what is made with it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["yolos", "vit"])
+def test_an_explanation_shows_the_boxes_on_the_users_own_picture(
+    kind: str,
+    made: Callable[[str], tuple[TVRNModel, TVRNProcessor]],
+    beside: dict[str, tuple[Any, Any]],
+    pictures: list[PIL.Image.Image],
+    tmp_path: Path,
+) -> None:
+    model, processor = beside[kind] if kind in beside else made(kind)
+    found = explain(model, processor, pictures[0], CAPTIONS[0])
+    assert found.picture is not None and found.picture.size == pictures[0].size and found.grid is None
+    with torch.no_grad():
+        boxes = model.extract_regions(**processor(images=pictures[0]))[1]
+    np.testing.assert_allclose(found.boxes, boxes[0], atol=1e-5)
+    assert found.save_picture(tmp_path / "explained.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_verb_stores_what_the_model_sees_and_training_reads_it(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    data, detector = write_images(tmp_path / "data"), hub("yolos")
+    arguments = ["regions", data, "--detector", detector, "--max-regions", 5, "--device", "cpu", "--dtype", "float32"]
+    keys: dict[str, Any] = {"detector": str(detector), "model": {"max_regions": 5, "dropout": 0.0}, "data_options": {}}
+    regions = str(tmp_path / "regions" / "{split}")
+    with pytest.raises(ValueError, match=f"tvrn regions .* --detector {detector} --split train"):
+        Training(tiny_config(data, tmp_path / "run", **keys, regions=regions))
+    for split in ("train", "validation"):
+        tvrn(*arguments, "--split", split, "--output", regions.replace("{split}", split))
+    live = Training(tiny_config(data, tmp_path / "live", **keys))
+    cached = Training(tiny_config(data, tmp_path / "cached", **keys, regions=regions))
+    assert cached.train_records[0]["region_features"].shape == (5, 16)
+    losses = []
+    for run in (live, cached):
+        run.fit()
+        losses.append([event["loss"] for event in run.progress.history if "loss" in event])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    other = tiny_config(data, tmp_path / "other", **keys | {"model": {"max_regions": 4}}, regions=regions)
+    with pytest.raises(StaleStoreError, match="max_regions"):
+        Training(other)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        PIL.Image.new("RGB", (30 + number, 20), (80 * number, 9, 9)).save(tmp_path / "photos" / f"{number}.png")
+    index = ImageTextIndex.build(*load_model(tmp_path / "live"), tmp_path / "photos", progress=False)
+    assert {Path(hit.id).name for hit in index.search(text="red")} == {"0.png", "1.png", "2.png"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --features MODEL, --detector ID, or both"),
+        (["--detector", "some/detector", "--boxes-column", "boxes"], "--boxes-column needs --features"),
+        (["--detector", "some/detector", "--grid-size", 3], "--grid-size and --detector are ways to choose regions"),
+    ],
+)
+def test_the_verb_takes_one_way_to_choose_regions(options: list[Any], message: str, tmp_path: Path) -> None:
+    assert message in tvrn("regions", "scenes", *options, "--output", tmp_path / "cache", code=2).stderr
+
+
+def test_an_export_that_would_need_more_than_pixels_is_refused(
+    made: Callable[[str], tuple[TVRNModel, TVRNProcessor]], beside: dict[str, tuple[Any, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    from modeling_tvrn.export import export_onnx
+
+    for (model, processor), message in ((made("yolos"), "pads pictures"), (beside["vit"], "two sets of pixels")):
+        with pytest.raises(ValueError, match=message):
+            export_onnx(model, processor, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_wrong(beside: dict[str, tuple[Any, Any]], tmp_path: Path) -> None:
+    model, processor = beside["vit"]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    report = doctor(tmp_path, trust_remote_code=True)
+    assert report.ok, report
