@@ -49,18 +49,34 @@ def _check_boxes(boxes: Tensor, mask: Tensor) -> Tensor:
     return boxes.float() if boxes.dtype != torch.float64 else boxes
 
 
-def check_pixels(pixels: Tensor, channels: int) -> None:
-    """Pixels (I, channels, H, W).
+def check_pixels(pixels: Tensor, channels: int, name: str = "pixel_values") -> None:
+    """Pixels (I, channels, H, W), of that name.
 
     Raises:
         ValueError: On another shape, or NaN.
     """
     if pixels.ndim != 4 or pixels.shape[1] != channels or 0 in pixels.shape:
         raise ValueError(
-            f"pixel_values has shape {tuple(pixels.shape)}; expected (images, {channels}, height, width), none of "
+            f"{name} has shape {tuple(pixels.shape)}; expected (images, {channels}, height, width), none of "
             "them 0. The processor makes them from pictures."
         )
-    _refuse_nonfinite(pixels, "pixel_values")
+    _refuse_nonfinite(pixels, name)
+
+
+def check_extents(extents: Tensor | None, images: int) -> None:
+    """Heights and widths (I, 2) of the pictures as fractions of their padded pixels, or None.
+
+    Raises:
+        ValueError: On another shape, or values outside (0, 1].
+    """
+    if extents is None:
+        return
+    if extents.shape != (images, 2) or not ((extents > 0) & (extents <= 1)).all():
+        raise ValueError(
+            f"pixel_extents has shape {tuple(extents.shape)} and the values {extents.tolist()!s:.80}; expected "
+            f"({images}, 2), height and width of each picture as fractions of its padded pixels, above 0 and up to 1. "
+            "The processor makes them."
+        )
 
 
 def check_ids(ids: Tensor, vocab_size: int | None) -> Tensor:

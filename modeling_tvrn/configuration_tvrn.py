@@ -15,6 +15,20 @@ _LOADING: ContextVar[bool] = ContextVar("tvrn_config_loading", default=False)
 
 REFINEMENTS = ("gate", "gru")
 SIMILARITY_HEADS = ("saf", "sgr")
+REGION_SOURCES = ("hidden_state", "pooled_map")
+# What the processor makes of a picture, as arguments of `encode_images`.
+PIXEL_INPUTS = ("pixel_values", "detector_pixel_values", "pixel_extents")
+# Detectors by model_type: what a query's score is made of. Softmax: the last class is "no object".
+DETECTORS = {
+    **dict.fromkeys(("d_fine", "rt_detr", "rt_detr_v2", "deimv2", "deformable_detr"), "sigmoid"),
+    **dict.fromkeys(("detr", "yolos"), "softmax"),
+    "owlv2": "objectness",
+}
+# Others that transformers calls detectors, and why they can't be one here.
+NO_DETECTORS = {
+    "rf_detr": "its image processor needs torchvision",
+    "owlvit": "without a text nothing says which of its boxes hold an object; OWLv2 does",
+}
 # What a field is where it is not given: without a pretrained dual encoder, and with one.
 BY_FIRST_STAGE: dict[str, tuple[Any, Any]] = {
     "freeze_vision": (False, True),
@@ -49,6 +63,17 @@ class TVRNConfig(PreTrainedConfig):
             A dual encoder (CLIP, SigLIP, …) that is both towers and the first stage of the score, in place of
             `vision_config` and `text_config`: `image_embeds`, `text_embeds` and their logit are its own. See
             `TVRNModel.from_dual_encoder`.
+        detector_config (`PreTrainedConfig` or `dict`, *optional*):
+            An object detector (D-FINE, RT-DETR, DETR, YOLOS, OWLv2, …) whose boxes are the regions, in place of the
+            vision tower's grid; beside `vision_config` or `dual_encoder_config`, or alone.
+        freeze_detector (`bool`, defaults to `True`): The detector runs without gradient and in evaluation mode.
+        max_regions (`int`, defaults to 36): Boxes kept of an image, the ones that the detector is surest of.
+        region_source (`"hidden_state"` or `"pooled_map"`, defaults to `"hidden_state"`):
+            What a box's feature is: the detector's own, of the query that found it, or the mean inside the box of the
+            map of the vision tower or dual encoder.
+        nms_iou (`float`, *optional*):
+            Of boxes that overlap more than this the surer one stays. `None`: 0.7 for OWLv2, none for detectors that
+            are trained to find each object once.
         freeze_vision, freeze_text (`bool`, *optional*):
             Frozen towers run without gradient and in evaluation mode. `None`: those of a dual encoder are frozen,
             others are not.
@@ -151,11 +176,17 @@ class TVRNConfig(PreTrainedConfig):
         "vision_config": AutoConfig,
         "text_config": AutoConfig,
         "dual_encoder_config": AutoConfig,
+        "detector_config": AutoConfig,
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     dual_encoder_config: dict | PreTrainedConfig | None = None
+    detector_config: dict | PreTrainedConfig | None = None
+    freeze_detector: bool = True
+    max_regions: int = 36
+    region_source: str = "hidden_state"
+    nms_iou: float | int | None = None
     freeze_vision: bool | None = None
     freeze_text: bool | None = None
     freeze_first_stage: bool = True
@@ -219,9 +250,8 @@ class TVRNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not _LOADING.get():
             self._refuse_unknown(kwargs)
-        self.vision_config = self._sub_config("vision_config", self.vision_config)
-        self.text_config = self._sub_config("text_config", self.text_config)
-        self.dual_encoder_config = self._sub_config("dual_encoder_config", self.dual_encoder_config)
+        for name in self.sub_configs:
+            setattr(self, name, self._sub_config(name, getattr(self, name)))
         for name, defaults in BY_FIRST_STAGE.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.dual_encoder_config is not None])
@@ -232,7 +262,11 @@ class TVRNConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a `ValueError` for a value outside its range (also run by the model: attributes can be set later)."""
-        for name, choices in (("refinement", REFINEMENTS), ("similarity_head", SIMILARITY_HEADS)):
+        for name, choices in (
+            ("refinement", REFINEMENTS),
+            ("similarity_head", SIMILARITY_HEADS),
+            ("region_source", REGION_SOURCES),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
@@ -268,6 +302,50 @@ class TVRNConfig(PreTrainedConfig):
         self._check_words()
         if self.dual_encoder_config is not None:
             self._check_dual_encoder()
+        self._check_detector()
+
+    def _check_detector(self) -> None:
+        if not (isinstance(self.max_regions, int) and _is_number(self.max_regions) and self.max_regions >= 1):
+            raise ValueError(f"max_regions is {self.max_regions!r}; expected a whole number of at least 1.")
+        if self.nms_iou is not None and not (_is_number(self.nms_iou) and 0 < self.nms_iou <= 1):
+            raise ValueError(f"nms_iou is {self.nms_iou!r}; expected None or a number above 0 and up to 1.")
+        pools, tower = self.region_source == "pooled_map", self.vision_tower_config
+        if self.detector_config is None:
+            if pools:
+                raise ValueError("region_source is 'pooled_map', but there is no detector; set detector_config.")
+            return
+        check_detector(self.detector_config)
+        queries, size = detector_sizes(self.detector_config)
+        kind = getattr(self.detector_config, "model_type", None)
+        if self.max_regions > queries:
+            raise ValueError(
+                f"max_regions is {self.max_regions}, but the detector ({kind!r}) finds {queries} boxes in an image; "
+                f"set max_regions to at most {queries}."
+            )
+        if pools and tower is None:
+            raise ValueError(
+                "region_source is 'pooled_map', but there is no vision tower or dual encoder with a map to pool in "
+                "the detector's boxes; give one, or use region_source='hidden_state'."
+            )
+        if not pools and tower is not None:
+            raise ValueError(
+                f"region_source is 'hidden_state', so nothing reads the vision tower ({tower.model_type!r}) beside "
+                "the detector; use region_source='pooled_map', or leave the tower out."
+            )
+        if not pools and self.region_feature_size != size:
+            raise ValueError(
+                f"region_feature_size is {self.region_feature_size}, but the hidden size of the detector ({kind!r}), "
+                f"whose regions it describes, is {size}; set it to {size} (from_backbones does)."
+            )
+        if self.vision_grid_size is not None:
+            raise ValueError(
+                f"vision_grid_size is {self.vision_grid_size}, but the regions are the detector's boxes; leave it out."
+            )
+        if pools and not self.freeze_detector:
+            raise ValueError(
+                "freeze_detector is False, but with region_source='pooled_map' only its boxes are read, from which it "
+                "learns nothing; leave it True."
+            )
 
     def _check_dual_encoder(self) -> None:
         own: Any = self.dual_encoder_config
@@ -296,6 +374,11 @@ class TVRNConfig(PreTrainedConfig):
         return getattr(self.dual_encoder_config, "vision_config", None) or self.vision_config
 
     @property
+    def looks(self) -> bool:
+        """Whether the model reads pixels, by a vision tower or a detector."""
+        return self.vision_tower_config is not None or self.detector_config is not None
+
+    @property
     def text_tower_config(self) -> Any:
         """The text tower's configuration, alone or half of a dual encoder; None with word embeddings and a BiGRU."""
         return getattr(self.dual_encoder_config, "text_config", None) or self.text_config
@@ -304,6 +387,8 @@ class TVRNConfig(PreTrainedConfig):
         """Whether what comes of a side, "vision" or "text", stays as it is in training: its tower is frozen, and of a
         dual encoder all the rest as well."""
         frozen = bool(getattr(self, f"freeze_{side}"))
+        if side == "vision" and self.detector_config is not None and self.region_source == "hidden_state":
+            return self.freeze_detector  # which is all that looks
         return frozen and (self.dual_encoder_config is None or self.freeze_first_stage)
 
     @property
@@ -372,6 +457,30 @@ class TVRNConfig(PreTrainedConfig):
                 "(for example 'vit' or 'bert'), or a config object."
             )
         return CONFIG_MAPPING[model_type].from_dict(without_code(value))
+
+
+def check_detector(config: Any) -> None:
+    """Raise a `ValueError` that says why, if a config is of no detector that can be one here."""
+    kind = config.model_type
+    if kind not in DETECTORS:
+        reason = NO_DETECTORS.get(kind, "no detector; a vision model goes to vision=…")
+        raise ValueError(f"{kind!r} can't be the detector: {reason}. Expected one of {', '.join(DETECTORS)}.")
+    if getattr(getattr(config, "backbone_config", None), "model_type", None) == "timm_backbone":
+        raise ValueError(
+            f"this {kind!r} can't be the detector: its backbone is one of timm. Expected a checkpoint with a backbone "
+            "of transformers (on the Hub often the revision 'no_timm')."
+        )
+
+
+def detector_sizes(config: Any) -> tuple[int, int]:
+    """How many boxes a detector finds in an image, and the size of the feature of each."""
+    if config.model_type == "owlv2":  # one a patch, with a feature beside the texts'
+        vision = config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2, config.text_config.hidden_size
+    if config.model_type == "yolos":
+        return config.num_detection_tokens, config.hidden_size
+    two_stage = getattr(config, "two_stage", False)
+    return config.two_stage_num_proposals if two_stage else config.num_queries, config.d_model
 
 
 def _is_number(value: Any) -> bool:

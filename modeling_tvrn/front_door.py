@@ -77,11 +77,13 @@ def load_model(
 
 
 def load_region_model(
-    id_or_path: str | os.PathLike[str],
+    id_or_path: str | os.PathLike[str] | None,
     grid_size: int | None = None,
     image_size: int | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    detector: str | os.PathLike[str] | None = None,
+    max_regions: int = 36,
 ) -> tuple[TVRNModel, TVRNProcessor]:
     """Model and processor for `RegionCache.build`: a vision backbone, or a dual encoder or TVRN with its embeddings.
 
@@ -89,37 +91,48 @@ def load_region_model(
     with two towers its vision tower alone is taken, with a warning.
 
     Args:
-        id_or_path: Hub id, or a local folder.
+        id_or_path: Hub id, or a local folder; None: the detector alone, with its own features.
         grid_size: The map is pooled to that many regions a side; None: the map as it is.
         image_size: Pixels a side that images are brought to; None: the processor's own. Only of a vision backbone.
         device: Where the model goes; None: a GPU where there is one.
         trust_remote_code: Run code of a backbone's repository; a dual encoder's is never run.
+        detector: Hub id, or a local folder, of a detector in whose boxes the map is pooled.
+        max_regions: Of a detector's boxes, the ones that it is surest of.
 
     Raises:
         ValueError: If nothing is there, it gives no regions, or a size contradicts it.
     """
+    boxes: dict[str, Any] = {} if detector is None else {"detector": detector, "max_regions": max_regions}
+    sizes: dict[str, Any] = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}  # of parts that nobody uses
+    if id_or_path is None:
+        model = TVRNModel.from_backbones(**boxes, **sizes)
+        return _placed(model, device), TVRNProcessor.from_backbones(detector=detector)
     name, expected = os.fspath(id_or_path), "expected a vision backbone or a dual encoder (CLIP, SigLIP, …)"
     check_exists(name, expected=expected)
     config = read_config(name, {"trust_remote_code": trust_remote_code}, expected)
     if config.model_type == "tvrn":
+        if detector is not None:
+            raise ValueError(f"{name!r} is a TVRN with regions of its own beside the detector; give one of them")
         model, processor = load_model(name, device=device, trust_remote_code=trust_remote_code)
         _check_looks(name, model, grid_size, image_size)
         return model, processor
     if is_dual_encoder(config):
         try:
             model = TVRNModel.from_dual_encoder(
-                name, use_late_interaction=False, use_reasoning=False, vision_grid_size=grid_size
+                name, use_late_interaction=False, use_reasoning=False, vision_grid_size=grid_size, **boxes
             )
         except ValueError as error:
             logger.warning("%s Only the regions of its vision tower are kept, no embeddings.", error)
         else:
             _check_looks(name, model, grid_size, image_size)
-            return _placed(model, device), TVRNProcessor.from_dual_encoder(name)
-    sizes: dict[str, Any] = {"hidden_size": 8, "projection_size": 8, "similarity_size": 8}  # of parts that nobody uses
+            return _placed(model, device), TVRNProcessor.from_dual_encoder(name, detector=detector)
+    sizes |= boxes
     model = TVRNModel.from_backbones(
         vision=name, trust_remote_code=trust_remote_code, freeze_vision=True, vision_grid_size=grid_size, **sizes
     )
-    processor = TVRNProcessor.from_backbones(name, image_size=image_size, trust_remote_code=trust_remote_code)
+    processor = TVRNProcessor.from_backbones(
+        name, image_size=image_size, trust_remote_code=trust_remote_code, detector=detector
+    )
     return _placed(model, device), processor
 
 
@@ -141,7 +154,7 @@ def box_feature_map(model: TVRNModel) -> Callable[[Tensor], Tensor | tuple[Tenso
 
 def _check_looks(name: str, model: TVRNModel, grid_size: int | None, image_size: int | None) -> None:
     """Refuse a model that sees no pixels, and sizes that it has of its own."""
-    if model.config.vision_tower_config is None:
+    if not model.config.looks:
         raise ValueError(f"{name!r} has no vision tower: it was trained on region features; name what these came from")
     if grid_size not in (None, model.config.vision_grid_size):
         own = model.config.vision_grid_size

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .checks_tvrn import (
     check_embeds,
+    check_extents,
     check_ids,
     check_level,
     check_own_layers,
@@ -36,7 +37,8 @@ from .checks_tvrn import (
     in_dtype,
     row_ids,
 )
-from .configuration_tvrn import TVRNConfig
+from .configuration_tvrn import TVRNConfig, detector_sizes
+from .detectors_tvrn import build_detector, detect, freeze_heads, load_detector, pool_boxes
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint, share_weights
 from .layers_tvrn import (
     AttentionPooling,
@@ -193,6 +195,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             self.dual_encoder = build_dual_encoder(config.dual_encoder_config)
         self.vision_model = build_tower(config.vision_config) if config.vision_config is not None else None
         self.text_model = build_tower(config.text_config) if config.text_config is not None else None
+        self.detector = build_detector(config.detector_config) if config.detector_config is not None else None
         self.word_encoder = WordEncoder(config) if config.text_tower_config is None else None
         self.image_dropout = FeatureDropout(config.image_dropout)
         self.text_dropout = FeatureDropout(config.text_dropout)
@@ -240,6 +243,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         vision: str | os.PathLike | None = None,
         text: str | os.PathLike | None = None,
         *,
+        detector: str | os.PathLike | None = None,
         word_embeddings: str | os.PathLike | None = None,
         trust_remote_code: bool = False,
         **config: Any,
@@ -249,6 +253,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         Args:
             vision: Vision model id or path (or the vision half of a CLIP-like one); `None` reads region features.
             text: Text model id or path; `None` trains word embeddings and a BiGRU.
+            detector: Object detector id or path (D-FINE, RT-DETR, DEIMv2, DETR, Deformable DETR, YOLOS, OWLv2), whose
+                boxes are the regions: with its own features, or beside `vision` with those of that map inside each
+                box (`region_source`). Code of its repository is never run.
             word_embeddings: Text model id or path whose vocabulary and input embeddings the BiGRU starts from, brought
                 to variance 1 (they cost a lookup a word, where the tower would be run). The processor is
                 `TVRNProcessor.from_backbones(vision, word_embeddings)`. See `freeze_word_embeddings`.
@@ -256,10 +263,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             **config: Fields of [`TVRNConfig`], such as `freeze_vision=True`.
 
         Raises:
-            ValueError: If a tower can't be found or has no spatial (vision) or token (text) output, or both `text` and
-                `word_embeddings` are given.
+            ValueError: If a tower can't be found or has no spatial (vision) or token (text) output, the detector is
+                none or of a kind that is not known, or both `text` and `word_embeddings` are given.
         """
-        towers = {}
+        towers: dict[str, Any] = {}
         if vision is not None:
             tower = towers["vision_model"] = load_tower(vision, "vision_config", trust_remote_code)
             config["vision_config"] = tower.config
@@ -267,6 +274,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if text is not None:
             tower = towers["text_model"] = load_tower(text, "text_config", trust_remote_code)
             config["text_config"] = tower.config
+        if detector is not None:
+            tower = towers["detector"] = load_detector(detector)
+            config["detector_config"] = tower.config
+            if vision is not None or config.get("vision_config") is not None:
+                config.setdefault("region_source", "pooled_map")
+            else:
+                config.setdefault("region_feature_size", detector_sizes(tower.config)[1])
         table = None
         if word_embeddings is not None:
             table, sizes = load_word_embeddings(word_embeddings, trust_remote_code)
@@ -286,6 +300,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         cls,
         dual_encoder: str | os.PathLike | nn.Module,
         *,
+        detector: str | os.PathLike | None = None,
         dtype: Any = torch.float32,
         hub: dict[str, Any] | None = None,
         **config: Any,
@@ -294,6 +309,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
         Args:
             dual_encoder: Hub id or path, or a model of transformers (which is then nested, not copied).
+            detector: As in `from_backbones`: its boxes are the regions, with the features of the dual encoder's map.
             dtype: What the weights are loaded in; `"auto"` is the checkpoint's own.
             hub: Further keywords of `from_pretrained`, such as `{"revision": …}`.
             **config: Fields of [`TVRNConfig`], such as `vision_grid_size=7`. Late interaction and reasoning are built
@@ -311,9 +327,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                 raise ValueError(
                     f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
                 )
+        detects = None if detector is None else load_detector(detector)
+        if detects is not None:
+            config |= {"detector_config": detects.config, "region_source": "pooled_map"}
         # Built with a dual encoder of random weights, which gives way to the pretrained one: as loading does it.
         tvrn = cls(TVRNConfig(dual_encoder_config=model.config, **config)).to(float_dtype(model))
         tvrn.dual_encoder = without_scale(model)
+        tvrn.detector = detects.to(float_dtype(model)) if detects is not None else None
         tvrn.logit_scale.data.fill_(sizes.logit_scale)
         if tvrn.logit_bias is not None and sizes.logit_bias is not None:
             tvrn.logit_bias.data.fill_(sizes.logit_bias)
@@ -360,12 +380,16 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         for tower, frozen in self.towers():
             if frozen:
                 tower.requires_grad_(False)
+            elif tower is self.detector:
+                freeze_heads(tower)
             elif self.dual_encoder is None:  # whose poolers make its embeddings
                 freeze_unused(tower)
         self.train(self.training)  # a model trained without a call of train() keeps to its rules as well
 
     def towers(self) -> Iterator[tuple[nn.Module, bool]]:
-        """The towers that this model has, vision before text, each with whether it is frozen."""
+        """The towers that this model has, detector, vision, text, each with whether it is frozen."""
+        if self.detector is not None:
+            yield self.detector, self.config.freeze_detector
         for side in ("vision", "text"):
             if (tower := self.tower(side)) is not None:
                 yield tower, bool(getattr(self.config, f"freeze_{side}"))
@@ -421,26 +445,48 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                     module.eval()
         return self
 
-    def extract_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The vision tower alone, what a region cache stores: features (B, R, F), boxes (B, R, 4), mask (B, R)."""
-        return self._look(pixel_values)[:3]
+    def extract_regions(self, pixel_values: Tensor, **detection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The vision tower and detector alone, what a region cache stores: features (B, R, F), boxes (B, R, 4), mask
+        (B, R). `detection` is what the processor gives beside pixels for a detector, as in `encode_images`."""
+        return self._look(pixel_values, **detection)[:3]
 
-    def extract_image_features(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def extract_image_features(self, pixel_values: Tensor, **detection: Tensor) -> dict[str, Tensor]:
         """`extract_regions` by the names of `encode_images`; of a dual encoder also its `image_embeds` (B, P)."""
-        features, boxes, mask, embeds = self._look(pixel_values)
+        features, boxes, mask, embeds = self._look(pixel_values, **detection)
         found = {"region_features": features, "region_boxes": boxes, "region_mask": mask}
         return found if embeds is None else {**found, "image_embeds": embeds}
 
-    def _look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The vision tower's regions, boxes and mask, and a dual encoder's embeddings."""
+    def _look(
+        self, pixel_values: Tensor, detector_pixel_values: Tensor | None = None, pixel_extents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Regions, boxes and mask, of the vision tower or the detector, and a dual encoder's embeddings."""
+        config, padded = self.config, pixel_values
+        if config.region_source == "pooled_map":
+            if detector_pixel_values is None:
+                raise ValueError(
+                    "pixel_values came without detector_pixel_values, which the detector of this model reads; the "
+                    "processor of this checkpoint makes both."
+                )
+            check_pixels(detector_pixel_values, 3, "detector_pixel_values")
+            padded = detector_pixel_values
+        elif detector_pixel_values is not None:
+            raise ValueError(
+                "detector_pixel_values came, but only a model with region_source='pooled_map' reads them."
+            )
+        if pixel_extents is not None and self.detector is None:
+            raise ValueError("pixel_extents came, but this model has no detector, whose pixels they describe.")
+        check_extents(pixel_extents, len(padded))
         with self._looking(pixel_values):
-            return self._grid_regions(pixel_values)
+            return self._seen_regions(pixel_values, detector_pixel_values, pixel_extents)
 
     def _looking(self, pixel_values: Tensor) -> contextlib.AbstractContextManager:
         """Checks pixels for the vision tower, and runs it without gradients where it is frozen."""
         config = self.config
-        if self.vision_model is None and self.dual_encoder is None:
-            raise ValueError("This model has no vision tower; give it region_features, or build it with vision=….")
+        if not config.looks:
+            raise ValueError(
+                "This model has no vision tower and no detector; give it region_features, or build it with vision=… "
+                "or detector=…."
+            )
         check_pixels(pixel_values, getattr(config.vision_tower_config, "num_channels", 3) or 3)
         return torch.no_grad() if config.keeps("vision") else contextlib.nullcontext()
 
@@ -455,10 +501,23 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         output = look(self.dual_encoder.get_image_features, self.config.vision_tower_config, pixels)
         return output, normalize(output.pooler_output.to(self.logit_scale.dtype))
 
-    def _grid_regions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _detect(self, pixels: Tensor, extents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The detector's regions; see `detect`."""
+        config = self.config
+        with torch.no_grad() if config.freeze_detector else contextlib.nullcontext():
+            return detect(self.detector, pixels, extents, config.max_regions, config.nms_iou)
+
+    def _seen_regions(
+        self, pixel_values: Tensor, detector_pixel_values: Tensor | None = None, pixel_extents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`_look` without its checks."""
+        if self.detector is not None and detector_pixel_values is None:
+            return *self._detect(pixel_values, pixel_extents), None
         output, embeds = self._run_vision(pixel_values)
         grid = region_map(output, pixel_values, self.config.vision_tower_config)
+        if detector_pixel_values is not None:
+            _, boxes, mask = self._detect(detector_pixel_values, pixel_extents)
+            return pool_boxes(grid, boxes), boxes, mask, embeds
         if self.config.vision_grid_size is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.vision_grid_size)
         rows, columns = grid.shape[-2:]
@@ -497,11 +556,13 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         region_mask: Tensor | None = None,
         image_embeds: Tensor | None = None,
         level: str = "full",
+        detector_pixel_values: Tensor | None = None,
+        pixel_extents: Tensor | None = None,
     ) -> EncodedImages:
         """What the pair score needs of images, without any text.
 
         Args:
-            pixel_values: (I, 3, H, W), for a model with a vision tower.
+            pixel_values: (I, 3, H, W), for a model with a vision tower, or with a detector alone.
             region_features: (I, R, F) instead.
             region_boxes: (I, R, 4) xyxy in [0, 1]; required with region features by models that read them
                 (`use_geometric_context`, `use_box_positions`).
@@ -509,6 +570,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             image_embeds: (I, P) beside region features of a dual encoder, as `extract_image_features` gives them.
             level: What `match(…, level=…)` will read: "embeddings", "late_interaction" or "full". What a level leaves
                 out is `None`, and is not computed.
+            detector_pixel_values: (I, 3, H', W') the detector's, where a vision tower reads `pixel_values`.
+            pixel_extents: (I, 2) height and width of each picture as fractions of the detector's pixels, where these
+                are padded.
 
         Raises:
             ValueError: On wrong shapes, NaN, boxes outside [0, 1], or an image without a valid region.
@@ -524,7 +588,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             if pixel_values is None and image_embeds is not None:
                 embeds = check_embeds("image_embeds", image_embeds, None, self.config.projection_size)
                 return EncodedImages(normalize(embeds), model_fingerprint=self.fingerprint())
-        given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds)
+        detection = (detector_pixel_values, pixel_extents)
+        given = self._regions(pixel_values, region_features, region_boxes, region_mask, image_embeds, detection)
         return self._encode_regions(*given, level=level)
 
     def _only_embeds(self, level: str) -> bool:
@@ -582,6 +647,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         region_boxes: Tensor | None,
         region_mask: Tensor | None,
         image_embeds: Tensor | None,
+        detection: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Checked region features, boxes and mask, the valid regions first; a dual encoder's embeddings."""
         if (pixel_values is None) == (region_features is None):
@@ -590,9 +656,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             if region_boxes is not None or region_mask is not None or image_embeds is not None:
                 raise ValueError(
                     "encode_images got region_boxes, region_mask or image_embeds beside pixel_values, whose regions "
-                    "are the tower's own grid; leave them out, or give region_features."
+                    "are the tower's own grid or the detector's boxes; leave them out, or give region_features."
                 )
-            region_features, region_boxes, region_mask, image_embeds = self._look(pixel_values)
+            region_features, region_boxes, region_mask, image_embeds = self._look(pixel_values, *detection)
         assert region_features is not None
         if self.dual_encoder is not None:
             image_embeds = check_embeds(
@@ -795,6 +861,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         image_embeds: Tensor | None = None,
         text_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        detector_pixel_values: Tensor | None = None,
+        pixel_extents: Tensor | None = None,
     ) -> TVRNOutput:
         """Score I images against T texts; with `return_loss=True` also the weighted loss.
 
@@ -804,7 +872,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             level: "embeddings" or "late_interaction" leave the components after it out, of logits and loss.
             others: As in `encode_images` and `encode_texts`; `return_dict=False` gives a tuple, as in transformers.
         """
-        images = self.encode_images(pixel_values, region_features, region_boxes, region_mask, image_embeds, level)
+        regions = (pixel_values, region_features, region_boxes, region_mask, image_embeds)
+        images = self.encode_images(*regions, level, detector_pixel_values, pixel_extents)
         texts = self.encode_texts(
             input_ids, attention_mask, word_mask, text_features, text_embeds, level, token_type_ids
         )

@@ -42,6 +42,8 @@ _CHANNELS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in `info`; TIFF's tags apart
 
+# Image processors of detectors that pad: to the largest of a batch, OWLv2's each picture to a square.
+PADDING = ("DetrImageProcessor", "DeformableDetrImageProcessor", "YolosImageProcessor", "Owlv2ImageProcessor")
 # (width, height) of the probes: both orientations, odd sizes, smaller and larger than the usual targets, one very long
 PROBE_SIZES = ((53, 37), (41, 64), (301, 440), (190, 31))
 
@@ -124,6 +126,34 @@ def hub_pixels(image_processor: Any, images: Sequence[Any], **settings: Any) -> 
             "size to a height and a width, or do_center_crop=True, or give image_size to TVRNProcessor.from_backbones"
         )
     return np.stack(arrays).astype(np.float32, copy=False)
+
+
+def pads(image_processor: Any) -> bool:
+    """Whether an image processor is a detector's that pads pictures."""
+    return bool(getattr(image_processor, "do_pad", None)) and type(image_processor).__name__.startswith(PADDING)
+
+
+def padded_pixels(
+    image_processor: Any, images: Sequence[PIL.Image.Image], **settings: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels of an image processor that `pads`, made picture by picture: none depends on the others of its batch.
+
+    Returns:
+        Pixel values `(B, 3, H, W)`, 0 where a picture ends before the largest; and `(B, 2)` float32 its height and
+        width as fractions of them, None where all pictures fill them.
+    """
+    squares = type(image_processor).__name__.startswith("Owlv2")
+    settings |= {} if squares else {"do_pad": False}
+    found = [hub_pixels(image_processor, [image], **settings)[0] for image in images]
+    size = np.max([pixels.shape[1:] for pixels in found], axis=0)
+    padded = np.zeros((len(found), found[0].shape[0], *size), dtype=np.float32)
+    for target, pixels in zip(padded, found, strict=True):
+        target[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    if squares:
+        extents = [np.divide((image.height, image.width), max(image.size)) for image in images]
+    else:
+        extents = [pixels.shape[1:] / size for pixels in found]
+    return padded, None if np.all(np.equal(extents, 1)) else np.asarray(extents, np.float32)
 
 
 def rgb_images(images: Any, files: bool = False, web: bool = False) -> list[PIL.Image.Image]:
@@ -215,6 +245,24 @@ def with_image_size(image_processor: Any, image_size: int) -> Any:
     else:
         settings["size"] = {"shortest_edge": image_size} if "shortest_edge" in size else square
     return type(image_processor).from_dict(settings)
+
+
+def resize_only(image_processor: Any) -> Any:
+    """Make an image processor squeeze the whole photograph into its size, without cropping or padding.
+
+    Fractions of the photograph are then fractions of the pixels, whatever the aspect ratio. Changed in place.
+    """
+    if getattr(image_processor, "do_center_crop", None):
+        if getattr(image_processor, "crop_size", None):
+            image_processor.size = dict(image_processor.crop_size)
+        image_processor.do_center_crop = False
+    if getattr(image_processor, "do_pad", None):
+        image_processor.do_pad = False
+    size = dict(image_processor.size)
+    edge = size.get("shortest_edge") or size.get("longest_edge")
+    if edge:
+        image_processor.size = {"height": edge, "width": edge}
+    return image_processor
 
 
 def _opened(image: Any, files: bool, web: bool) -> PIL.Image.Image:

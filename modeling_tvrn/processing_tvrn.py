@@ -5,6 +5,7 @@ The class comes first; what it does with regions (`pad_regions`) and captions (`
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -21,12 +22,22 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 
 # From its module: the name that transformers 5.17 exports asks for torchvision, though the PIL backend needs none.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor, get_image_processor_class_from_name
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
-from .pixels_tvrn import PixelTable, hub_pixels, pixel_table, rgb_images, with_image_size
+from .configuration_tvrn import check_detector
+from .pixels_tvrn import (
+    PixelTable,
+    hub_pixels,
+    padded_pixels,
+    pads,
+    pixel_table,
+    resize_only,
+    rgb_images,
+    with_image_size,
+)
 from .trust_tvrn import HUB_ARGUMENTS, MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, read_json
 
 logger = logging.getLogger(__name__)
@@ -47,12 +58,14 @@ class TVRNProcessor(ProcessorMixin):
     """Prepare any subset of a model's inputs; both sides are padded and masked.
 
     Args:
-        image_processor: a Hub image processor; None for models that read region features.
+        image_processor: a Hub image processor, of a vision tower or, where there is none, of a detector; None for
+            models that read region features.
         tokenizer: a Hub tokenizer, or the word tokenizer of `from_captions`; None for image-only use.
         max_text_length: longest caption in tokens, special tokens included; longer ones are cut, reported once, and
             counted in `truncated_captions` (of this object: a data loader's workers each count their own).
         text_padding: "longest" of a batch, or "max_length", see `tokenize`.
         dual_encoder_processor: class of transformers that a dual encoder's own processor has.
+        detector_image_processor: a detector's, where `image_processor` is a vision tower's.
     """
 
     def __init__(
@@ -62,10 +75,16 @@ class TVRNProcessor(ProcessorMixin):
         max_text_length: int = 64,
         text_padding: str = "longest",
         dual_encoder_processor: str | None = None,
+        detector_image_processor: Any = None,
     ):
         if text_padding not in ("longest", "max_length"):
             raise ValueError(f"text_padding={text_padding!r}: expected 'longest' or 'max_length'")
-        for name, part in (("image_processor", image_processor), ("tokenizer", tokenizer)):
+        parts = {
+            "image_processor": image_processor,
+            "tokenizer": tokenizer,
+            "detector_image_processor": detector_image_processor,
+        }
+        for name, part in parts.items():
             if part is not None:
                 self.check_argument_for_proper_class(name, part)
         check_length(max_text_length, tokenizer)
@@ -74,9 +93,10 @@ class TVRNProcessor(ProcessorMixin):
         self.max_text_length = max_text_length
         self.text_padding = text_padding
         self.dual_encoder_processor = dual_encoder_processor
+        self.detector_image_processor = detector_image_processor
         self.chat_template = None
         self.truncated_captions = 0
-        self._pixel_table: tuple[str, PixelTable | None] | None = None
+        self._pixel_tables: dict[str, PixelTable | None] = {}
 
     def __call__(
         self,
@@ -106,8 +126,10 @@ class TVRNProcessor(ProcessorMixin):
                 processor's settings; `do_rescale` has no say, since pictures of any range become bytes first.
 
         Returns:
-            `pixel_values (B, 3, H, W)`, or `region_features (B, R, F)`, `region_mask (B, R)` bool and, where given,
-            `region_boxes (B, R, 4)`; `input_ids`, `attention_mask` and `word_mask (T, W)`, 1 for words to match.
+            `pixel_values (B, 3, H, W)`, beside a detector also `detector_pixel_values (B, 3, H', W')` and, where its
+            pixels are padded, `pixel_extents (B, 2)`, see `padded_pixels`; or `region_features (B, R, F)`,
+            `region_mask (B, R)` bool and, where given, `region_boxes (B, R, 4)`; `input_ids`, `attention_mask` and
+            `word_mask (T, W)`, 1 for words to match.
 
         Raises:
             ValueError: nothing given, a part that this processor lacks, or bad input (the message names the item).
@@ -121,7 +143,7 @@ class TVRNProcessor(ProcessorMixin):
         text_settings, image_settings, return_tensors = self._settings(kwargs, return_tensors)
         inputs: dict[str, np.ndarray] = {}
         if images is not None:
-            inputs["pixel_values"] = self._pixels(images, image_settings)
+            inputs.update(self._pixels(images, image_settings))
         if region_features is not None:
             inputs.update(pad_regions(region_features, region_boxes, region_mask, image_sizes))
             if image_embeds is not None:
@@ -157,17 +179,27 @@ class TVRNProcessor(ProcessorMixin):
             raise ValueError("input_data_format is not taken: pass arrays (H, W, C), or tensors (C, H, W)")
         return named["text"], named["images"], next((kind for kind in tensors if kind), return_tensors)
 
-    def _pixels(self, images: Any, settings_of_call: dict[str, Any]) -> np.ndarray:
-        image_processor = self._need("image_processor", "images")
+    def _pixels(self, images: Any, settings_of_call: dict[str, Any]) -> dict[str, np.ndarray]:
+        parts = {"pixel_values": self._need("image_processor", "images")}
+        if self.detector_image_processor is not None:
+            parts["detector_pixel_values"] = self.detector_image_processor
         batch = rgb_images(images, files=True, web=True)
-        if settings_of_call:
-            return hub_pixels(image_processor, batch, **settings_of_call)
-        settings = repr(vars(image_processor))  # a setting changed since then makes a new table
-        if self._pixel_table is None or self._pixel_table[0] != settings:
-            self._pixel_table = (settings, pixel_table(image_processor))
-        table = self._pixel_table[1]
-        pixels = table.pixels(batch) if table is not None else None
-        return hub_pixels(image_processor, batch) if pixels is None else pixels
+        inputs: dict[str, np.ndarray] = {}
+        for name, image_processor in parts.items():
+            if pads(image_processor):
+                inputs[name], extents = padded_pixels(image_processor, batch, **settings_of_call)
+                inputs |= {} if extents is None else {"pixel_extents": extents}
+                continue
+            if settings_of_call:
+                inputs[name] = hub_pixels(image_processor, batch, **settings_of_call)
+                continue
+            settings = repr(vars(image_processor))  # a setting changed since then makes a new table
+            if settings not in self._pixel_tables:
+                self._pixel_tables[settings] = pixel_table(image_processor)
+            table = self._pixel_tables[settings]
+            pixels = table.pixels(batch) if table is not None else None
+            inputs[name] = hub_pixels(image_processor, batch) if pixels is None else pixels
+        return inputs
 
     def _tokens(
         self,
@@ -227,7 +259,10 @@ class TVRNProcessor(ProcessorMixin):
         """Names of everything a call can return."""
         images = ["region_features", "region_boxes", "region_mask"]
         text = ["input_ids", "attention_mask", "word_mask"]
-        return ["pixel_values"] * (self.image_processor is not None) + images + text * (self.tokenizer is not None)
+        pixels = ["pixel_values"] * (self.image_processor is not None)
+        pixels += ["detector_pixel_values"] * (self.detector_image_processor is not None)
+        pixels += ["pixel_extents"] * (pads(self.detector_image_processor or self.image_processor))
+        return pixels + images + text * (self.tokenizer is not None)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """The tokenizer's `decode`."""
@@ -245,6 +280,7 @@ class TVRNProcessor(ProcessorMixin):
         image_size: int | None = None,
         max_text_length: int = 64,
         trust_remote_code: bool = False,
+        detector: str | os.PathLike[str] | None = None,
     ) -> TVRNProcessor:
         """The processor of pretrained towers: their image processor and tokenizer.
 
@@ -252,9 +288,12 @@ class TVRNProcessor(ProcessorMixin):
             vision, text: Hub id or folder of each tower; None leaves that part out.
             image_size: side in pixels of the square that images are brought to, instead of the tower's own.
             trust_remote_code: run code of the towers' folders or repositories, where their files ask for it.
+            detector: Hub id or folder of a detector, whose own image processor prepares its pixels; `vision`'s then
+                squeezes the whole picture into its size, so that the detector's boxes fit its map.
 
         Raises:
-            ValueError: a tower that cannot be found, or that has no image processor or tokenizer.
+            ValueError: a tower that cannot be found, or that has no image processor or tokenizer; a detector whose
+                image processor crops.
         """
         image_processor = tokenizer = None
         if vision is not None:
@@ -263,24 +302,45 @@ class TVRNProcessor(ProcessorMixin):
                 image_processor = with_image_size(image_processor, image_size)
         if text is not None:
             tokenizer = _load_tokenizer(text, trust_remote_code=trust_remote_code)
-        return cls(image_processor, tokenizer, max_text_length=max_text_length)
+        detects = None
+        if detector is not None:
+            detects = _load_detector_image_processor(detector)
+            if vision is None and image_size is not None:
+                raise ValueError(f"image_size={image_size}: a detector reads pixels of its own size; leave it out")
+            if vision is None:
+                image_processor, detects = detects, None
+            else:
+                resize_only(image_processor)
+        return cls(image_processor, tokenizer, max_text_length, detector_image_processor=detects)
 
     @classmethod
     def from_dual_encoder(
-        cls, dual_encoder: str | os.PathLike[str], max_text_length: int | None = None, **hub: Any
+        cls,
+        dual_encoder: str | os.PathLike[str],
+        max_text_length: int | None = None,
+        detector: str | os.PathLike[str] | None = None,
+        **hub: Any,
     ) -> TVRNProcessor:
         """The processor of a dual encoder (CLIP, SigLIP, …): images and captions as its own makes them.
 
         Args:
             dual_encoder: Hub id or folder, which holds the image processor and the tokenizer.
             max_text_length: shorter than what the text side was trained with; None: just that.
+            detector: as in `from_backbones`.
 
         Raises:
-            ValueError: it cannot be found, or has no image processor or tokenizer.
+            ValueError: it cannot be found, or has no image processor or tokenizer; it crops pictures, which a
+                detector's boxes would not fit.
         """
         hub = {"trust_remote_code": False, **hub}
         text, kind = _text_side(dual_encoder, hub)
         image_processor = _load_image_processor(dual_encoder, **hub)
+        detects = None if detector is None else _load_detector_image_processor(detector)
+        if detects is not None and resize_only(copy.deepcopy(image_processor)).to_dict() != image_processor.to_dict():
+            raise ValueError(
+                f"{os.fspath(dual_encoder)!r} crops or pads pictures, so its map and a detector's boxes would see "
+                "different pixels: take a dual encoder that only resizes (SigLIP), or leave the detector out"
+            )
         tokenizer = _load_tokenizer(dual_encoder, **hub)
         longest = min(getattr(text, "max_position_embeddings", None) or 512, tokenizer.model_max_length)
         # SigLIP pools the last position, which has to be where it was in training.
@@ -288,7 +348,7 @@ class TVRNProcessor(ProcessorMixin):
         length = longest if max_text_length is None else max_text_length
         if padding == "max_length" and length != longest:
             raise ValueError(f"max_text_length={length}: this text side reads captions of exactly {longest} tokens")
-        return cls(image_processor, tokenizer, min(length, longest), padding, kind)
+        return cls(image_processor, tokenizer, min(length, longest), padding, kind, detects)
 
     def save_dual_encoder(self, folder: str | os.PathLike[str]) -> None:
         """Write the processor of the dual encoder's own class, which `AutoProcessor` loads without this package.
@@ -327,6 +387,8 @@ class TVRNProcessor(ProcessorMixin):
         """What `processor_config.json` holds; a part that is null there is not looked for when loading."""
         settings = super().to_dict()
         settings["tokenizer"] = None if self.tokenizer is None else type(self.tokenizer).__name__
+        if self.detector_image_processor is None:  # the file of a model without one is as it was
+            settings.pop("detector_image_processor", None)
         return settings
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -375,6 +437,7 @@ class TVRNProcessor(ProcessorMixin):
             kwargs.get("max_text_length", settings.get("max_text_length", 64)),
             settings.get("text_padding", "longest"),
             settings.get("dual_encoder_processor"),
+            _image_processor_of(settings.get("detector_image_processor")),
         )
 
 
@@ -397,6 +460,35 @@ def _load_image_processor(name: str | os.PathLike[str], **hub: Any) -> Any:
     if not hub["trust_remote_code"]:  # what was not run is not handed on either
         vars(image_processor).pop("auto_map", None)
     return image_processor
+
+
+def _load_detector_image_processor(name: str | os.PathLike[str]) -> Any:
+    hub = {"trust_remote_code": False}
+    try:
+        check_detector(_load(AutoConfig, name, "configuration", MODEL_CODE, **hub))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(name)!r}: {error}") from error
+    image_processor = _load_image_processor(name, **hub)
+    if getattr(image_processor, "do_center_crop", None):
+        raise ValueError(
+            f"the {type(image_processor).__name__} of {os.fspath(name)!r} crops (do_center_crop=True), so boxes would "
+            "not be fractions of the picture: set it to false in its preprocessor_config.json"
+        )
+    return image_processor
+
+
+def _image_processor_of(settings: Any) -> Any:
+    """The image processor that a part of `processor_config.json` describes, or None."""
+    if settings is None:
+        return None
+    kind = settings.get("image_processor_type") if isinstance(settings, dict) else settings
+    found = get_image_processor_class_from_name(f"{str(kind).removesuffix('Pil')}Pil")
+    if found is None:
+        raise ValueError(
+            f"detector_image_processor in {PROCESSOR_NAME} is a {kind!r}, which transformers "
+            f"{transformers.__version__} does not know: expected a detector's image processor; upgrade transformers"
+        )
+    return found.from_dict(settings)
 
 
 def _load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:

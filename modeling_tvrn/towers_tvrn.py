@@ -28,12 +28,17 @@ from transformers import (
 )
 
 from .checks_tvrn import check_weights
+from .configuration_tvrn import DETECTORS, NO_DETECTORS
 from .trust_tvrn import MODEL_CODE, explained, without_code
 
 # What a map or a word sequence does not depend on: poolers, and the token of masked-image training.
 _UNUSED = re.compile(r"(^|\.)(pooler|mask_token|head\.(probe|attention|layernorm|mlp))(\.|$)")
 _UNUSED_OF_TYPE = {"clip_vision_model": "post_layernorm.", "siglip_text_model": "head.", "siglip2_text_model": "head."}
 _READS = {"vision_config": "pixel_values", "text_config": "input_ids"}
+_SUCH_AS = {
+    "vision_config": ", such as google/vit-base-patch16-224, facebook/dinov2-base or microsoft/resnet-50",
+    "text_config": "",
+}
 # What a logit is made of beside the cosine; a model has one of the first two.
 SCALE, TEMPERATURE, BIAS = "logit_scale", "temperature", "logit_bias"
 PROBE_WORDS = 5
@@ -65,6 +70,8 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = config if trust_remote_code else without_code(config)
         config = getattr(config, half, None) or config
+        if half == "vision_config" and config.model_type in {*DETECTORS, *NO_DETECTORS}:
+            raise ValueError(f"it is a detector ({config.model_type!r}); give it as detector=….")
         tower = _tower_class(config).from_pretrained(
             path,
             config=config,
@@ -76,12 +83,12 @@ def load_tower(path: str | os.PathLike, half: str, trust_remote_code: bool = Fal
         raise ValueError(
             f"No {half.removesuffix('_config')} tower at {str(path)!r}: "
             f"{explained(error, path, MODEL_CODE, trust_remote_code=trust_remote_code)} Expected a Hub model id or a "
-            "folder with config.json and weights."
+            f"folder with config.json and weights{_SUCH_AS[half]}."
         ) from error
     if tower.main_input_name != _READS[half]:
         raise ValueError(
             f"{str(path)!r} holds a {type(tower).__name__}, which reads {tower.main_input_name}; expected a "
-            f"{half.removesuffix('_config')} model, which reads {_READS[half]}."
+            f"{half.removesuffix('_config')} model, which reads {_READS[half]}{_SUCH_AS[half]}."
         )
     check_weights(tower, repr(os.fspath(path)))
     # Saved with the checkpoint: a Hub id says where a tower is from, a path only whose disk it was on.
@@ -266,21 +273,25 @@ def load_dual_encoder(path: str | os.PathLike, dtype: Any = None, **hub: Any) ->
             f"{name!r} holds a model of type {config.model_type!r}, without a vision and a text tower; expected a "
             "dual encoder (CLIP, SigLIP, …). Towers of one side go to TVRNModel.from_backbones."
         )
-    model = _load_whole(name, config, dtype=dtype or "auto", **hub)
+    model = load_whole(name, config, AutoModel, "dual encoder", dtype=dtype or "auto", **hub)
     if os.path.isdir(path):  # a Hub id says where a model is from, a path only whose disk it was on
         model.config.name_or_path = os.path.basename(os.path.abspath(path))
     return model.eval()
 
 
-def _load_whole(name: str, config: PreTrainedConfig, **options: Any) -> Any:
-    """The model with every weight of the checkpoint; transformers would start one that lacks at random."""
+def load_whole(name: str, config: PreTrainedConfig, auto_class: Any, kind: str, **options: Any) -> Any:
+    """The model with every weight of the checkpoint; transformers would start one that lacks at random.
+
+    Raises:
+        ValueError: If its weights don't load, or one is missing or of another shape; says what `kind` of model it is.
+    """
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = AutoModel.from_pretrained(name, config=config, **options)
+        model, info = auto_class.from_pretrained(name, config=config, **options)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"No dual encoder at {name!r}: its weights don't load ({reason}); expected whole safetensors files that "
+            f"No {kind} at {name!r}: its weights don't load ({reason}); expected whole safetensors files that "
             f"belong to its config.json, a {config.model_type!r}. Fetch the checkpoint again."
         ) from error
     missing = [f"{weight!r} is missing" for weight in sorted(info["missing_keys"])]

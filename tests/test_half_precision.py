@@ -27,7 +27,7 @@ from modeling_tvrn.losses import (
     soft_labels,
 )
 from modeling_tvrn.scoring import rank, score_matrix, search_then_rerank
-from modeling_tvrn.teachers.pooling import pool_boxes
+from modeling_tvrn.teachers import pool_boxes
 
 # What rounding may move: embeddings have unit norm; the tiny models' logits spread over several units; gradients are
 # compared as one vector, relative to its length.

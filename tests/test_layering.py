@@ -2,10 +2,10 @@
 
 Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
 hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots, redaction,
-plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers write their files
-with storage, redaction reads YAML, and it keeps secrets out of what storage, teachers and data write, and pixels say
-to processing, teachers and data what a picture looks like. Shipped files are copied flat beside a checkpoint, where
-only torch, transformers and what those require exist.
+plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers prepare pixels and
+pool maps as processing and model do and write their files with storage, redaction reads YAML, and it keeps secrets out
+of what storage, teachers and data write, and pixels say to processing, teachers and data what a picture looks like.
+Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
 """
 
 import ast
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "storage": {"redaction"},
-    "teachers": {"configuration", "pixels", "storage", "redaction"},
+    "teachers": {"configuration", "modeling", "pixels", "processing", "storage", "redaction"},
     "data": {"pixels", "redaction"},
     "plots": set(),
     "redaction": {"plain_yaml"},
@@ -60,6 +60,7 @@ MAY_IMPORT |= {"demo": TOP, "export": TOP, "cli": {*TOP, "demo", "export"}}
 # Shipped files by the layer they belong to; a new one is named here.
 LAYER_OF_SHIPPED = {
     "checks_tvrn": "modeling",
+    "detectors_tvrn": "modeling",
     "encoded_tvrn": "modeling",
     "layers_tvrn": "modeling",
     "pair_tvrn": "modeling",

@@ -28,10 +28,16 @@ DTYPES = {"--dtype": ("float16", "float32"), "--compute-dtype": ("float32", "bfl
 
 def regions(
     data: Data,
-    features: Annotated[
-        str, typer.Option(metavar="MODEL", help="Hub id or folder of a vision backbone, or of a dual encoder")
-    ],
     output: Output,
+    features: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Hub id or folder of a vision backbone, or of a dual encoder")
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Hub id or folder of an object detector: its boxes, with its features or --features'"
+        ),
+    ] = None,
     split: Split = None,
     grid_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="pool the map to N x N regions (default: the map as it is)")
@@ -39,7 +45,9 @@ def regions(
     boxes_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="column with boxes to pool the map in, instead of a grid")
     ] = None,
-    max_regions: Annotated[int, typer.Option(min=1, help="boxes kept of an image, the first")] = 36,
+    max_regions: Annotated[
+        int, typer.Option(min=1, help="boxes kept of an image: a column's first, a detector's surest")
+    ] = 36,
     image_size: Annotated[
         int | None, typer.Option(metavar="PIXELS", min=1, help="side that photographs are brought to (a backbone's)")
     ] = None,
@@ -65,13 +73,17 @@ def regions(
     Examples:
       tvrn regions flickr8k --features google/mobilenet_v2_1.0_224 --grid-size 6 --split train --output regions/train
       tvrn regions flickr30k --features openai/clip-vit-base-patch32 --grid-size 7 --split train -o regions/clip/train
+      tvrn regions coco --detector ustc-community/dfine-small-coco --split train --output regions/dfine/train
       tvrn regions boxes.parquet --features microsoft/resnet-50 --boxes-column boxes --output regions/boxes
     """
     _check_choices({"--dtype": dtype, "--compute-dtype": compute_dtype})
     if verify not in ("header", "full"):
         raise fail(f"--verify is {verify!r}; expected header or full")
-    if boxes_column is not None and grid_size is not None:
-        raise fail("--grid-size and --boxes-column are two ways to choose regions; give one of them")
+    if features is None and (detector is None or boxes_column is not None):
+        raise fail("give --features MODEL, --detector ID, or both; --boxes-column needs --features")
+    ways = {"--grid-size": grid_size, "--boxes-column": boxes_column, "--detector": detector}
+    if len(given := [option for option, value in ways.items() if value is not None]) > 1:
+        raise fail(f"{' and '.join(given)} are ways to choose regions; give one of them")
     _tell_more()
     from ..data import load_pairs
     from ..front_door import load_region_model
@@ -79,8 +91,10 @@ def regions(
 
     way: dict[str, Any] = {"streaming": True} if streaming else {"verify": verify}
     records = load_pairs(data, split, **way | ({} if boxes_column is None else {"extra_columns": [boxes_column]}))
-    model, processor = load_region_model(features, grid_size, image_size, device, trust_remote_code)
-    boxes = {} if boxes_column is None else _boxes(features, model, processor, boxes_column, max_regions)
+    model, processor = load_region_model(
+        features, grid_size, image_size, device, trust_remote_code, detector, max_regions
+    )
+    boxes = {} if boxes_column is None else _boxes(str(features), model, processor, boxes_column, max_regions)
     cache = RegionCache.build(
         model,
         processor,
@@ -91,7 +105,7 @@ def regions(
         compute_dtype=compute_dtype,
         num_workers=num_workers,
         overwrite=overwrite,
-        info=_origin(data, split) | {"backbone": features},
+        info=_origin(data, split) | {"backbone": features, "detector": detector},
         progress=progress(),
         **boxes,
     )

@@ -48,9 +48,11 @@ def read_scene(model: Any, processor: Any, image: Any) -> Scene:
     if isinstance(image, Mapping) and "image" in image:
         image = image["image"]
     picture = open_image(image)
-    pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
-    inputs = model.extract_image_features(pixels.to(device))
-    return Scene(inputs, _as_image(pixels[0], processor.image_processor))
+    given = {name: value.to(device) for name, value in processor(images=[picture], return_tensors="pt").items()}
+    inputs = model.extract_image_features(**given)
+    if model.config.detector_config is not None:  # its boxes are fractions of the photograph
+        return Scene(inputs, picture)
+    return Scene(inputs, _as_image(given["pixel_values"][0], processor.image_processor))
 
 
 def open_image(image: Any) -> PIL.Image.Image:

@@ -130,7 +130,7 @@ class _Pixels(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensors) -> Tensors:
-        return _tensors("images", self.model._encode_regions(*self.model._grid_regions(inputs["pixel_values"])))
+        return _tensors("images", self.model._encode_regions(*self.model._seen_regions(inputs["pixel_values"])))
 
 
 class _Regions(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_tvrn import TVRNModel
-from ..pixels_tvrn import pixel_table
+from ..pixels_tvrn import pads, pixel_table
 from ..processing_tvrn import check_length, special_ids, tokenize
 from ..storage.files import publish_folder, replacing
 from .graphs import Graph, exportable, image_graph, pair_graph, text_graph
@@ -124,7 +124,7 @@ def _check_directory(directory: Path) -> Path:
 
 def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> tuple[int, ...] | None:
     """(3, H, W) of what the processor makes of any picture; None for region features."""
-    has_tower = model.config.vision_tower_config is not None
+    has_tower = model.config.looks
     if image_input is None:
         image_input = "pixels" if has_tower else "regions"
     if image_input not in ("pixels", "regions"):
@@ -136,10 +136,24 @@ def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> t
             )
         return None
     if not has_tower:
-        raise ValueError('image_input="pixels", but this model has no vision tower; leave it out, or give "regions".')
+        raise ValueError(
+            'image_input="pixels", but this model has neither a vision tower nor a detector; leave it out, or give '
+            '"regions".'
+        )
     if processor.image_processor is None:
         raise ValueError(
             'The processor reads no pictures; give one with an image processor, or image_input="regions".'
+        )
+    if model.config.region_source == "pooled_map":
+        raise ValueError(
+            "This model reads two sets of pixels, its vision tower's and its detector's, and a graph here takes one; "
+            'export it with image_input="regions".'
+        )
+    if pads(processor.image_processor):
+        raise ValueError(
+            f"{type(processor.image_processor).__name__} pads pictures, and says so beside the pixels, which a graph "
+            'here does not take; export with image_input="regions", or take a detector that squeezes pictures into '
+            "one shape (D-FINE, RT-DETR)."
         )
     probes = [PIL.Image.new("RGB", size) for size in ((640, 480), (333, 500))]
     shapes = {tuple(processor(images=[probe])["pixel_values"].shape[1:]) for probe in probes}
@@ -215,17 +229,14 @@ def _write_graph(
 
 def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
     config = cast(TVRNModel, graph.module.model).config
-    tower: Any = {"image": config.vision_tower_config, "text": config.text_tower_config}.get(part)
+    sees: Any = config.vision_config or config.detector_config
+    tower: Any = {"image": config.vision_tower_config or sees, "text": config.text_tower_config}.get(part)
     what = f"The {part} side" if part != "pair" else "The pair stage"
     of = f" with its tower {tower.model_type!r}" if tower is not None else ""
     reason = " ".join(str(error).split())[:300]
     return (
         f"{what} of this model{of} cannot be exported: {type(error).__name__}: {reason} "
-        + (
-            'Export it without the tower: image_input="regions".'
-            if part == "image" and config.vision_config is not None
-            else ""
-        )
+        + ('Export it without the tower: image_input="regions".' if part == "image" and sees is not None else "")
     ).strip()
 
 

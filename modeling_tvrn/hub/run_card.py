@@ -67,7 +67,8 @@ SWITCHES = (  # the parts of the score, of which a card names those that are off
     "use_late_interaction",
     "use_reasoning",
 )
-TOWER_KEYS = ("vision", "text", "word_embeddings", "dual_encoder", "start_from")  # of what a run can start from
+# Of what a run can start from.
+TOWER_KEYS = ("vision", "text", "word_embeddings", "dual_encoder", "detector", "start_from")
 OWN_DATA = "Look up what the training data allow before you use or pass on these weights."
 
 
@@ -286,7 +287,9 @@ def usage_of(name: str, model_config: Mapping[str, Any]) -> str:
 
 def _sees(model_config: Mapping[str, Any]) -> bool:
     """Whether the model reads pictures."""
-    return any(model_config.get(key) is not None for key in ("vision_config", "dual_encoder_config"))
+    return any(
+        model_config.get(key) is not None for key in ("vision_config", "dual_encoder_config", "detector_config")
+    )
 
 
 def _pretrained(config: Mapping[str, Any]) -> dict[str, str]:
@@ -300,13 +303,14 @@ def config_facts(
     text: str | None = None,
     word_embeddings: str | None = None,
     dual_encoder: str | None = None,
+    detector: str | None = None,
 ) -> dict[str, Any]:
     """What the model is made of, for the card's first table.
 
     Args:
         model_config: the config's fields that differ from the defaults.
-        vision, text, word_embeddings, dual_encoder: where pretrained towers, words and first stage came from; None
-            where that is not known, or there are none.
+        vision, text, word_embeddings, dual_encoder, detector: where pretrained towers, words, first stage and
+            detector came from; None where that is not known, or there are none.
     """
 
     def value(name: str) -> Any:
@@ -318,6 +322,10 @@ def config_facts(
         sides = {"Dual encoder": _tower(dual_encoder or kind, frozen)}
     else:
         sides = _sides(model_config, value, vision, text, word_embeddings)
+    if model_config.get("detector_config") is not None:
+        kind = model_config["detector_config"].get("model_type")
+        own = "its features" if value("region_source") == "hidden_state" else "features of the image side's map"
+        sides["Regions"] = f"{value('max_regions')} boxes of {_named(detector or kind)}, {own}"
     sizes = ("hidden_size", "projection_size", "similarity_size")
     off = [name.removeprefix("use_").replace("_", " ") for name in SWITCHES if not value(name)]
     return {
@@ -337,9 +345,12 @@ def _sides(
 ) -> dict[str, Any]:
     """What reads the images and what reads the captions, of a model without a dual encoder."""
     words = _tower(word_embeddings, value("freeze_word_embeddings"))
+    sees = _sees(model_config)
     kinds = [(model_config.get(key) or {}).get("model_type") for key in ("vision_config", "text_config")]
     return {
-        "Image side": _tower(vision, value("freeze_vision")) or kinds[0] or "region features",
+        "Image side": _tower(vision, value("freeze_vision"))
+        or kinds[0]
+        or ("detector" if sees else "region features"),
         "Text side": _tower(text, value("freeze_text"))
         or kinds[1]
         or (f"word embeddings of {words}, and BiGRU" if words else "word embeddings and BiGRU"),

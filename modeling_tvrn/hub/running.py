@@ -67,9 +67,11 @@ def check_processor(folder: Path) -> tuple[Any, Check]:
         words = config.vocab_size if tower is None else tower.vocab_size
         if len(processor.tokenizer) > words:
             problems.append(f"{len(processor.tokenizer)} tokens for a model of {words}")
-    if config.vision_tower_config is not None and processor.image_processor is None:
-        problems.append("no image processor, but the model has a vision tower")
-    if config.vision_tower_config is None and processor.image_processor is not None:
+    if config.looks and processor.image_processor is None:
+        problems.append("no image processor, but the model has a vision tower or a detector")
+    if (config.region_source == "pooled_map") != (processor.detector_image_processor is not None):
+        problems.append("an image processor of the detector too many or missing")
+    if not config.looks and processor.image_processor is not None:
         problems.append("an image processor, but the model reads region features")
     if problems:
         return processor, Check(

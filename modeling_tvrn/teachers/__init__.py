@@ -1,13 +1,14 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
+from ..detectors_tvrn import pool_boxes
+from ..pixels_tvrn import resize_only
 from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.files import StorageError
 from ..storage.fingerprints import StaleStoreError
 from .caption_cache import CaptionCache, caption_fingerprint
 from .duplicates_page import write_duplicates
-from .extraction import RegionExtraction, resize_only
+from .extraction import RegionExtraction
 from .false_negatives import false_negatives, near_duplicates
-from .pooling import pool_boxes
 from .region_records import with_checked_regions, with_regions
 from .regions import RegionCache, region_fingerprint
 from .teacher import Teacher

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..configuration_tvrn import PIXEL_INPUTS
+from ..detectors_tvrn import pool_boxes
 from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import ItemId, module_fingerprint, preprocessor_fingerprint
-from .pooling import fractional_boxes, pool_boxes
+from .pooling import fractional_boxes
 
 Regions = tuple[Tensor, Tensor, Tensor]  # features (B, R, F), boxes (B, R, 4), mask (B, R)
 STORED_DTYPES = ("float16", "float32")
@@ -53,8 +55,8 @@ class ImagePreparation:
                 )
         ids = [record["image_id"] for record in records]
         pictures = rgb_images([record["image"] for record in records])
-        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-        batch = {"image_ids": ids, "pixel_values": pixels}
+        made = self.processor(images=pictures, return_tensors="pt")
+        batch = {"image_ids": ids} | {name: made[name] for name in PIXEL_INPUTS if name in made}
         if self.boxes_column is not None:
             boxes, mask, cut = self._boxes(records, pictures, self.boxes_column)
             batch |= {"region_boxes": boxes, "region_mask": mask, "cut": cut}
@@ -121,6 +123,9 @@ class RegionExtraction:
     def backbone(self) -> nn.Module | None:
         """The network whose weights decide the features: a dual encoder or a vision tower, or the model itself."""
         found = getattr(self.model, "dual_encoder", None) or getattr(self.model, "vision_model", None)
+        detector = getattr(self.model, "detector", None)
+        if detector is not None:
+            return detector if found is None else nn.ModuleList([found, detector])
         if isinstance(found, nn.Module):
             return found
         return self.model if isinstance(self.model, nn.Module) else None
@@ -141,14 +146,23 @@ class RegionExtraction:
                 "fingerprint= with what identifies it"
             )
         regions: dict[str, Any] = {"boxes": "grid", "grid_size": self._grid_size()}
+        config = getattr(self.model, "config", None)
+        if getattr(config, "detector_config", None) is not None:
+            named = ("max_regions", "region_source", "nms_iou")
+            regions = {"boxes": "detector"} | {name: getattr(config, name) for name in named}
         if self.boxes_column is not None:
             regions = {"boxes": f"column {self.boxes_column!r}", "max_regions": self.max_regions}
         return {
             "backbone": module_fingerprint(self.backbone),
-            "preprocessing": preprocessor_fingerprint(self.processor),
+            "preprocessing": self._preprocessing(),
             "regions": regions,
             "numbers": {"dtype": self.dtype, "compute_dtype": self.compute_dtype},
         }
+
+    def _preprocessing(self) -> dict[str, Any]:
+        detects = getattr(self.processor, "detector_image_processor", None)
+        found = preprocessor_fingerprint(self.processor)
+        return found if detects is None else found | {"detector": preprocessor_fingerprint(detects)}
 
     def _grid_size(self) -> int | str:
         size = getattr(getattr(self.model, "config", None), "vision_grid_size", None)
@@ -182,11 +196,12 @@ class RegionExtraction:
         # Convolutions run faster on channels-last pixels; what is computed stays the same.
         pixels = batch["pixel_values"].to(self.device).contiguous(memory_format=torch.channels_last)
         if self.boxes_column is None:
+            detection = {name: batch[name].to(self.device) for name in PIXEL_INPUTS[1:] if name in batch}
             if getattr(self.model, "dual_encoder", None) is not None:
-                found = self.model.extract_image_features(pixels)
+                found = self.model.extract_image_features(pixels, **detection)
                 names = ("region_features", "region_boxes", "region_mask", "image_embeds")
                 return tuple(found[name] for name in names)
-            regions: Regions = getattr(self.model, "extract_regions", self.model)(pixels)
+            regions: Regions = getattr(self.model, "extract_regions", self.model)(pixels, **detection)
             return *regions, None
         assert self.feature_map is not None  # checked when made
         boxes, mask = batch["region_boxes"].to(self.device), batch["region_mask"].to(self.device)
@@ -232,20 +247,3 @@ def evaluating(module: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         module.train()
-
-
-def resize_only(image_processor: Any) -> Any:
-    """Make an image processor squeeze the whole photograph into its size, without cropping or padding.
-
-    Fractions of the photograph are then fractions of the pixels, whatever the aspect ratio. Changed in place.
-    """
-    if getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None):
-        image_processor.size = dict(image_processor.crop_size)
-    image_processor.do_center_crop = False
-    if getattr(image_processor, "do_pad", None):
-        image_processor.do_pad = False
-    size = dict(image_processor.size)
-    edge = size.get("shortest_edge") or size.get("longest_edge")
-    if edge:
-        image_processor.size = {"height": edge, "width": edge}
-    return image_processor

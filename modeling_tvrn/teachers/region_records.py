@@ -61,9 +61,10 @@ def with_checked_regions(
             f"the region cache in {str(folder)!r} has no embeddings of the dual encoder, which are the first stage: "
             "build it with that dual encoder as the model"
         )
-    if model.vision_model is not None or model.dual_encoder is not None:
+    if model.config.looks:
         expected = region_fingerprint(model, processor)
-        sections = ["backbone", "preprocessing"] + ["regions"] * (cache.fingerprint["regions"]["boxes"] == "grid")
+        own = cache.fingerprint["regions"]["boxes"] in ("grid", "detector")
+        sections = ["backbone", "preprocessing"] + ["regions"] * own
         cache = RegionCache.load(folder, {name: expected[name] for name in sections})
     return with_regions(records, cache)
 

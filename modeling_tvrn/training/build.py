@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 from transformers import ViTImageProcessorPil
 
-from ..configuration_tvrn import TVRNConfig
+from ..configuration_tvrn import PIXEL_INPUTS, TVRNConfig
 from ..modeling_tvrn import TVRNModel
-from ..processing_tvrn import TVRNProcessor
+from ..processing_tvrn import TVRNProcessor, build_word_tokenizer
 from ..scoring.models import evaluating
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
@@ -38,10 +38,12 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     try:
         return with_checked_regions(records, folder, model, processor)
     except FileNotFoundError as error:
-        tower = config.dual_encoder or config.start_from or config.vision or "MODEL"
+        tower = config.dual_encoder or config.start_from or config.vision
+        named = {"detector": config.detector, "features": tower or ("" if config.detector else "MODEL")}
+        options = " ".join(f"--{option} {name}" for option, name in named.items() if name)
         raise ValueError(
             f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
-            f"--features {tower}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read "
+            f"{options}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read "
             "the pictures"
         ) from error
 
@@ -54,7 +56,7 @@ def _grid_option(config: TrainingConfig) -> str:
 def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor:
     """The towers' own processor; words from the training captions where no text model brings them."""
     if config.dual_encoder is not None:
-        return TVRNProcessor.from_dual_encoder(config.dual_encoder)
+        return TVRNProcessor.from_dual_encoder(config.dual_encoder, detector=config.detector)
     if config.start_from is not None:
         check_finished(config.start_from)
         return TVRNProcessor.from_pretrained(config.start_from, trust_remote_code=config.trust_remote_code)
@@ -62,21 +64,19 @@ def build_processor(config: TrainingConfig, train_records: Any) -> TVRNProcessor
     processor = TVRNProcessor.from_backbones(
         config.vision,
         tokens_of,
-        image_size=config.image_size,
+        image_size=None if config.model.get("vision_config") is not None else config.image_size,
         max_text_length=config.max_text_length,
         trust_remote_code=config.trust_remote_code,
+        detector=config.detector,
     )
-    image_processor = processor.image_processor
     if config.model.get("vision_config") is not None:
-        image_processor = _plain_image_processor(config)
-    if tokens_of is not None:
-        return TVRNProcessor(image_processor, processor.tokenizer, max_text_length=config.max_text_length)
-    return TVRNProcessor.from_captions(
-        (caption for captions in train_records.captions for caption in captions),
-        image_processor,
-        min_frequency=config.min_word_frequency,
-        max_text_length=config.max_text_length,
-    )
+        if config.detector is not None:  # alone, it was taken for what makes pixel_values
+            processor.detector_image_processor = processor.image_processor
+        processor.image_processor = _plain_image_processor(config)
+    if tokens_of is None:
+        captions = (caption for captions in train_records.captions for caption in captions)
+        processor.tokenizer = build_word_tokenizer(captions, config.min_word_frequency)
+    return processor
 
 
 def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
@@ -96,7 +96,7 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
     if config.dual_encoder is not None:
-        model = TVRNModel.from_dual_encoder(config.dual_encoder, **fields)
+        model = TVRNModel.from_dual_encoder(config.dual_encoder, detector=config.detector, **fields)
     elif config.start_from is not None:
         model = continued(config.start_from, fields, config.trust_remote_code)
         config.check_with_model(model.config)
@@ -112,14 +112,15 @@ def _on_backbones(
 ) -> TVRNModel:
     if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
-    if config.vision is None:
+    if config.vision is None and config.detector is None:
         fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
-    towers = {"vision": config.vision, "text": config.text, "word_embeddings": config.word_embeddings}
+    towers = {name: getattr(config, name) for name in ("vision", "text", "detector", "word_embeddings")}
     model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
     if model.vision_model is not None and config.regions is None:
         with evaluating(model):  # a size that the tower refuses is found before the work
-            model.extract_regions(processor(images=PIL.Image.new("RGB", (64, 64)))["pixel_values"])
+            made = processor(images=PIL.Image.new("RGB", (64, 64)))
+            model.extract_regions(**{name: made[name] for name in PIXEL_INPUTS if name in made})
     return model
 
 

@@ -35,7 +35,7 @@ LARGEST = 2**32  # of any number
 FROM_RUN = ("batch_size", "learning_rate", "region_dropout", "word_dropout", "warmup_ratio")
 BRINGS_TOWERS = ("dual_encoder", "start_from")
 TOWER_KEYS = (
-    *("dual_encoder", "start_from", "vision", "text", "word_embeddings"),
+    *("dual_encoder", "start_from", "vision", "text", "detector", "word_embeddings"),
     *("image_size", "max_text_length", "min_word_frequency"),
 )
 # Of a stream nobody knows the length or the captions before it was read.
@@ -99,6 +99,11 @@ class TrainingConfig(BaseModel):
         None, description="Hub id or path of a finished TVRN to train on, with its processor, towers and sizes"
     )
     vision: str | None = Field(None, description="Hub id or path of the vision backbone (null: region features)")
+    detector: str | None = Field(
+        None,
+        description="Hub id or path of an object detector whose boxes are the regions (D-FINE, RT-DETR, DETR, YOLOS, "
+        "OWLv2, ...), with its own features, or those of vision's or dual_encoder's map",
+    )
     text: str | None = Field(
         None, description="Hub id or path of the text encoder (null: words and BiGRU from scratch)"
     )
@@ -474,6 +479,8 @@ class TrainingConfig(BaseModel):
             said = f"{whole} = {getattr(self, whole)!r}"
             for name in TOWER_KEYS:
                 value, default = getattr(self, name), type(self).model_fields[name].default
+                if name == "detector" and whole == "dual_encoder":  # which stands beside it
+                    continue
                 if value != default and name != whole:
                     raise ValueError(
                         f"{name} = {value!r} beside {said}, which brings its towers with their pixels and tokens; "
@@ -494,6 +501,7 @@ class TrainingConfig(BaseModel):
         if whole:
             fields["use_refined_features"] = False
             fields["dual_encoder_config"] = self.dual_encoder or fields["dual_encoder_config"]
+        fields["detector_config"] = self.detector or fields["detector_config"]
         towers = {
             f"{side}_tower_config": getattr(self, side) or fields[f"{side}_config"] or fields["dual_encoder_config"]
             for side in ("vision", "text")
@@ -574,6 +582,11 @@ class TrainingConfig(BaseModel):
             for side in ("vision", "text")
         }
         whole = "" if model.dual_encoder_config is None else " and model.freeze_first_stage=true"
+        if self.regions is not None and model.detector_config is not None and not model.freeze_detector:
+            raise ValueError(
+                f"regions = {self.regions!r} holds the outputs of a frozen detector, but model.freeze_detector = "
+                "False; set it to true, or drop regions so that the detector learns from the pictures"
+            )
         if self.regions is not None and model.vision_tower_config is not None and not kept["vision"]:
             raise ValueError(
                 f"regions = {self.regions!r} holds the outputs of a frozen tower, but {free['vision']}; set "

@@ -17,7 +17,8 @@ __all__ = ["check_finished", "continued"]
 FREE_ENDINGS = ("_dropout", "_loss_weight")
 FREE_FIELDS = frozenset(
     [
-        *("freeze_vision", "freeze_text", "freeze_first_stage", "freeze_word_embeddings", "dropout"),
+        *("freeze_vision", "freeze_text", "freeze_first_stage", "freeze_word_embeddings", "freeze_detector"),
+        "dropout",
         *("label_smoothing", "margin", "matching_temperature", "distillation_temperature"),
         *("pair_chunk_size", "checkpoint_pair_chunks"),
     ]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..configuration_tvrn import PIXEL_INPUTS
 from ..encoded_tvrn import EncodedItems
 from ..losses import matching_loss_floor
 from .cusa import CUSATerms, labelled_similarities, take_teachers, unimodal_embeds
@@ -55,7 +56,7 @@ class Sides:
         images = {
             name: rest.pop(name)
             for name in list(rest)
-            if name == "pixel_values" or name.startswith(("region", "image_"))
+            if name in PIXEL_INPUTS or name.startswith(("region", "image_"))
         }
         return cls(images, rest, *ids, is_padding, teachers)
 
@@ -108,7 +109,8 @@ class Objective(nn.Module):
         inputs = given = dict(inputs)
         if self.training and self.region_dropout:
             if "pixel_values" in given:
-                given |= self.model.extract_image_features(given.pop("pixel_values"))
+                pixels = {name: given.pop(name) for name in PIXEL_INPUTS if name in given}
+                given |= self.model.extract_image_features(**pixels)
             inputs = {**given, "region_mask": drop_valid(given["region_mask"], self.region_dropout)}
         if self.learning.distils:
             return self._with_source(self.model.encode_images, given, inputs)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRETRAINED", "WeightAverage", "make_optimizer", "parameter_groups", "rate_factor"]
 
-PRETRAINED = ("vision_model.", "text_model.", "dual_encoder.")
+PRETRAINED = ("vision_model.", "text_model.", "dual_encoder.", "detector.")
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:

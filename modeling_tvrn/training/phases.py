@@ -53,7 +53,10 @@ COMPONENT_WEIGHTS = ("pair.late_interaction_weight", "pair.reasoning_weight")
 # until something that reads them is to stay. "refined" and "recurrent" are embeddings that see the refined regions and
 # words (`use_refined_features`), and words that a recurrent refinement has read.
 READERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("vision_model.", "text_model.", "word_encoder.embeddings."), ("embeddings", "late_interaction", "reasoning")),
+    (
+        ("vision_model.", "text_model.", "word_encoder.embeddings.", "detector."),
+        ("embeddings", "late_interaction", "reasoning"),
+    ),
     (
         ("region_projection.", "box_embedding.", "word_projection.", "word_perceptron.", "word_encoder."),
         ("refined", "late_interaction", "reasoning"),

@@ -38,7 +38,7 @@ class ZeroShot:
         """
         if config.zero_shot is None:
             return None
-        if model.config.vision_tower_config is None:
+        if not model.config.looks:
             raise ValueError(
                 f"zero_shot = {config.zero_shot!r} is a folder of images, but this model reads region features; "
                 "leave it out"
