@@ -391,7 +391,10 @@ def test_the_verb_stores_what_the_model_sees_and_training_reads_it(hub: Callable
     [
         ([], "give --features MODEL, --detector ID, or both"),
         (["--detector", "some/detector", "--boxes-column", "boxes"], "--boxes-column needs --features"),
-        (["--detector", "some/detector", "--grid-size", 3], "--grid-size and --detector are ways to choose regions"),
+        (
+            ["--detector", "some/detector", "--grid-size", 3],
+            "--grid-size and --detector are two ways to choose",
+        ),
     ],
 )
 def test_the_verb_takes_one_way_to_choose_regions(options: list[Any], message: str, tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ class TestRefused:
             export(*region_model(), tmp_path / "onnx")
 
     @pytest.mark.parametrize(
-        ("image_input", "message"), [("pixels", "has no vision tower"), ("grid", 'expected "pixels" or "regions"')]
+        ("image_input", "message"),
+        [("pixels", "neither a vision tower nor a detector"), ("grid", 'expected "pixels" or "regions"')],
     )
     def test_an_input_that_the_model_does_not_read(self, export, tmp_path, image_input, message):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from detector_makers import make_detector
 from dual_encoder_makers import save_dual_encoder
 from hub_makers import pixel_model
 from load_checkpoints import raw_inputs, score
@@ -93,6 +94,8 @@ VARIANTS = {
     "no_alignment": {"use_semantic_alignment": False, "refinement": "gru"},
     "no_embedding_similarity": {"use_first_stage": False},
     "word_embeddings": {"word_embeddings": "bert", "freeze_word_embeddings": True, "word_embedding_size": 10},
+    "detector": {"detector": "yolos", "max_regions": 6},
+    "vit_detector": {"vision": "vit", "detector": "yolos", "max_regions": 6},
     "no_pooled_features": {"use_pooled_features": False, "vision": "vit", "text": "bert"},
 }
 
@@ -104,6 +107,7 @@ def towers(tmp_path_factory) -> Path:
     for name, (tower, image_processor) in VISION_TOWERS.items():
         shake(tower).save_pretrained(folder / name)
         image_processor.save_pretrained(folder / name)
+    make_detector(folder / "yolos", "yolos")
     tokenizer = build_word_tokenizer(CAPTIONS)
     tokenizer.save_pretrained(folder / "bert")
     sizes = {"hidden_size": 10, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 17}
@@ -139,16 +143,18 @@ def shake(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def build(
-    towers: Path, vision: str | None = None, text: str | None = None, word_embeddings: str | None = None, **settings
-) -> tuple[TVRNModel, TVRNProcessor]:
+    towers: Path, vision: str | None = None, text: str | None = None, word_embeddings: str | None = None,
+    detector: str | None = None, **settings,
+) -> tuple[TVRNModel, TVRNProcessor]:  # fmt: skip
     """Model and processor of one variant."""
-    paths = {"vision": towers / vision if vision else None, "text": towers / text if text else None}
-    paths["word_embeddings"] = towers / word_embeddings if word_embeddings else None
-    processor = TVRNProcessor.from_backbones(paths["vision"], paths["text"] or paths["word_embeddings"])
+    named = {"vision": vision, "text": text, "word_embeddings": word_embeddings, "detector": detector}
+    paths = {part: towers / name if name else None for part, name in named.items()}
+    tokens_of = paths["text"] or paths["word_embeddings"]
+    processor = TVRNProcessor.from_backbones(paths["vision"], tokens_of, detector=paths["detector"])
     if processor.tokenizer is None:
-        processor = TVRNProcessor.from_captions(CAPTIONS, image_processor=processor.image_processor)
+        processor.tokenizer = build_word_tokenizer(CAPTIONS)
         settings["vocab_size"] = len(processor.tokenizer)
-    if vision is None:
+    if vision is None and detector is None:
         settings["region_feature_size"] = FEATURES
     with torch.random.fork_rng():
         torch.manual_seed(5)  # a variant built twice is the same model

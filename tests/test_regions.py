@@ -658,7 +658,7 @@ def test_mistakes_are_one_sentence_and_code_2(towers, photographs, tmp_path):
         "no folder": [photographs, "--features", tmp_path / "nothing", "-o", tmp_path / "cache"],
         "expected a vision model": [photographs, "--features", text, "-o", tmp_path / "cache"],
         "'box'": [photographs, *cnn, "--boxes-column", "box"],
-        "two ways to choose regions": [photographs, *cnn, "--boxes-column", "boxes", "--grid-size", 2],
+        "ways to choose regions": [photographs, *cnn, "--boxes-column", "boxes", "--grid-size", 2],
         "--dtype is 'int8'; expected one of float16, float32": [photographs, *cnn, "--dtype", "int8"],
         "--verify is 'half'": [photographs, *cnn, "--verify", "half"],
         "Missing option '--output'": [photographs, "--features", towers / "cnn"],

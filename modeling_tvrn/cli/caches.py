@@ -83,7 +83,7 @@ def regions(
         raise fail("give --features MODEL, --detector ID, or both; --boxes-column needs --features")
     ways = {"--grid-size": grid_size, "--boxes-column": boxes_column, "--detector": detector}
     if len(given := [option for option, value in ways.items() if value is not None]) > 1:
-        raise fail(f"{' and '.join(given)} are ways to choose regions; give one of them")
+        raise fail(f"{' and '.join(given[:2])} are two ways to choose regions; give one of them")
     _tell_more()
     from ..data import load_pairs
     from ..front_door import load_region_model

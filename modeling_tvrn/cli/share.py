@@ -19,6 +19,7 @@ Words = Annotated[
     str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("text model behind the word embeddings"))
 ]
 Dual = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("dual encoder"))]
+Detector = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("detector"))]
 Data = Annotated[str | None, typer.Option(metavar="ID", help=FROM_FOLDER.format("data"))]
 
 
@@ -92,6 +93,7 @@ def push(
     text: Text = None,
     word_embeddings: Words = None,
     dual_encoder: Dual = None,
+    detector: Detector = None,
     data: Data = None,
     license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="of the commit")] = "Upload TVRN model",
@@ -114,7 +116,14 @@ def push(
         model,
         None,
         repo_id,
-        names=_names(vision=vision, text=text, word_embeddings=word_embeddings, dual_encoder=dual_encoder, data=data),
+        names=_names(
+            vision=vision,
+            text=text,
+            word_embeddings=word_embeddings,
+            dual_encoder=dual_encoder,
+            detector=detector,
+            data=data,
+        ),
         license=license,
         private=True if private else None,
         endpoint=endpoint,
@@ -135,6 +144,7 @@ def card(
     text: Text = None,
     word_embeddings: Words = None,
     dual_encoder: Dual = None,
+    detector: Detector = None,
     data: Data = None,
     license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
     as_json: AsJson = False,
@@ -153,7 +163,14 @@ def card(
         run,
         target,
         name=name,
-        names=_names(vision=vision, text=text, word_embeddings=word_embeddings, dual_encoder=dual_encoder, data=data),
+        names=_names(
+            vision=vision,
+            text=text,
+            word_embeddings=word_embeddings,
+            dual_encoder=dual_encoder,
+            detector=detector,
+            data=data,
+        ),
         license=license,
     )
     say({"card": str(path)}, str(path), as_json)
