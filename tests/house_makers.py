@@ -1,6 +1,7 @@
 """A folder where everything that README and guides name lies under that very name, tiny: models, data, photographs."""
 
 import csv
+import json
 import os
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import PIL.Image
 import transformers
 from data_makers import write_parquet
+from detector_makers import make_detector
 from dual_encoder_makers import WORDS, save_dual_encoder
 from hub_makers import pixel_model, save
 from training_makers import TINY_BERT
@@ -36,6 +38,7 @@ def build(house: Path) -> Path:
     _write_towers(house)
     for name, kind in DUAL_ENCODERS.items():
         save_dual_encoder(house / name, kind)
+    make_detector(house / "ustc-community" / "dfine-small-coco", "d_fine", num_queries=40)
     save(house / "me" / "my-tvrn", *pixel_model())
     for number, name in enumerate(PRESETS):
         for split, count in SPLITS.items():
@@ -61,6 +64,8 @@ def picture(number: int) -> PIL.Image.Image:
 def _write_split(path: Path, count: int, seed: int, **columns: Any) -> None:
     numbers = [1000 * seed + number for number in range(count)]
     captions = [[sentence(5 * number + k) for k in range(5)] for number in numbers]
+    for own in captions[::3]:
+        own[0] += " on the left"  # what the protocol `contrast` looks for
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [_png(path.parent, number) for number in numbers]
     write_parquet(path, {"image": files, "caption": captions, **columns})
@@ -100,6 +105,11 @@ def _write_photographs(house: Path) -> None:
             picture(100 * start + number).save(house / folder / f"{number}.jpg")
     for number, name in enumerate(("dog.jpg", "cat.jpg", "first.png", "second.png")):
         picture(900 + number).save(house / name)
+    (house / "val2017").mkdir()
+    contrast = [{"image": f"{k}.jpg", "caption": sentence(k), "other_caption": sentence(k + 50)} for k in range(3)]
+    for number in range(3):
+        picture(950 + number).save(house / "val2017" / f"{number}.jpg")
+    (house / "rows.json").write_text(json.dumps(contrast))
     rows = [(f"winter/{number}.jpg", sentence(number)) for number in range(12)]
     for table, folder in (("photos/captions.csv", ""), ("pairs.csv", "photos/")):
         with (house / table).open("w", newline="") as file:
