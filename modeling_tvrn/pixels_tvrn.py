@@ -128,7 +128,7 @@ def padded_pixels(image_processor: Any, images: Sequence[PIL.Image.Image]) -> tu
         extents = [np.divide((image.height, image.width), max(image.size)) for image in images]
     else:
         extents = [pixels.shape[1:] / size for pixels in found]
-    return padded, None if np.all(np.equal(extents, 1)) else np.float32(extents)
+    return padded, None if np.all(np.equal(extents, 1)) else np.asarray(extents, np.float32)
 
 
 def rgb_images(images: Any) -> list[PIL.Image.Image]:
