@@ -314,9 +314,10 @@ class TVRNConfig(PreTrainedConfig):
             if pools:
                 raise ValueError("region_source is 'pooled_map', but there is no detector; set detector_config.")
             return
-        check_detector(self.detector_config)
-        queries, size = detector_sizes(self.detector_config)
-        kind = getattr(self.detector_config, "model_type", None)
+        detector: Any = self.detector_config
+        check_detector(detector)
+        queries, size = detector_sizes(detector)
+        kind = detector.model_type
         if self.max_regions > queries:
             raise ValueError(
                 f"max_regions is {self.max_regions}, but the detector ({kind!r}) finds {queries} boxes in an image; "

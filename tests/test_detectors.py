@@ -203,7 +203,8 @@ def test_a_picture_where_nothing_is_found_is_one_region(
     hub: Callable[[str], Path], pictures: list[PIL.Image.Image]
 ) -> None:
     model, processor = on(hub("detr"))
-    head = model.detector.bbox_predictor.layers[-1]  # type: ignore[union-attr]
+    detector: Any = model.detector
+    head = detector.bbox_predictor.layers[-1]
     torch.nn.init.zeros_(head.weight)
     head.bias.data = torch.tensor([0.0, 0.0, -200.0, -200.0])  # boxes without width and height
     with torch.no_grad():
@@ -273,7 +274,7 @@ def test_an_image_processor_that_crops_is_refused(hub: Callable[[str], Path], tm
     ],
 )
 def test_inputs_that_this_detector_does_not_take_are_refused(
-    given: dict[str, Tensor], message: str, made: Callable[[str], tuple[TVRNModel, TVRNProcessor]]
+    given: dict[str, Any], message: str, made: Callable[[str], tuple[TVRNModel, TVRNProcessor]]
 ) -> None:
     model, _ = made("yolos")
     with pytest.raises(ValueError, match=message):
@@ -354,6 +355,7 @@ def test_an_explanation_shows_the_boxes_on_the_users_own_picture(
     assert found.picture is not None and found.picture.size == pictures[0].size and found.grid is None
     with torch.no_grad():
         boxes = model.extract_regions(**processor(images=pictures[0]))[1]
+    assert found.boxes is not None
     np.testing.assert_allclose(found.boxes, boxes[0], atol=1e-5)
     assert found.save_picture(tmp_path / "explained.png").stat().st_size > 5000
 
