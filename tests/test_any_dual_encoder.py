@@ -81,6 +81,7 @@ class TestScores:
         wanted = model.scores(torch.tensor(logits, dtype=torch.float64)).tolist()
         assert [hit.score for hit in after] == pytest.approx(wanted)
 
+    @pytest.mark.slow
     def test_a_table_and_its_threshold(self, folder: Path, photos: Path, tmp_path: Path) -> None:
         outcome = tvrn("score", folder, photos / "captions.csv", "--batch-size", 2)
         rows = list(csv.DictReader(outcome.stdout.splitlines()))
@@ -97,6 +98,7 @@ class TestScores:
         kept = tvrn("score", tmp_path, photos / "captions.csv", "--threshold", 0.0, "--json").stdout.splitlines()
         assert [json.loads(line)["score_kind"] for line in kept] == ["matching score"] * 6
 
+    @pytest.mark.slow
     def test_found_is_labelled(self, folder: Path, photos: Path, tmp_path: Path) -> None:
         place = ["--index", tmp_path / "index"]
         assert "cosine" in tvrn("search", folder, photos, "a dog", *place).stdout.splitlines()[0]
@@ -118,6 +120,7 @@ class TestMeasured:
         with pytest.raises(ValueError, match=r"A CLIPModel has no match\(images, texts\).*load_model"):
             rank(dual_encoder(), images, texts, rows)
 
+    @pytest.mark.slow
     def test_provenance(self, photos: Path, tmp_path: Path) -> None:
         reports = []
         for seed in (3, 3, 4):

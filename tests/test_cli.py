@@ -64,6 +64,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestHelp:
+    @pytest.mark.slow
     def test_help_loads_nothing_heavy(self, run_python: Callable[..., str]) -> None:
         """Who asks for help, or presses tab, waits for a fraction of a second and not for torch."""
         code = """
@@ -152,6 +153,7 @@ class TestScore:
         assert "gone.png" in outcome.stderr and "broken.png" in outcome.stderr and "empty caption" in outcome.stderr
         assert outcome.stderr.splitlines()[-1] == "tvrn: 3 rows without a score"
 
+    @pytest.mark.slow
     def test_a_threshold_parts_the_rows_that_have_scores(self, model: Path, pairs: Path) -> None:
         whole = [json.loads(line) for line in tvrn("score", model, pairs, "--json").stdout.splitlines()]
         assert len(whole) == 8 and whole[3]["score"] is None
@@ -164,6 +166,7 @@ class TestScore:
             row["note"] for row in whole if row["score"] is not None and row["score"] < middle
         }
 
+    @pytest.mark.slow
     def test_a_table_that_was_scored_before_keeps_its_scores(self, model: Path, pairs: Path, tmp_path: Path) -> None:
         once = tvrn("score", model, pairs).stdout
         (tmp_path / "once.csv").write_text(once)
@@ -239,6 +242,7 @@ class TestShare:
 
 
 class TestSearch:
+    @pytest.mark.slow
     def test_a_folder_of_photographs(self, model: Path, pairs: Path, tmp_path: Path, monkeypatch: Any) -> None:
         """The broken file is left out; the second search finds the index of the first."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -258,6 +262,7 @@ class TestSearch:
         assert list((tmp_path / "cache").glob("modeling_tvrn/indexes/*")), "nothing is written among the photographs"
         assert {path.name for path in pairs.parent.iterdir()} == {*names, "broken.png", "pairs.csv"}
 
+    @pytest.mark.slow
     def test_an_index_by_a_picture(self, model: Path, pairs: Path, tmp_path: Path) -> None:
         report = json.loads(tvrn("index", model, pairs.parent, tmp_path / "index", "--json").stdout)
         assert report["items"] == 3 and report["encoded"] == 3
@@ -270,6 +275,7 @@ class TestSearch:
         assert "COLUMN=VALUE" in tvrn("search", model, tmp_path, "x", "--where", "year", code=2).stderr
 
 
+@pytest.mark.slow
 def test_explain_writes_what_it_shows(model: Path, pairs: Path, tmp_path: Path) -> None:
     image, files = pairs.parent / "a.png", [tmp_path / "why.png", tmp_path / "why.html"]
     outcome = tvrn("explain", model, image, CAPTIONS[0], "--picture", files[0], "--html", files[1], "--json")
@@ -337,6 +343,7 @@ def test_a_device_that_is_not_there_is_a_sentence(model: Path, pairs: Path, devi
     assert said.startswith(f"tvrn: device {device!r} ") and len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "pointer", "empty"])
 @pytest.mark.parametrize("kind", ["tvrn", "dual encoder", "backbone", "teacher"])
 def test_weights_that_are_not_whole_are_a_sentence(
@@ -361,6 +368,7 @@ def test_weights_that_are_not_whole_are_a_sentence(
     assert str(folder) in said and "Error while deserializing" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -395,6 +403,7 @@ def index(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestWhere:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("given", "found"),
         [

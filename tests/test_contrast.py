@@ -31,6 +31,7 @@ def score(model: Any, processor: Any, image: Image.Image, caption: str) -> tuple
 
 
 class TestProtocol:
+    @pytest.mark.slow
     def test_against_pairs_scored_one_by_one(self) -> None:
         model, processor = pixel_model()
         captions = ["a dog in the snow", "two cats", "the cat sleeps", "two dogs one cat"]
@@ -57,6 +58,7 @@ class TestProtocol:
         rows = [ContrastRow(picture(1), "the cat sleeps", "tie", other_image=picture(1))]
         assert evaluate(model, processor, rows, protocol="contrast").kinds["tie"]["pair score"].right == 0
 
+    @pytest.mark.slow
     def test_groups_are_right_together_only(self) -> None:
         """Winoground's text, image and group score, from the four scores of each example."""
         model, processor = pixel_model()

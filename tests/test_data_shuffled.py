@@ -70,6 +70,7 @@ def test_the_order_follows_from_seed_and_epoch(parquet: Path) -> None:
     assert len({number // 4 for number in images[:8]}) > 2, "the first items come from few shards"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 3), (2, 9)])
 def test_it_is_taken_up_at_any_position(parquet: Path, rank: int, processes: int) -> None:
     def make() -> ShuffledStream:

@@ -149,6 +149,7 @@ def test_the_page_fetches_nothing_from_elsewhere_and_serves_no_file(page: Any, s
         assert get(page, f"/gradio_api/file={path}")[0] in (403, 404), path
 
 
+@pytest.mark.slow
 def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Path) -> None:
     client_library = pytest.importorskip("gradio_client", reason='the page comes with pip install ".[demo]"')
     client = client_library.Client(page.local_url, verbose=False)

@@ -78,6 +78,7 @@ def on(detector: Path, **config: Any) -> tuple[TVRNModel, TVRNProcessor]:
     return model.eval(), processor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_pictures_regions_are_its_own_whatever_shares_its_batch(
     kind: str, made: Callable[[str], tuple[TVRNModel, TVRNProcessor]], pictures: list[PIL.Image.Image]
@@ -137,6 +138,7 @@ def test_boxes_of_owlv2_are_fractions_of_the_picture_not_of_the_padded_square(
     assert_close(boxes[:, 0], corners[torch.arange(3), best])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK_FIRST)
 def test_a_saved_model_scores_as_before_and_its_detector_stays_as_it_is(
     kind: str, made: Callable[[str], tuple[TVRNModel, TVRNProcessor]], pictures: list[PIL.Image.Image], tmp_path: Path
@@ -158,6 +160,7 @@ def test_a_saved_model_scores_as_before_and_its_detector_stays_as_it_is(
     assert_close(again(**reading(images=pictures, text=CAPTIONS)).logits_per_image, before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK_FIRST)
 def test_of_an_unfrozen_detector_everything_learns_that_features_depend_on(
     kind: str, hub: Callable[[str], Path], pictures: list[PIL.Image.Image]
@@ -342,6 +345,7 @@ def test_a_dual_encoder_that_crops_is_refused_beside_a_detector(tmp_path: Path, 
 # -- what is made with it -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["yolos", "vit"])
 def test_an_explanation_shows_the_boxes_on_the_users_own_picture(
     kind: str,

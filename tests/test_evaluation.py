@@ -66,6 +66,7 @@ class Stream:
         return iter(self.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_a_gallery_is_encoded_in_the_records_order(processor: TVRNProcessor, batch_size: int, monkeypatch) -> None:
     """Whatever the batches, and although captions are sorted by length meanwhile: each item as if encoded alone."""
@@ -320,6 +321,7 @@ def test_the_script_evaluates_searches_and_compares(checkpoints, tmp_path) -> No
     assert [model["sha256"] for model in written["models"]] == [model.sha256 for model in both.models]
 
 
+@pytest.mark.slow
 def test_the_script_reads_a_region_cache(checkpoints, tmp_path) -> None:
     """Cached regions in place of pictures give the same recalls; those of another tower are refused."""
     from modeling_tvrn.teachers import RegionCache
@@ -341,6 +343,7 @@ def test_the_script_reads_a_region_cache(checkpoints, tmp_path) -> None:
     assert "cache1" in run(checkpoints[0], *SCENES, "--regions", str(tmp_path / "cache1"), code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_script_grades_pairs_and_keeps_finished_blocks(checkpoints, tmp_path) -> None:
     """Human grades by a file; a second run of an evaluation reads its blocks instead of scoring."""
     records = load_pairs("scenes", split="validation", count=12)

@@ -144,6 +144,7 @@ def random_lists(eccv, ids: coco.CocoIds) -> tuple[np.ndarray, np.ndarray]:
     return captions_of, images_of
 
 
+@pytest.mark.slow
 def test_eccv_caption_and_cxc_are_the_packages_own_numbers(eccv, coco_test: CaptionTable) -> None:
     ids = coco.coco_ids(coco_test, eccv)
     captions_of, images_of = random_lists(eccv, ids)

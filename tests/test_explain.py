@@ -114,6 +114,7 @@ def test_what_the_score_loses_without_a_region(processor: TVRNProcessor) -> None
     assert explain(model, processor, image, CAPTION, leave_out=False).region_without is None
 
 
+@pytest.mark.slow
 def test_pieces_of_a_word_are_one_word(minilm: Path) -> None:
     processor = TVRNProcessor.from_backbones(text=minilm)
     model = TVRNModel.from_backbones(text=minilm, **{"region_feature_size": FEATURES, **SIZES})
@@ -140,6 +141,7 @@ def test_a_photograph_is_shown_as_the_model_saw_it(mobilenet: Path) -> None:
     assert seen[..., 0].max() < 40 and seen[:, 130:, 2].min() > 200, "only the middle square is there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [None, (3, 4)])
 def test_picture_page_and_json_need_nothing_else(processor: TVRNProcessor, tmp_path: Path, grid: Any) -> None:
     found = explain(tiny_model(), processor, record(grid=grid), CAPTION)

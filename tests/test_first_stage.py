@@ -75,6 +75,7 @@ class TestStepZero:
         alone = model.match(images, model.encode_texts(**texts, word_mask=words_of(texts)))
         torch.testing.assert_close(alone[0, 0], together[1, 2], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     def test_it_comes_back_from_a_folder(self, kind: str, tmp_path: Path) -> None:
         model, plain = over(kind, component_weight_init_value=0.3)
         given = inputs(plain, kind)
@@ -85,6 +86,7 @@ class TestStepZero:
                 again(**given).logits_per_image, model(**given).logits_per_image, rtol=0, atol=0
             )
 
+    @pytest.mark.slow
     def test_what_was_trained_leaves_as_a_plain_checkpoint(self, kind: str, tmp_path: Path) -> None:
         model, plain = over(kind, freeze_vision=False, freeze_text=False, freeze_first_stage=False)
         given = inputs(plain, kind)
@@ -113,6 +115,7 @@ def encoded(model: TVRNModel, given: dict[str, torch.Tensor]) -> tuple[Any, Any]
     return model.encode_images(given["pixel_values"]), model.encode_texts(**texts, word_mask=words_of(texts))
 
 
+@pytest.mark.slow
 def test_weights_of_the_components_are_learned_and_each_component_counts() -> None:
     model, plain = over("clip")
     given = inputs(plain, "clip", images=4, texts=4)

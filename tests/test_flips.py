@@ -115,6 +115,7 @@ def test_a_run_to_its_last_file(tmp_path: Path) -> None:
     assert weights["box_embedding.2.weight"].abs().max() > 0  # they started at 0, and learned
 
 
+@pytest.mark.slow
 def test_features_without_boxes_are_refused_before_the_first_step(tmp_path: Path) -> None:
     data = write_scan(tmp_path)
     for boxes in data.glob("*_boxes.npy"):

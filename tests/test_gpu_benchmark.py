@@ -39,6 +39,7 @@ def test_every_section(tmp_path: Path) -> None:
     assert sections["search"]["rerank_ms_p99"] >= sections["search"]["rerank_ms_p50"] > 0
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_and_a_check_that_does_not_hold_are_named(tmp_path: Path) -> None:
     script = f"""
 import sys
@@ -61,6 +62,7 @@ sys.exit(gpu.main())
     assert found["sections"]["search"]["items"] == 300
 
 
+@pytest.mark.slow
 def test_no_section_begins_without_time(tmp_path: Path) -> None:
     code, found, _ = run(tmp_path / "gpu.json", "--seconds", "-1", "--sections", "machine")
     assert code == 0 and found["sections"] == {"machine": "not run: no time was left"}

@@ -103,6 +103,7 @@ def test_scores_and_losses(settings: dict[str, Any], dtype: torch.dtype) -> None
     assert_close(found.loss, expected.loss, 2 * LOGITS[dtype] * len(expected.loss_parts))
 
 
+@pytest.mark.slow
 @DTYPES
 @MODELS
 def test_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
@@ -136,6 +137,7 @@ class AutocastOfCuda(TorchFunctionMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("settings", [*HEADS, *OTHERS.values()], ids=[*map(name, HEADS), *OTHERS])
 def test_a_gpus_autocast(settings: dict[str, Any], dtype: torch.dtype) -> None:
@@ -154,6 +156,7 @@ def test_a_gpus_autocast(settings: dict[str, Any], dtype: torch.dtype) -> None:
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("settings", HEADS, ids=name)
 def test_a_pair_alone_scores_as_in_a_padded_batch(settings: dict[str, Any], dtype: torch.dtype) -> None:

@@ -173,6 +173,7 @@ class TestFiles:
     def test_a_pickle_on_the_hub_is_found_without_fetching_it(self, folder: Path) -> None:
         assert check_no_pickle(folder, ["model.safetensors", "pytorch_model.bin"]).status == "failed"
 
+    @pytest.mark.slow
     def test_code_incomplete_or_in_need(self, folder: Path) -> None:
         assert check_code(folder).status == "ok" and foreign_code(folder) == []
         (folder / "pair_tvrn.py").unlink()

@@ -121,6 +121,7 @@ class TestPush:
         assert "curve.png" in card.text and "query.png" not in card.text
         assert pushed.report["card"].status == "ok", str(pushed.report)
 
+    @pytest.mark.slow
     def test_a_dual_encoder_is_pushed_with_what_was_trained_over_it(self, hub: HubServer, tmp_path: Path) -> None:
         plain = save_dual_encoder(tmp_path / "clip")
         processor = TVRNProcessor.from_dual_encoder(plain)
@@ -158,6 +159,7 @@ class TestPush:
                 assert b"/home/somebody" not in content and str(tmp_path).encode() not in content, name
         assert json.loads(hub.files("org/tvrn-test")["results.json"])["metrics"]["rsum"] == 320.0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["curve.png", "query.png", "README.md", "results.json", "chat_template.jinja"])
     @pytest.mark.parametrize("in_memory", [True, False])
     def test_no_link_is_followed_out_of_the_folder(
@@ -183,6 +185,7 @@ class TestPush:
         push_to_hub(folder, None, "org/tvrn-test", token=hub.token, endpoint=hub.url)
         assert hub.files("org/tvrn-test")["curve.png"] == b"a curve"
 
+    @pytest.mark.slow
     def test_a_model_that_fails_stays_here_unless_told(self, hub: HubServer) -> None:
         model, processor = region_model()
         with torch.no_grad():
@@ -194,6 +197,7 @@ class TestPush:
             model, processor, "org/tvrn-test", token=hub.token, endpoint=hub.url, force=True
         ).report.ok
 
+    @pytest.mark.slow
     def test_one_commit_which_takes_the_former_model_away(self, hub: HubServer) -> None:
         """A left-over shard or pickle would be loaded in place of the new weights, or beside them."""
         old = {
@@ -207,6 +211,7 @@ class TestPush:
         assert commits(hub) == 2 and sorted(pushed.removed) == sorted(set(old) - {"NOTES.md"})
         assert set(hub.files("org/tvrn-test")) == {*pushed.files, "NOTES.md"}
 
+    @pytest.mark.slow
     def test_a_connection_that_breaks_leaves_the_old_revision_whole(self, hub: HubServer) -> None:
         first, processor = region_model()
         push_to_hub(first, processor, "org/tvrn-test", token=hub.token, endpoint=hub.url)
@@ -220,6 +225,7 @@ class TestPush:
         push_to_hub(second, processor, "org/tvrn-test", token=hub.token, endpoint=hub.url)
         assert json.loads(hub.files("org/tvrn-test")["config.json"])["similarity_head"] == "sgr" and commits(hub) == 3
 
+    @pytest.mark.slow
     def test_somebody_else_s_commit_is_not_overwritten(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.add_repo("org/tvrn-test")
         commit = HfApi.create_commit
@@ -234,6 +240,7 @@ class TestPush:
             push_to_hub(*region_model(), "org/tvrn-test", token=hub.token, endpoint=hub.url)
         assert set(hub.files("org/tvrn-test")) == {".gitattributes", "theirs"}
 
+    @pytest.mark.slow
     def test_private(self, hub: HubServer, tmp_path: Path) -> None:
         push_to_hub(*region_model(), "org/tvrn-test", token=hub.token, endpoint=hub.url, private=True)
         assert hub.repos["models", "org/tvrn-test"].private
@@ -246,6 +253,7 @@ class TestPush:
             push_to_hub(*region_model(), "org/open", token=hub.token, endpoint=hub.url, private=True)
         assert set(hub.files("org/open")) == {".gitattributes"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("token", "repo_id", "message"),
         [

@@ -299,6 +299,7 @@ class TestFolder:
 
 
 class TestPrecisionAndPlacement:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", ["regions_bigru_gru_sgr", "vit_bert", "mobilenet_bigru_frozen"])
     def test_bfloat16(self, tmp_path, towers, inputs, variant):
         """A bfloat16 checkpoint is half the size, loads as bfloat16, and as float32 on request."""

@@ -154,6 +154,7 @@ def test_only_requirements_are_imported_at_the_top_of_a_module(path: Path) -> No
             assert name.split(".")[0] in allowed, f"line {node.lineno}: {name} is an extra; import it where it is used"
 
 
+@pytest.mark.slow
 def test_no_import_circle_between_files() -> None:
     """Also none by imports of types alone or inside functions: what two files share has a third to be in."""
     files = {dotted_name(path): path for path in FILES}

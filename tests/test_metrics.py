@@ -55,6 +55,7 @@ def random_gallery(seed: int, most_images: int = 40) -> tuple[np.ndarray, np.nda
     return scores, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(start, start + 50) for start in range(0, 200, 50)])
 def test_equals_sorting_on_random_matrices(seeds: range) -> None:
     """Ties, unequal captions, captions in any order and unscored pairs: the ranks of an implementation that sorts."""
@@ -67,6 +68,7 @@ def test_equals_sorting_on_random_matrices(seeds: range) -> None:
         assert {name: named[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(start, start + 50) for start in range(0, 200, 50)])
 def test_several_images_a_caption(seeds: range) -> None:
     """ECCV's and CxC's form: 1 to 5 positives a query in both directions."""
@@ -307,6 +309,7 @@ def test_bootstrap_agrees_with_drawing_the_queries_one_by_one() -> None:
     assert found.p_value["rsum"] < 0.01 and "rsum" in found.table()
 
 
+@pytest.mark.slow
 def test_bootstrap_by_image_agrees_with_drawing_images_one_by_one() -> None:
     """An image is drawn with its captions, whose number differs; their ranks go together, so the interval is wider."""
     generator = np.random.default_rng(5)

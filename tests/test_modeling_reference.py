@@ -79,6 +79,7 @@ def test_a_hub_text_tower(variant):
     assert_agrees(model, reference, images, captions | {"text_features": torch.from_numpy(hidden)}, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", HEADS, ids=name)
 @pytest.mark.parametrize("grid", [None, 2])
 def test_pixels(variant, grid):

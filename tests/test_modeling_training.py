@@ -77,6 +77,7 @@ class TestGradients:
         behind = ("box_embedding.0.", "geometry.relation.0.")
         assert [k for k, value in found.items() if value.abs().max() == 0 and not k.startswith(behind)] == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", HEADS, ids=name)
     @pytest.mark.parametrize("chunk_size", [1, 6])
     def test_chunks_give_the_gradients_of_one(self, variant, chunk_size):
@@ -130,6 +131,7 @@ class TestPairStageCost:
                 total.backward()
         return recorder
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", HEADS, ids=name)
     @pytest.mark.parametrize("train", [False, True])
     def test_memory_is_bounded_by_the_chunk(self, variant, train):

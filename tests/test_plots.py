@@ -103,6 +103,7 @@ def test_results_of_unequal_length_are_refused(tmp_path: Path) -> None:
         plot_search_results("dogs", [], [], tmp_path / "q.png")
 
 
+@pytest.mark.slow
 def test_matplotlib_loads_late_and_pyplot_never(tmp_path: Path) -> None:
     """Importing pyplot picks a backend for the whole process: a training server has none, a notebook has its own."""
     code = (
@@ -115,6 +116,7 @@ def test_matplotlib_loads_late_and_pyplot_never(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_shortlist_curves_show_every_search_and_what_exhaustive_scoring_takes(tmp_path: Path) -> None:
     """Any order of the points draws the same picture; another value of exhaustive scoring moves its line."""
     points = [{"shortlist_size": 2**n, "rsum": 100.0 + 20 * n, "seconds": 0.5 * 2**n} for n in range(5)]

@@ -241,6 +241,7 @@ def test_another_token_is_no_other_setting_and_an_old_checkpoint_is_compared_lik
     assert "seed: 1 → 2" in told and "lanted" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_results_of_an_older_release_are_rendered_and_pushed_without_their_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

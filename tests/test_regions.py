@@ -147,6 +147,7 @@ def test_regions_are_looked_up_by_image_id(towers, records, tmp_path):
         cache[[50, 51]]
 
 
+@pytest.mark.slow
 def test_workers_and_streams_give_the_same_cache(towers, photographs, records, tmp_path):
     expected = build(towers, records, tmp_path / "map")
     workers = build(towers, records, tmp_path / "workers", num_workers=2)
@@ -243,6 +244,7 @@ def other_dtype(model, processor, settings):
     settings["dtype"] = "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -306,6 +308,7 @@ class Counted:
         return self.records[row]
 
 
+@pytest.mark.slow
 def test_an_interrupted_extraction_goes_on_where_its_shards_end(towers, records, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(towers, Counted(records, fail_at=6), tmp_path / "cut", shard_size=2)
@@ -335,6 +338,7 @@ def test_an_interrupted_stream_goes_on_too(towers, photographs, records, tmp_pat
     assert list(cache.ids) == records.image_ids and cache.info["resumed_after"] == 2
 
 
+@pytest.mark.slow
 def test_unfinished_work_is_not_continued_with_other_data(towers, records, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(towers, Counted(records, fail_at=6), tmp_path, shard_size=2)
@@ -395,6 +399,7 @@ def test_features_that_are_no_numbers_stop_with_the_image(towers, records, tmp_p
         assert cache[[62]]["region_features"][0, 1, 2] == 7e4
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_are_refused(towers, records, tmp_path):
     for settings, match in (
         ({"dtype": "int8"}, "dtype is 'int8', expected one of"),
@@ -482,6 +487,7 @@ def test_boxes_past_the_limit_are_left_out_and_counted(towers, photographs, tmp_
     assert cache.info["images_with_boxes_cut"] == 2 and cache[[56]]["region_mask"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("boxes", "match"),
     [

@@ -101,6 +101,7 @@ def records() -> SceneRecords:
     return generate_scenes("validation", count=240, seed=3)
 
 
+@pytest.mark.slow
 def test_captions_are_true_of_their_scene_and_of_no_other(records: SceneRecords) -> None:
     """A caption that also fits a look-alike would make a right answer count as an error."""
     truth = truth_of(records)

@@ -67,6 +67,7 @@ def block_shape(request, monkeypatch) -> tuple[int, int]:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_rank_equals_ranking_the_matrix_at_any_block_size(seed: int, block_shape) -> None:
     """Ties included, captions shuffled; no pair is scored twice and no block is larger than asked for."""

@@ -209,6 +209,7 @@ class TestResume:
         monkeypatch.setattr(model, "match", match)
         return calls
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("done", [1, 4, 9])
     def test_goes_on_where_it_stopped(self, done: int, tmp_path: Path, monkeypatch) -> None:
         """The finished blocks are not scored again; the result is that of a run in one piece, bit by bit."""

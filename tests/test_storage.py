@@ -137,6 +137,7 @@ def test_a_whole_folder_opens_and_verifies(whole: Any) -> None:
     assert {path.resolve() for path in read} == {path.resolve() for path in stored(folder)} and broken == []
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_anywhere_is_found(whole: Any) -> None:
     """On opening where a file is read whole, by `verify` where it is mapped into memory; the file is named."""
     folder, opened = whole
@@ -529,6 +530,7 @@ def test_a_table_gives_back_every_kind_of_value_and_filters_by_it(tmp_path: Path
         Table(tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_an_index_is_read_without_pyarrow(tmp_path: Path) -> None:
     make_index(tmp_path)
     code = f"""

@@ -275,6 +275,7 @@ class TestTraining:
         with_gradient = [value.grad.abs().max() > 0 for value in tower.parameters() if value.grad is not None]
         assert sum(with_gradient) > 0.8 * len(with_gradient)  # attention's key biases cancel in its softmax
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("frozen", [True, False])
     def test_frozen_towers_stay_bit_identical(self, frozen):
         """Also their running statistics, which no optimizer touches."""

@@ -179,6 +179,7 @@ def test_the_card_has_the_hub_s_metadata_and_its_code_runs(
 # -- what is kept ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_model_by_validation_is_kept_not_the_last(configure: Configure) -> None:
     run = Training(configure(epochs=4, evaluation_steps=6))
     seen: list[dict[str, torch.Tensor]] = []
@@ -253,6 +254,7 @@ def test_evaluating_on_a_subset_ends_with_all_images(configure: Configure) -> No
     assert "embeddings alone" in result["table"]
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_weights_is_what_is_saved(configure: Configure) -> None:
     run = Training(configure(ema_decay=0.95))
     run.fit()
@@ -272,6 +274,7 @@ def test_the_mean_of_the_weights_is_what_is_saved(configure: Configure) -> None:
 # -- what follows from the configuration -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_weights_and_another_seed_gives_others(configure: Configure, tmp_path: Path) -> None:
     keys = {"word_dropout": 0.2, "region_dropout": 0.2, "epochs": 1}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -308,6 +311,7 @@ def test_the_rates_of_towers_and_new_parts_are_those_that_move_the_weights(confi
     assert (run.model.word_projection.weight - before["word_projection.weight"]).abs().max() > 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["region", "word"])
 @pytest.mark.parametrize(("own", "expected"), [(0.5, {0.5, 0.25}), (0.0, {0.25}), (None, {0.25})])
 def test_a_phase_may_leave_out_other_shares_of_regions_and_words(
@@ -360,6 +364,7 @@ def test_each_phase_has_its_own_batches_and_rate(configure: Configure) -> None:
 EMBEDDINGS = ("pooled_image_embedding", "pooled_text_embedding", "logit_scale")
 
 
+@pytest.mark.slow
 def test_each_phase_moves_what_it_names_and_nothing_else(configure: Configure) -> None:
     names = ["embeddings", "late_interaction", "distilled_embeddings", "reasoning", "all"]
     model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
@@ -375,6 +380,7 @@ def test_each_phase_moves_what_it_names_and_nothing_else(configure: Configure) -
     assert embeddings | late | reasoning <= everything
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_not_frozen_learns_until_what_reads_it_is_to_stay(configure: Configure) -> None:
     model = {"text_config": TINY_BERT, "use_refined_features": False}
     for first in ("embeddings", "late_interaction"):
@@ -384,6 +390,7 @@ def test_a_tower_that_is_not_frozen_learns_until_what_reads_it_is_to_stay(config
         assert after and not {name for name in after if name.startswith("text_model.")}, first
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_phase_are_those_of_what_it_trains(configure: Configure) -> None:
     names = ["embeddings", "late_interaction", "distilled_embeddings", "reasoning"]
     model = {"use_refined_features": False, "distillation_loss_weight": 1.0}
@@ -405,6 +412,7 @@ def test_a_run_of_embeddings_alone_is_evaluated_as_it_goes(configure: Configure)
     assert result["parameters"]["trained"] < result["parameters"]["total"]
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_one_step(configure: Configure) -> None:
     run = Training(configure(gradient_accumulation_steps=4, epochs=3))
     [phase] = run.phases
@@ -471,6 +479,7 @@ def test_pictures_train_a_tower_from_scratch_and_a_query_is_drawn(configure: Con
     assert query in card and "vit from scratch" in card and "generated scenes" in card
 
 
+@pytest.mark.slow
 def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configure: Configure, tmp_path: Path) -> None:
     from modeling_tvrn.teachers import RegionCache, StaleStoreError
 
@@ -538,6 +547,7 @@ def test_without_a_terminal_log_lines_tell_the_progress(
     assert any("validation rSum" in message and "best so far" in message for message in caplog.messages)
 
 
+@pytest.mark.slow
 def test_values_are_tracked_in_tensorboard(configure: Configure) -> None:
     pytest.importorskip("tensorboard", reason="an optional tracker")
     config = configure(trackers=["tensorboard"], epochs=1)

@@ -50,6 +50,7 @@ def onward(start: Path | str, data: Path, output: Path, **keys: Any) -> Training
 
 
 class TestStartFrom:
+    @pytest.mark.slow
     def test_a_run_begins_where_the_model_ended_with_its_own_words(
         self, finished: Path, other: Path, tmp_path: Path
     ) -> None:
@@ -208,6 +209,7 @@ def test_a_mean_with_what_stays_is_refused(data: Path, tmp_path: Path) -> None:
         tiny_config(data, tmp_path, weight_interpolation=1.0)
 
 
+@pytest.mark.slow
 def test_zero_shot_accuracy_before_and_after(
     clip: Path, pairs: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

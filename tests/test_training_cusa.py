@@ -139,6 +139,7 @@ def test_a_run_says_once_that_its_labels_teach_nothing(data: Path, caches: dict,
     assert sum("is uniform" in record.getMessage() for record in caplog.records) == 2  # images, texts
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: dict, tmp_path: Path) -> None:
     first = {"train": ["embeddings", "late_interaction"], "epochs": 12, "learning_rate": 1e-2}
     keys = {"phases": [first, {"train": "all", "epochs": 1}], "logging_steps": 4}
@@ -151,6 +152,7 @@ def test_a_run_learns_its_soft_labels_and_saves_the_heads(data: Path, caches: di
     assert result["config"]["cusa_beta"] == 2.0
 
 
+@pytest.mark.slow
 def test_results_and_card_name_the_teachers(data: Path, caches: dict, tmp_path: Path) -> None:
     result = train(config(data, caches, tmp_path / "run", epochs=1))
     card = (tmp_path / "run/README.md").read_text("utf-8")
@@ -161,6 +163,7 @@ def test_results_and_card_name_the_teachers(data: Path, caches: dict, tmp_path: 
         assert str(cache.fingerprint["pooling"]) in card
 
 
+@pytest.mark.slow
 def test_temperatures_are_learned_within_their_bounds(data: Path, caches: dict, tmp_path: Path) -> None:
     run = Training(config(data, caches, tmp_path, epochs=4, learning_rate=0.2, cusa_lowest_temperature=0.4))
     before = {name: value.item() for name, value in run.cusa.named_parameters() if value.requires_grad}
@@ -208,6 +211,7 @@ def gradients(settings: TrainingConfig, trained: list[str], name: str) -> dict[s
     return {"losses": losses, "world": processes()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["embeddings", "all"])
 @pytest.mark.parametrize(
     "keys", [{"batch_size": 9}, {"batch_size": 14, "tower_batch_size": 3}], ids=["plain", "cached"]

@@ -100,6 +100,7 @@ def compared(found: tuple[dict[str, Any], dict[str, Tensor]], expected: Any, gra
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "dtype"), [*((name, "float64") for name in VARIANTS), ("saf", "float32"), ("sgr", "float32")]
 )
@@ -127,6 +128,7 @@ def test_several_processes_learn_what_one_does(data: Path, tmp_path: Path, varia
         compared(found[count], found[1], *bounds)
 
 
+@pytest.mark.slow
 def test_towers_run_a_few_items_at_a_time_with_the_gradients_of_the_plain_way(data: Path, tmp_path: Path) -> None:
     learned = phases(["embeddings", "late_interaction"], 3, "all", 2)
     keys = {**KEYS, "batch_size": 13, **learned, "model": {"dropout": 0.0}}
@@ -140,6 +142,7 @@ def test_towers_run_a_few_items_at_a_time_with_the_gradients_of_the_plain_way(da
         compared(each, found[0], 1e-9, 1e-9)
 
 
+@pytest.mark.slow
 def test_dropout_leaves_out_the_same_in_both_passes_of_the_towers(data: Path, tmp_path: Path) -> None:
     keys = {**KEYS, "batch_size": 13, "model": {"dropout": 0.3}, "word_dropout": 0.3, "region_dropout": 0.3}
     runner, found = Processes(tmp_path), []
@@ -296,6 +299,7 @@ def trained(config: TrainingConfig) -> dict[str, Any]:
     return {"rsum": result["metrics"]["rsum"], "table": result["table"], "steps": result["steps"], "left": left}
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_two_processes_leaves_one_folder_and_tells_both(data: Path, tmp_path: Path) -> None:
     keys = {"epochs": 1, "evaluation_images": 4, "model": {"dropout": 0.0, "image_dropout": 0.0, "text_dropout": 0.0}}
     runner = Processes(tmp_path)

@@ -164,6 +164,7 @@ def test_processes_killed_in_each_phase_go_on_with_the_same_bits(
     assert_equal_bits(final(configure(**keys, name="whole").output_dir, 18), final(killed.output_dir, 18))
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_a_former_run_s_go(
     configure: Callable[..., TrainingConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_finished_run_has_nothing_left_to_do(configure: Callable[..., Training
 # -- what does not fit -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_folder_brings_no_best_model_with_it(
     configure: Callable[..., TrainingConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_checkpoint_of_another_folder_brings_no_best_model_with_it(
     run.best.load()
 
 
+@pytest.mark.slow
 def test_another_phase_is_named_by_its_place_and_key(configure: Callable[..., TrainingConfig]) -> None:
     fit(configure())
     changed = [PHASES[0], {**PHASES[1], "epochs": 3}]
@@ -270,6 +273,7 @@ def _half_manifest(path: Path) -> None:
     (path / "manifest.json").write_text('{"format": 1, "fi')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [_cut, _flip, _lose_file, _lose_manifest, _half_manifest])
 def test_a_broken_checkpoint_is_passed_over_for_the_one_before(
     configure: Callable[..., TrainingConfig], caplog: pytest.LogCaptureFixture, fault: Callable[[Path], None]
@@ -309,6 +313,7 @@ def fill_disk_after(config: TrainingConfig, steps: int, limit: int) -> dict[str,
     return {"own": run.snapshots.own, "best": run.best.step}
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_former_checkpoint_and_the_run_goes_on(
     configure: Callable[..., TrainingConfig], processes: Processes
 ) -> None:

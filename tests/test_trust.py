@@ -194,6 +194,7 @@ class TestCommands:
         words = [word.replace("MODEL", str(folder)).replace("PHOTOS", str(photos)) for word in COMMANDS[verb]]
         return [*words, *options]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("verb", COMMANDS)
     def test_refused_in_one_line_and_run_with_the_flag(
         self, verb: str, planted: Callable[..., Path], photos: Path, marker: Path
