@@ -115,6 +115,34 @@ def grid_boxes(rows: int, columns: int, device: torch.device | None = None) -> T
     return torch.stack(scaled, dim=-1)
 
 
+def pool_boxes(feature_map: Tensor, boxes: Tensor) -> Tensor:
+    """Mean of a map inside each box, cells counted by the area that the box covers of them.
+
+    This is the exact integral of the piecewise constant map, so a box inside one cell gives that cell's feature.
+
+    Args:
+        feature_map: (B, C, h, w).
+        boxes: (B, R, 4) xyxy in [0, 1]; a box without area gives zeros.
+
+    Returns:
+        (B, R, C).
+    """
+    rows, columns = feature_map.shape[-2:]
+    boxes = boxes.to(torch.promote_types(feature_map.dtype, torch.float32))  # half precision moves a box by a cell
+    down = _covered(boxes[..., 1], boxes[..., 3], rows)
+    across = _covered(boxes[..., 0], boxes[..., 2], columns)
+    weights = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(2)
+    return weights.to(feature_map.dtype) @ feature_map.flatten(2).transpose(1, 2)
+
+
+def _covered(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """Share of the interval [low, high] that lies in each of the equal cells of [0, 1]: (..., cells)."""
+    edges = torch.arange(cells + 1, device=low.device, dtype=low.dtype) / cells
+    overlap = torch.minimum(high.unsqueeze(-1), edges[1:]) - torch.maximum(low.unsqueeze(-1), edges[:-1])
+    overlap = overlap.clamp_min(0)
+    return overlap / overlap.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(low.dtype).tiny)
+
+
 class FeatureDropout(nn.Dropout):
     """Dropout that drops the same features of all of an item's fragments: (B, N, F) -> (B, N, F).
 

@@ -38,7 +38,7 @@ from .checks_tvrn import (
     row_ids,
 )
 from .configuration_tvrn import TVRNConfig, detector_sizes
-from .detectors_tvrn import build_detector, detect, freeze_heads, load_detector, pool_boxes
+from .detectors_tvrn import build_detector, detect, freeze_heads, load_detector
 from .encoded_tvrn import EncodedImages, EncodedTexts, model_fingerprint, share_weights
 from .layers_tvrn import (
     AttentionPooling,
@@ -58,6 +58,7 @@ from .layers_tvrn import (
     masked_mean,
     normalize,
     perceptron,
+    pool_boxes,
     take,
     valid_first,
     wide,

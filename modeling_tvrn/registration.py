@@ -29,13 +29,18 @@ class _RegisteringFinder(MetaPathFinder):
     def __init__(self, registrations: Sequence[_Registration], config_module: str) -> None:
         self.pending = list(registrations)
         self.config_module = config_module
-        self.watched = {name for each in registrations for name in (each.auto_module, each.own_module)}
-        self.finished = self.watched & set(sys.modules)
+        self.auto_modules = {each.auto_module for each in registrations}
+        self.shipped = f"{config_module.rpartition('.')[0]}."
+        self.finished = {name for name in sys.modules if self.is_watched(name)}
+
+    def is_watched(self, name: str) -> bool:
+        """Whether a module is one of the Auto classes', or a shipped one of ours, any of which may load those."""
+        return name in self.auto_modules or (name.startswith(self.shipped) and name.endswith("_tvrn"))
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.watched else None
+        spec = PathFinder.find_spec(fullname, path, target) if self.is_watched(fullname) else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -50,10 +55,10 @@ class _RegisteringFinder(MetaPathFinder):
         return spec
 
     def register(self) -> None:
-        """Register every pair whose Auto class has loaded, unless our half is being loaded right now: then its end
-        calls again."""
+        """Register every pair whose Auto class has loaded, unless a shipped file is being loaded right now, which ours
+        may import: then its end calls again."""
         for each in list(self.pending):
-            being_loaded = each.own_module in sys.modules and each.own_module not in self.finished
+            being_loaded = any(self.is_watched(name) and name not in self.finished for name in list(sys.modules))
             if each.auto_module in self.finished and not being_loaded:
                 own_class = getattr(importlib.import_module(each.own_module), each.own_class)
                 if each in self.pending:  # importing ours came back here through `execute_and_register`

@@ -28,11 +28,12 @@ from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli.app import app
-from modeling_tvrn.detectors_tvrn import detect, non_maximum_suppression, pool_boxes
+from modeling_tvrn.detectors_tvrn import detect, non_maximum_suppression
 from modeling_tvrn.explain import explain
 from modeling_tvrn.front_door import load_model
 from modeling_tvrn.hub import doctor
 from modeling_tvrn.index import ImageTextIndex
+from modeling_tvrn.layers_tvrn import pool_boxes
 from modeling_tvrn.teachers import StaleStoreError
 from modeling_tvrn.towers_tvrn import region_map
 from modeling_tvrn.training.loop import Training

@@ -62,6 +62,9 @@ def test_the_model_and_the_processor_load_no_training_library(run_python: Callab
         "import modeling_tvrn",
         "from transformers import AutoModel, AutoProcessor\nimport modeling_tvrn",
         "from modeling_tvrn import TVRNModel",
+        "import modeling_tvrn.detectors_tvrn",
+        "import modeling_tvrn.towers_tvrn",
+        "import modeling_tvrn.teachers",
         "from modeling_tvrn.processing_tvrn import TVRNProcessor",
     ],
 )

@@ -1,6 +1,6 @@
 """Frozen networks, and their outputs computed once and kept on disk: teachers, region caches, the store underneath."""
 
-from ..detectors_tvrn import pool_boxes
+from ..layers_tvrn import pool_boxes
 from ..pixels_tvrn import resize_only
 from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.files import StorageError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_tvrn import PIXEL_INPUTS
-from ..detectors_tvrn import pool_boxes
+from ..layers_tvrn import pool_boxes
 from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import ItemId, module_fingerprint, preprocessor_fingerprint
 from .pooling import fractional_boxes
