@@ -12,5 +12,5 @@ lint:  ## style and types, as .ci/run checks them
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-quickstart:  ## train on generated scenes, about five minutes on two cores
+quickstart:  ## train on generated scenes, some eight minutes on two cores
 	$(PYTHON) examples/train.py

@@ -1,6 +1,6 @@
 """Train TVRN and write a model folder that AutoModel.from_pretrained loads.
 
-The quickstart, on generated scenes, about five minutes on two cores:
+The quickstart, on generated scenes, some eight minutes on two cores:
 
     python examples/train.py
 
