@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from training_makers import tiny_config, write_images
 from transformers import (
-    AutoImageProcessor,
     AutoModelForObjectDetection,
     CLIPImageProcessorPil,
     SiglipImageProcessorPil,
     ViTConfig,
     ViTModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see processing_tvrn
 from typer.testing import CliRunner
 
 from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
