@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForZe
 
 from .configuration_tvrn import DETECTORS, check_detector
 from .layers_tvrn import take
-from .towers_tvrn import load_whole
+from .towers_tvrn import float_dtype, load_whole
 from .trust_tvrn import MODEL_CODE, explained, without_code
 
 NMS_IOU = 0.7  # of detectors that may find an object several times
@@ -90,7 +90,7 @@ def detect(
         Features (B, R, F); boxes (B, R, 4) float32, xyxy as fractions of the picture, surest first; mask (B, R). A
         picture where no box has an area has one region, which is all of it.
     """
-    pixels = pixel_values.to(next(detector.parameters()).dtype)
+    pixels = pixel_values.to(float_dtype(detector))
     features, boxes, scores = _queries(detector, pixels, extents)
     boxes = boxes.clamp(0, 1)
     area = (boxes[..., 2:] - boxes[..., :2]).clamp_min(0).prod(dim=-1)

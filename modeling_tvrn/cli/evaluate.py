@@ -15,8 +15,6 @@ import typer
 
 from .common import AsJson, Device, Dtype, TrustRemoteCode, fail, load, progress, say, writable
 
-CONTRAST_FILES = (".csv", ".tsv", ".json", ".jsonl")
-
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder or Hub id; several are averaged")],
@@ -93,6 +91,7 @@ def evaluate(
       tvrn evaluate runs/cusa --protocol unimodal --sentence-pairs stsb/validation.parquet
       tvrn evaluate runs/coco --data coco --split test --protocol cxc --cxc CxC/data
     """
+    from ..data.contrast import READERS
     from ..evaluation import CONTRAST, PROTOCOLS
 
     protocols = [*PROTOCOLS, CONTRAST, "unimodal", "graded"]
@@ -122,11 +121,11 @@ def evaluate(
         raise fail(
             f"--regions names {len(caches)} caches for {len(models) + len(others)} models; one, or one for each"
         )
-    from_file = protocol == CONTRAST and Path(str(data)).suffix in CONTRAST_FILES
+    from_file = protocol == CONTRAST and Path(str(data)).suffix.lower() in READERS
     if from_file and caches:
         raise fail(f"--regions goes with data of load_pairs, and {data!r} is a file of contrast rows; leave it out")
     if images is not None and not from_file:
-        raise fail(f"--images goes with a file of contrast rows ({', '.join(CONTRAST_FILES)}), and --data is {data!r}")
+        raise fail(f"--images goes with a file of contrast rows ({', '.join(READERS)}), and --data is {data!r}")
     names = [*models, *others]
     by_model: list[Path | None] = [*caches] if len(caches) > 1 else [next(iter(caches), None)] * len(names)
     chosen = list(zip(names, by_model, strict=True))
@@ -180,10 +179,11 @@ def _records(data: str | None, split: str | None, options: Sequence[str], images
         return None
     if from_file:
         return read_contrast_rows(data, images)
+    if not options:
+        return load_pairs(data, split)
     from ..training.settings import read_overrides
 
-    given = read_overrides(options, {})
-    return load_pairs(data, split, **given)
+    return load_pairs(data, split, **read_overrides(options, {}))
 
 
 Chosen = list[tuple[str, Path | None]]  # names of checkpoints, each with its region cache

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def contrast_rows(records: Any) -> list[ContrastRow]:
         rows = [row for row, image_id in enumerate(scenes.image_ids) if image_id in wanted]
         return [made for row in rows for made in _of_scene(scenes, row)]
     found = [
-        ContrastRow(partial(_picture, records, row), caption, SIDES, partial(_flipped, records, row, SIDES))
+        ContrastRow(partial(getitem, records, row), caption, SIDES, partial(_flipped, records, row, SIDES))
         for row, captions in enumerate(records.captions)
         for caption in captions
         if flip_of(caption, [SIDES])
@@ -130,9 +131,7 @@ def read_contrast_rows(
     """
     path = Path(path)
     files = NamedFiles(images if images is not None else path.parent, is_given=images is not None)
-    read = {".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_lines}.get(
-        path.suffix.lower()
-    )
+    read = READERS.get(path.suffix.lower())
     if read is None:
         raise ValueError(f"{path} is called {path.suffix or 'without a suffix'}; expected .csv, .tsv, .json or .jsonl")
     rows = [row for number, values in read(path) for row in _rows_of(values, files, f"{path}, {number}", path.stem)]
@@ -145,7 +144,7 @@ def read_contrast_rows(
 
 
 def _of_scene(records: SceneRecords, row: int) -> Iterator[ContrastRow]:
-    scene, picture = records.scenes[row], partial(_picture, records, row)
+    scene, picture = records.scenes[row], partial(getitem, records, row)
     kind = {"left of": "left/right", "above": "above/below"}.get(scene.relation)
     if kind is not None:
         for caption in records.captions[row]:
@@ -186,11 +185,6 @@ def _changed(scene: Scene) -> Iterator[tuple[str, Scene]]:
 
 
 # -- images -----------------------------------------------------------------------------------------------------
-
-
-def _picture(records: Any, row: int) -> Mapping[str, Any]:
-    record: Mapping[str, Any] = records[row]
-    return record
 
 
 def _flipped(records: Any, row: int, kind: str) -> Mapping[str, Any]:
@@ -280,3 +274,7 @@ def _mapping(values: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} is {values!r:.80}; expected a mapping of columns")
     return values
+
+
+# By the suffix of a file's name.
+READERS = {".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_lines}

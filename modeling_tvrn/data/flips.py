@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Flip:
     axis: int
     words: tuple[tuple[str, str], ...]
 
-    @property
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Any of the words."""
         return re.compile(rf"\b({'|'.join(word for pair in self.words for word in pair)})\b", re.IGNORECASE)

@@ -105,22 +105,21 @@ def open_datasets(
     image_root: str | Path | None = None,
     extra_columns: Sequence[str] = (),
     split_file: str | Path | None = None,
+    *,
+    name: str,
+    images: NamedFiles | None = None,
 ) -> tuple[PairSource, SplitChoice]:
     """A `datasets.Dataset`, an `IterableDataset`, or a mapping of split to these, such as a `DatasetDict`.
 
     Args:
         columns, image_root, extra_columns, split_file: see `TableOptions`.
+        name: what messages call it.
+        images: the files that it may name; default: by where it comes from.
 
     Raises:
         ValueError: something else, a mapping that holds something else, or a stream that is not to be streamed.
     """
     options = TableOptions(columns, image_root, extra_columns, split_file)
-    return _open_parts(source, name_of(source), split, streaming, options)
-
-
-def _open_parts(
-    source: Any, name: str, split: str | None, streaming: bool, options: TableOptions, images: NamedFiles | None = None
-) -> tuple[PairSource, SplitChoice]:
     parts = dict(source) if isinstance(source, Mapping) else {_own_split(source): source}
     _check_datasets(parts)
     choice = choose_splits(list(parts), split, name)
@@ -130,26 +129,19 @@ def _open_parts(
     return joined(name, sources), choice
 
 
-def open_saved(
-    folder: Path,
-    name: str,
-    split: str | None,
-    streaming: bool,
-    columns: Mapping[str, Any] | None = None,
-    image_root: str | Path | None = None,
-    extra_columns: Sequence[str] = (),
-    split_file: str | Path | None = None,
-) -> tuple[PairSource, SplitChoice]:
-    """A folder of `save_to_disk`; arguments as `open_datasets` has them."""
+def load_saved(folder: Path) -> Any:
+    """What a folder of `save_to_disk` holds.
+
+    Raises:
+        ValueError: it is damaged, or says that its tables lie elsewhere.
+    """
     import datasets
 
     try:
         _check_saved(folder)
-        saved = datasets.load_from_disk(str(folder))
+        return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} cannot be read as save_to_disk writes it ({error}); save it again") from error
-    options = TableOptions(columns, image_root, extra_columns, split_file)
-    return _open_parts(saved, name, split, streaming, options, NamedFiles(folder))
 
 
 def _check_saved(folder: Path) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 from .caption_files import CAPTION_SUFFIXES
 from .folders import caption_files_in, is_hidden, open_folder, open_sidecars
-from .hub_tables import is_dataset, is_saved, name_of, open_datasets, open_hub, open_saved
+from .hub_tables import is_dataset, is_saved, load_saved, name_of, open_datasets, open_hub
 from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, Check, leads_out
+from .named_files import NamedFiles
 from .parquet_tables import open_parquet
 from .paths import is_local, missing_path
 from .records import PairDataset, PairStream, build_dataset
@@ -144,13 +145,14 @@ def _open(name: str, dataset: Any, split: str | None, streaming: bool, options: 
     reader: Callable[..., Opened]
     path = os.path.expanduser(name)
     if dataset is not None:
-        reader = partial(open_datasets, dataset, split, streaming)
+        reader = partial(open_datasets, dataset, split, streaming, name=name, images=None)
     elif name == "scenes":
         reader = partial(_open_scenes, split=split)
     elif name in PRESETS:
         reader = partial(_open_preset, name, split, streaming)
     elif is_saved(Path(path)):
-        reader = partial(open_saved, Path(path), name, split, streaming)
+        images = NamedFiles(Path(path))
+        reader = partial(open_datasets, load_saved(Path(path)), split, streaming, name=name, images=images)
     elif Path(path).exists() or glob.has_magic(path):
         reader, options = _file_reader(path, split, dict(options))
     elif name.count("/") == 1 and not is_local(name):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from ..metrics import Accuracy, accuracy_table
 from ..scoring.models import evaluating
 from ..storage.fingerprints import weights_digest
 from .provenance import command, commit, versions
+from .report import JsonReport
 
 __all__ = ["ContrastReport", "evaluate_contrast"]
 
@@ -33,7 +31,7 @@ Outcome = dict[str, np.ndarray]  # by score: whether the right pair was above, f
 
 
 @dataclass(frozen=True)
-class ContrastReport:
+class ContrastReport(JsonReport):
     """What `evaluate(…, protocol="contrast")` found; accuracies in percent, chance is 50.
 
     Attributes:
@@ -68,13 +66,6 @@ class ContrastReport:
                 for kind, shares in found[name].items()
             }
         return found
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON text, also written to `path` where one is given."""
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
 
     def table(self) -> str:
         """Everything in words."""

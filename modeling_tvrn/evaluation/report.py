@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..metrics import BootstrapComparison, Recalls, RetrievalMetrics, recall_table
+import numpy as np
+
+from ..metrics import BootstrapComparison, Recalls, RetrievalMetrics, paired_bootstrap, recall_table
 from ..redaction import redacted
 from ..scoring import SearchMetrics
+
+RESAMPLES = 2000  # of the interval of pair score over embeddings: its ends move by a tenth of a point
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,23 @@ class EvaluatedModel:
         return found | ({"metrics": self.metrics.as_dict()} if self.metrics is not None else {})
 
 
+class JsonReport:
+    """What can be kept as JSON."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        raise NotImplementedError
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON text, also written to `path` where one is given."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(JsonReport):
     """The result of `evaluate`; recalls are in percent.
 
     Attributes:
@@ -49,7 +69,6 @@ class EvaluationReport:
         gallery_fingerprint: SHA-256 of image ids and caption ids in order.
         metrics: Of the pair score: exhaustive, or of the two-stage search where exhaustive scoring was not asked for.
         embedding_metrics: Of the cosine of the embeddings alone.
-        gain: Of the pair score over the embeddings, where both are reported: paired bootstrap over images.
         search: Of the two-stage search, with its costs.
         extended: By name, what further positives say of the same ranking (ECCV Caption, CxC), percent.
         chance: What a random order is expected to reach.
@@ -63,6 +82,7 @@ class EvaluationReport:
         command: The command line.
         versions: Of Python and libraries.
         unit: Of the recalls.
+        caption_image_rows: (T,) row of each caption's image, for `gain`.
     """
 
     protocol: str
@@ -76,7 +96,6 @@ class EvaluationReport:
     chance: Recalls
     models: list[EvaluatedModel]
     embedding_metrics: RetrievalMetrics | None = None
-    gain: BootstrapComparison | None = None
     search: SearchMetrics | None = None
     extended: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
@@ -88,22 +107,27 @@ class EvaluationReport:
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     unit: str = "percent"
+    caption_image_rows: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def gain(self) -> BootstrapComparison | None:
+        """Of the pair score over the embeddings, where both are reported: paired bootstrap over images."""
+        # Not before somebody asks: a run evaluates many times, and shows this once.
+        if self.embedding_metrics is None:
+            return None
+        rows = self.caption_image_rows
+        return paired_bootstrap(self.metrics, self.embedding_metrics, RESAMPLES, caption_image_rows=rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, without secrets; metrics by their flat names."""
         found: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            found[name] = value.as_dict() if isinstance(value, Recalls | BootstrapComparison) else value
+            found[name] = value.as_dict() if isinstance(value, Recalls) else value
+        del found["caption_image_rows"]
+        found["gain"] = None if self.gain is None else self.gain.as_dict()
         found["models"] = [model.as_dict() for model in self.models]
         return dict(redacted(found))
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON text, also written to `path` where one is given."""
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
 
     def systems(self) -> dict[str, Recalls]:
         """The rows of the table: pair score, each checkpoint, search, embeddings, chance."""

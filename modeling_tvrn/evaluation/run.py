@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data import with_words
-from ..metrics import RetrievalMetrics, chance_level, mean_metrics, paired_bootstrap
+from ..metrics import RetrievalMetrics, chance_level, mean_metrics
 from ..scoring import (
     BestCandidates,
     EmbeddingScore,
@@ -35,7 +35,6 @@ from .protocols import CONTRAST, Protocol, find_protocol
 from .provenance import command, commit, versions
 from .report import EvaluatedModel, EvaluationReport
 
-RESAMPLES = 2000  # of the interval of pair score over embeddings: its ends move by a tenth of a point
 System = tuple[Any, Any, Any]  # model, encoded images, encoded texts
 
 
@@ -118,8 +117,6 @@ def evaluate(
     several = exact is not None and len(systems) > 1
     singles = [measure.ranked(each, f"model-{n}") if several else None for n, each in enumerate(systems, start=1)]
     own = measure.embeddings(average(systems)) if embeddings else None
-    rows = gallery.caption_image_rows
-    gain = paired_bootstrap(metrics, own, RESAMPLES, caption_image_rows=rows) if own is not None else None
     found = zip(inputs, singles, strict=True)
     device = next(inputs[0][0].parameters()).device
     return EvaluationReport(
@@ -132,7 +129,7 @@ def evaluate(
         gallery_fingerprint=gallery.fingerprint,
         metrics=metrics,
         embedding_metrics=own,
-        gain=gain,
+        caption_image_rows=gallery.caption_image_rows,
         search=search,
         extended=judge.found if judge is not None else {},
         chance=measure.chance(),
