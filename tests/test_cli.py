@@ -451,6 +451,16 @@ def test_unknown_words_are_named(model: Path, pairs: Path, tmp_path: Path, caplo
     assert "does not know" not in caplog.text
 
 
+def test_unknown_words_are_named_with_scores_and_explanations(model: Path, pairs: Path, tmp_path: Path) -> None:
+    table = tmp_path / "unknown.csv"
+    table.write_text("image,caption\na.png,a dog blorb\nb.png,a dog xyzzy blorb\n")
+    scored = tvrn("score", model, table, "--images", pairs.parent)
+    assert "the model does not know blorb, xyzzy: each is <unk>" in scored.stderr
+    assert "does not know" not in tvrn("score", model, pairs).stderr
+    explained = tvrn("explain", model, pairs.parent / "a.png", "a dog xyzzy")
+    assert "the model does not know xyzzy: each is <unk>" in explained.stderr
+
+
 class TestTerminals:
     def test_a_table_and_a_recipe_come_from_stdin(
         self, model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch

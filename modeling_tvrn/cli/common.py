@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 
 __all__ = [
     *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
-    *("fail", "load", "progress", "prepare_terminal", "say", "say_cut", "table", "writable"),
+    *("fail", "load", "progress", "prepare_terminal", "say", "say_cut", "say_unknown", "table", "writable"),
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
@@ -58,6 +59,17 @@ def say_cut(processor: Any) -> None:
     """How many captions were longer than the model reads, where there were any."""
     if processor.truncated_captions:
         typer.echo(f"tvrn: {processor.truncated_captions} captions were cut to what the model reads", err=True)
+
+
+def say_unknown(processor: Any, captions: Iterable[str]) -> None:
+    """The words that the model reads as its unknown token, the most frequent first, where there are any."""
+    from ..data.file_kinds import is_unicode
+    from ..data.worded import unknown_words
+
+    found = Counter(word for text in captions if is_unicode(text) for word in unknown_words(processor, text))
+    if found:
+        named = ", ".join(word for word, _ in found.most_common(10)) + (", …" if len(found) > 10 else "")
+        typer.echo(f"tvrn: the model does not know {named}: each is <unk> to it, as any other", err=True)
 
 
 def as_json_text(value: Any, indent: int | None = None) -> str:

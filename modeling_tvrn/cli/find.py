@@ -23,6 +23,7 @@ from .common import (
     load,
     progress,
     say,
+    say_unknown,
     table,
     writable,
 )
@@ -252,6 +253,7 @@ def explain(
 
     loaded, processor = load(model, device, dtype, trust_remote_code)
     explanation = take_apart(loaded, processor, image, caption)
+    say_unknown(processor, [caption])
     written = []
     if picture is not None:
         written.append(str(explanation.save_picture(picture)))

@@ -29,6 +29,7 @@ from .common import (
     progress,
     say,
     say_cut,
+    say_unknown,
     writable,
 )
 
@@ -144,6 +145,7 @@ def score(
         with output.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             _write_rows(kept, columns, loaded.score_kind, file, as_json)
     say_cut(processor)
+    say_unknown(processor, dict.fromkeys(row[caption_column] for row in rows))
 
 
 @contextlib.contextmanager
