@@ -36,10 +36,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads what is set here
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in two processes, unless -n says otherwise; a file named alone in one, as imports are most of
-    its time. A file stays together: its runs are trained once."""
-    whole = config.args == config.getini("testpaths") and not config.option.collectonly and not config.option.usepdb
-    if whole and config.option.numprocesses is None:
+    """The whole suite runs in two processes, unless -n says otherwise, and a file named alone in one: importing is
+    most of its time. The tests of a file stay together, as its runs are trained once."""
+    alone = hasattr(config, "workerinput") or config.option.collectonly or config.option.usepdb
+    if config.option.numprocesses is None and config.args == config.getini("testpaths") and not alone:
         config.option.numprocesses = min(2, os.cpu_count() or 1)
         config.option.dist = "loadfile"
 

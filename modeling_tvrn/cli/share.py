@@ -58,6 +58,9 @@ def export(
         str | None, typer.Option(help="pixels or regions (default: pixels where there is a vision tower)")
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="also graphs with weights in 8 bits")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="also tvrn_search.py: search photographs with it, without torch")
+    ] = False,
     tolerance: Annotated[float, typer.Option(help="largest difference from the model that is accepted")] = 1e-4,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -71,11 +74,12 @@ def export(
     Examples:
       tvrn export runs/flickr8k --output onnx/flickr8k
       tvrn export openai/clip-vit-base-patch32 --output onnx/clip --int8 --json
+      tvrn export runs/flickr8k --output onnx/flickr8k --search
     """
     from ..export import export_onnx, quantize_onnx
 
     loaded, processor = load(model, "cpu", trust_remote_code=trust_remote_code)
-    report = export_onnx(loaded, processor, output, image_input=image_input, tolerance=tolerance)
+    report = export_onnx(loaded, processor, output, image_input=image_input, tolerance=tolerance, search=search)
     found, text = report.as_dict(), str(report)
     if int8:
         found["int8_megabytes"] = quantize_onnx(output)

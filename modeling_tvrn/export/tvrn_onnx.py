@@ -42,6 +42,7 @@ class OnnxModel:
 
     Attributes:
         manifest: What tvrn_onnx.json says.
+        precision: As given.
 
     Raises:
         ImportError: Without onnxruntime.
@@ -62,19 +63,21 @@ class OnnxModel:
         if precision not in self.manifest["files"]:
             known = ", ".join(self.manifest["files"])
             raise ValueError(f"precision is {precision!r}; {self.folder} holds {known} (quantize_onnx makes int8).")
-        self._graphs = {
-            part: self._session(self.folder / file, threads, providers)
-            for part, file in self.manifest["files"][precision].items()
-        }
+        import_onnxruntime()
+        self.precision, self._threads, self._providers = precision, threads, list(providers)
+        self._graphs: dict[str, Any] = {}
         self._tokenizer: Any = None
 
-    @staticmethod
-    def _session(path: Path, threads: int | None, providers: Sequence[str]) -> Any:
-        runtime = import_onnxruntime()
-        options = runtime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        return runtime.InferenceSession(str(path), options, providers=list(providers))
+    def _graph(self, part: str) -> Any:
+        """The session of a graph, opened when it is first run: a search of what is encoded needs no image side."""
+        if part not in self._graphs:
+            runtime = import_onnxruntime()
+            options = runtime.SessionOptions()
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
+            path = self.folder / self.manifest["files"][self.precision][part]
+            self._graphs[part] = runtime.InferenceSession(str(path), options, providers=self._providers)
+        return self._graphs[part]
 
     def encode_images(self, pictures: Any = None, batch_size: int = 32, **arrays: Any) -> Arrays:
         """Everything a search and the pair score need of images.
@@ -223,7 +226,7 @@ class OnnxModel:
             raise ValueError(f"The {part} graph reads {names}; missing {missing}, unknown {unknown}.")
         inputs = {each["name"]: _checked(each, arrays[each["name"]]) for each in about["inputs"]}
         outputs = [each["name"] for each in about["outputs"]]
-        return dict(zip(outputs, self._graphs[part].run(outputs, inputs), strict=True))
+        return dict(zip(outputs, self._graph(part).run(outputs, inputs), strict=True))
 
     def _trimmed(self, texts: Arrays, width: int) -> Arrays:
         """Without the columns that are padding in every caption."""

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,24 @@ IMAGES, REGIONS, TEXTS, WORDS = 3, 5, 4, 7
 LARGEST_FILE = 1.8e9  # bytes; protobuf ends at 2 GiB, beyond that weights lie in a file of their own
 TOLERANCE = 1e-4
 PROBES = ["A dog runs through the snow.", "Two children — one red ball!", "café  NOIR " * 60]
+# For `pip install FOLDER`: the command tvrn-search, and the four libraries that it needs.
+SEARCH_PROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "tvrn-search"
+version = "{version}"
+description = "Search photographs with an exported TVRN; no torch."
+license = "Apache-2.0"
+requires-python = ">=3.11"
+dependencies = ["onnxruntime>=1.23", "numpy>=2.0", "pillow>=11.3", "tokenizers>=0.23.1"]
+scripts = {{ tvrn-search = "tvrn_search:main" }}
+
+[tool.setuptools]
+py-modules = ["tvrn_search", "tvrn_onnx", "pixels_tvrn"]
+"""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -46,6 +65,7 @@ def export_onnx(
     *,
     image_input: str | None = None,
     tolerance: float = TOLERANCE,
+    search: bool = False,
 ) -> ExportReport:
     """Write image side, text side and pair stage as ONNX files; the numbers of items, regions and words stay open.
 
@@ -59,11 +79,14 @@ def export_onnx(
         directory: New or empty, or an earlier export.
         image_input: "pixels" (default for a model with a vision tower, the only one over a dual encoder) or "regions".
         tolerance: Largest difference from the model under onnxruntime, absolute up to values of 1 and relative beyond.
+        search: Also write `tvrn_search.py`, which searches a folder of photographs with the export, and what
+            `pip install FOLDER` needs to make the command `tvrn-search` of it.
 
     Raises:
         ImportError: If the extra is missing.
         ValueError: If the model is not in float32, a part can't be exported, its processor gives no fixed size of
-            pictures, the directory holds something else, or the graphs differ from the model by more than `tolerance`.
+            pictures, the directory holds something else, the graphs differ from the model by more than `tolerance`, or
+            `search` is asked of an export that does not read pictures and captions.
     """
     _need_extra()
     _check_precision(model)
@@ -85,6 +108,8 @@ def export_onnx(
         parity = compare(model, pixel_shape, text_length, exported)
         _check_parity(parity, tolerance)
         manifest["largest_difference"] = max(each.worst for each in parity)
+        if search:
+            _write_search(whole, manifest)
         write_manifest(whole, manifest)
         publish_folder(whole, target)
     sizes = {name: megabytes(target, name) for name in manifest["files"]["float32"].values()}
@@ -307,12 +332,28 @@ def _same_tokens(exported: OnnxModel, processor: Any) -> bool:
 def _write_beside(folder: Path, processor: Any, manifest: dict[str, Any]) -> None:
     """The processor, and the code that runs the graphs without torch."""
     processor.save_pretrained(folder)
-    package = resources.files("modeling_tvrn")
-    code = (package / "export" / "tvrn_onnx.py").read_text("utf-8")
-    # Beside the graphs there is no package: what it imports from ours lies next to it.
-    (folder / "tvrn_onnx.py").write_text(code.replace("from ..pixels_tvrn", "from pixels_tvrn"), "utf-8")
-    (folder / "pixels_tvrn.py").write_text((package / "pixels_tvrn.py").read_text("utf-8"), "utf-8")
+    for name in ("export/tvrn_onnx.py", "pixels_tvrn.py"):
+        _copy_code(name, folder)
     write_manifest(folder, manifest)
+
+
+def _copy_code(name: str, folder: Path) -> None:
+    """A module of the package; beside the graphs there is none, and what it imports from ours lies next to it."""
+    code = resources.files("modeling_tvrn").joinpath(name).read_text("utf-8")
+    (folder / Path(name).name).write_text(re.sub(r"^from \.+(?=\w)", "from ", code, flags=re.MULTILINE), "utf-8")
+
+
+def _write_search(folder: Path, manifest: dict[str, Any]) -> None:
+    if manifest["pixels"] is None or manifest["tokens"] is None:
+        missing = "pictures" if manifest["pixels"] is None else "captions"
+        raise ValueError(
+            f"This export reads no {missing} by itself, and a search needs both pictures and captions; export it "
+            "without search, and give OnnxModel its inputs."
+        )
+    _copy_code("export/tvrn_search.py", folder)
+    (folder / "pyproject.toml").write_text(
+        SEARCH_PROJECT.format(version=manifest["made_with"]["modeling_tvrn"]), "utf-8"
+    )
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
