@@ -170,7 +170,7 @@ def test_what_is_damaged_is_made_anew(
     [
         (("{export}", "nowhere", QUERY), "'nowhere' is no folder"),
         (("nowhere", "{photographs}", QUERY), "nowhere has no tvrn_onnx.json"),
-        (("{export}", "{photographs}", "…"), "word"),
+        (("{export}", "{photographs}", " "), "text is ' '"),
         (("{export}", "{photographs}", QUERY, "-n", "0"), "limit is 0"),
         (("{export}", "{photographs}", QUERY, "--precision", "int4"), "'int4'"),
         (("{export}", "{photographs}", QUERY, "--index", "{photographs}"), "holds something else than an index"),

@@ -134,6 +134,8 @@ class PhotoIndex:
         """
         if limit < 1 or shortlist_size < 1:
             raise ValueError(f"limit is {limit}, shortlist_size {shortlist_size}; expected 1 or more of each.")
+        if not text.strip():
+            raise ValueError(f"text is {text!r}; expected a sentence of one word or more.")
         query = self.model.encode_texts([text])
         if not self._items:
             return []
