@@ -1,6 +1,7 @@
 """`tvrn compare`: the rows are what `evaluate` finds, gains are paired by image, costs are those of that score."""
 
 import json
+import sys
 
 import numpy as np
 import pair_costs
@@ -14,6 +15,14 @@ from modeling_tvrn import TVRNProcessor
 from modeling_tvrn.cli.app import app
 from modeling_tvrn.evaluation import compare, evaluate
 from modeling_tvrn.metrics import paired_bootstrap
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws and timed queries that a test need not wait for."""
+    module = sys.modules["modeling_tvrn.evaluation.compare"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "RESAMPLES", 50)
+    monkeypatch.setattr(module, "TIMED_QUERIES", 2)
 
 
 def tvrn(*arguments: object, code: int = 0):
