@@ -11,7 +11,7 @@ beside it for shortlists: no first stage, no late interaction. The regions' cach
 - saf, sgr: the two halves of SGRAF (Diao et al., AAAI 2021)
 - imram: Full-IMRAM (Chen et al., CVPR 2020), three steps of attention both ways with a gated memory, whose matrices
   apply to every word and region of every pair: by far the most expensive of them
-- tvrn: the published logit alone, all of its modules on
+- tvrn: its reasoning alone, all modules on, with gates (`--scores tvrn model.refinement=gru`: recurrent, as published)
 
 Written from the papers. What differs from them: regions and words are encoded as TVRN's (normalised before any
 pooling), nothing has batch statistics (SGRAF has BatchNorm, with which a score would depend on its batch), and cosines
@@ -42,11 +42,9 @@ from modeling_tvrn.redaction import guard_logs, redacted_text
 from modeling_tvrn.teachers import with_checked_regions
 from modeling_tvrn.training import TrainingConfig, TrainingStopped, train
 
-# Of TVRN's configuration, what a peer has none of.
-OFF = (
-    *("use_first_stage", "use_late_interaction", "use_refined_features"),
-    *("use_geometric_context", "use_text_refinement", "use_semantic_alignment"),
-)
+# The paper's modules, and what a peer has none of.
+MODULES = ("use_geometric_context", "use_text_refinement", "use_semantic_alignment")
+ABSENT = ("use_late_interaction", "use_refined_features", *MODULES)
 POSITION_SIZE, POOLING_SIZE, POOLING_TEMPERATURE = 32, 32, 0.1  # of VSE∞
 MEMORY_STEPS = 3  # of IMRAM
 
@@ -72,11 +70,11 @@ class PeerModel(TVRNModel):
     stage: ClassVar[type[PeerStage]]
 
     def __init__(self, config: TVRNConfig):
-        wrong = [name for name in OFF if name != "use_first_stage" and getattr(config, name)]
-        if wrong or not config.use_reasoning:
+        given = [name for name in ABSENT if getattr(config, name)]
+        if given or not config.use_reasoning:
             raise ValueError(
                 f"{type(self).__name__} takes the place of the reasoning and has none of TVRN's modules: expected "
-                f"use_reasoning=True, and {', '.join(wrong or OFF)} to be False."
+                f"use_reasoning=True (here {config.use_reasoning}), and {', '.join(given or ABSENT)} to be False."
             )
         super().__init__(config)
         self.attention = self.visual_refinement = self.image_pooling = None
@@ -274,14 +272,13 @@ class IMRAM(PeerModel):
     stage = IMRAMStage
 
 
-PUBLISHED = {name: not name.endswith(("first_stage", "late_interaction", "refined_features")) for name in OFF}
-PEER = dict.fromkeys(OFF, False)
+PEER = dict.fromkeys(("use_first_stage", *ABSENT), False)
 SCORES: dict[str, tuple[type[TVRNModel], dict[str, Any]]] = {
     "vse": (VSEInfinity, PEER),
     "saf": (SGRAF, PEER | {"similarity_head": "saf"}),
     "sgr": (SGRAF, PEER | {"similarity_head": "sgr"}),
     "imram": (IMRAM, PEER | {"checkpoint_pair_chunks": True}),  # or a batch's contexts take gigabytes
-    "tvrn": (TVRNModel, PUBLISHED),
+    "tvrn": (TVRNModel, PEER | dict.fromkeys(MODULES, True)),
 }
 
 
@@ -295,6 +292,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/peers"), metavar="FOLDER")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--shortlist-size", type=int, metavar="K", help="compare by reranking K candidates a query")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of tvrn train")
     return parser.parse_intermixed_args(arguments)
 
@@ -330,7 +328,15 @@ def main(arguments: list[str] | None = None) -> int:
             cache = config.regions.replace("{split}", config.validation_split)
             records = with_checked_regions(records, cache, models[0], processors[0])
         if len(models) > 1:
-            report = compare(models, processors, records, list(folders), data=config.data, progress=progress())
+            report = compare(
+                models,
+                processors,
+                records,
+                list(folders),
+                shortlist_size=options.shortlist_size,
+                data=config.data,
+                progress=progress(),
+            )
             report.to_json(options.output / "comparison.json")
             print(report.table())
     except (ValueError, OSError, ImportError) as error:

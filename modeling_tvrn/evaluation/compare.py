@@ -178,7 +178,7 @@ def compare(
     gallery: CaptionTable | None = None
     scores: list[ComparedScore] = []
     truncated = 0
-    for name, each in zip(names, inputs, strict=True):  # one after the other: one encoded gallery in memory
+    for name, each in zip(names, inputs, strict=True):
         own, [system], cut = encode_galleries([each], chosen, batch_size, num_workers, progress)
         gallery, truncated = gallery or own, max(truncated, cut)
         if own.fingerprint != gallery.fingerprint:
@@ -197,6 +197,7 @@ def compare(
             with evaluating(each[0]):
                 costs = _costs(system, each[1], gallery.flat_captions, score, shortlist_size)
             scores.append(ComparedScore(name, score, metrics, *costs, gain))
+        del system  # one encoded gallery in memory, not this one beside the next
     assert gallery is not None
     device = next(models[0].parameters()).device
     return ComparisonReport(
