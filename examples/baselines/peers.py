@@ -319,6 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         for score, config in configs.items():
             if not (Path(config.output_dir) / "results.json").is_file():
                 train(config, model_class=SCORES[score][0])
+                if score != "tvrn":
+                    (Path(config.output_dir) / "README.md").unlink()  # the card describes TVRN, which this is not
         config = next(iter(configs.values()))
         folders = {score: each.output_dir for score, each in configs.items()}
         models = [SCORES[score][0].from_pretrained(folder).eval() for score, folder in folders.items()]
