@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..redaction import guard_logs, redacted_text
-from . import caches, evaluate, find, measure, share
+from . import caches, compare, evaluate, find, measure, share
 from .common import prepare_terminal
 
 __all__ = ["app", "main"]
@@ -93,6 +93,7 @@ def _start(
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (measure.train, "train a model"),
     "evaluate": (evaluate.evaluate, "measure recall by a named protocol"),
+    "compare": (compare.compare, "measure several models in one table, with what they cost"),
     "regions": (caches.regions, "keep a frozen network's regions of photographs for training"),
     "teachers": (caches.teachers, "keep a frozen teacher's vectors for training with CUSA"),
     "duplicates": (caches.duplicates, "find near-duplicates among the negatives of training"),

@@ -132,8 +132,8 @@ def evaluate(
     if output is not None:
         writable(output)  # before the work
     with _processes() as speaks:
-        records = _records(data, split, data_option or [], images if from_file else None, from_file)
-        checkpoints = _Checkpoints(records, device, dtype, trust_remote_code)
+        records = read_records(data, split, data_option or [], images if from_file else None, from_file)
+        checkpoints = Checkpoints(records, device, dtype, trust_remote_code)
         if protocol == "unimodal":
             report, text = _unimodal(checkpoints, chosen, sentence_pairs, image_labels, batch_size)
         elif protocol == "graded":
@@ -171,7 +171,9 @@ def _processes() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _records(data: str | None, split: str | None, options: Sequence[str], images: Path | None, from_file: bool) -> Any:
+def read_records(
+    data: str | None, split: str | None, options: Sequence[str], images: Path | None = None, from_file: bool = False
+) -> Any:
     """The data set, or the rows of a contrast file."""
     from ..data import load_pairs, read_contrast_rows
 
@@ -191,7 +193,7 @@ Found = tuple[Any, str]  # a report for scripts, and for people
 
 
 @dataclass
-class _Checkpoints:
+class Checkpoints:
     """How checkpoints are loaded, and what each of them reads."""
 
     records: Any
@@ -213,7 +215,7 @@ class _Checkpoints:
         return model, processor, with_checked_regions(self.records, cache, exact, processor)
 
 
-def _ranked(checkpoints: _Checkpoints, chosen: Chosen, baseline: Chosen, settings: dict[str, Any]) -> Found:
+def _ranked(checkpoints: Checkpoints, chosen: Chosen, baseline: Chosen, settings: dict[str, Any]) -> Found:
     """Models, averaged where there are several; and against others where there are such."""
     report = _measured(checkpoints, chosen, settings)
     written, text = report.as_dict(), report.table()
@@ -229,7 +231,7 @@ def _ranked(checkpoints: _Checkpoints, chosen: Chosen, baseline: Chosen, setting
     return written, text
 
 
-def _measured(checkpoints: _Checkpoints, chosen: Chosen, settings: dict[str, Any]) -> Any:
+def _measured(checkpoints: Checkpoints, chosen: Chosen, settings: dict[str, Any]) -> Any:
     from ..evaluation import evaluate as measure
     from ..storage.fingerprints import digest
 
@@ -251,7 +253,7 @@ def _trained_seed(name: str) -> list[int]:
 
 
 def _unimodal(
-    checkpoints: _Checkpoints, chosen: Chosen, sentence_pairs: Path | None, image_labels: Path | None, batch_size: int
+    checkpoints: Checkpoints, chosen: Chosen, sentence_pairs: Path | None, image_labels: Path | None, batch_size: int
 ) -> Found:
     from ..evaluation import SentencePairs, evaluate_unimodal, read_image_labels
 
@@ -264,7 +266,7 @@ def _unimodal(
     return _each(reports)
 
 
-def _graded(checkpoints: _Checkpoints, chosen: Chosen, grades: Path | None, batch_size: int) -> Found:
+def _graded(checkpoints: Checkpoints, chosen: Chosen, grades: Path | None, batch_size: int) -> Found:
     from ..evaluation import GradedPairs, evaluate_graded
 
     pairs = GradedPairs.read(str(grades))

@@ -1,5 +1,6 @@
 """Named protocols: encode a gallery, score it, rank it, report it."""
 
+from .compare import ComparedScore, ComparisonReport, check_names, compare
 from .contrast import ContrastReport, evaluate_contrast
 from .encoding import encode_dataset
 from .graded import GradedPairs, GradedReport, evaluate_graded
@@ -13,6 +14,8 @@ from .zero_shot import LabelledImages, zero_shot_accuracy
 __all__ = [
     "CONTRAST",
     "PROTOCOLS",
+    "ComparedScore",
+    "ComparisonReport",
     "ContrastReport",
     "EvaluationReport",
     "GradedPairs",
@@ -21,7 +24,9 @@ __all__ = [
     "Protocol",
     "SentencePairs",
     "UnimodalReport",
+    "check_names",
     "commit",
+    "compare",
     "encode_dataset",
     "evaluate",
     "evaluate_contrast",

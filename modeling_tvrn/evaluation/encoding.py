@@ -56,7 +56,7 @@ def encode_images(
     table, parts = CaptionTable(), []
     with evaluating(model), _bar(count, "images", progress) as bar:
         for batch in _batches(records, batch_size, num_workers, _Prepare(processor)):
-            parts.append(model.encode_images(**_to_device(batch.inputs, model)))
+            parts.append(model.encode_images(**to_device(batch.inputs, model)))
             table.extend(batch.texts)
             bar.update(len(batch.texts))
     table.check()
@@ -80,7 +80,7 @@ def _encoded_captions(
         for first in range(0, len(places), batch_size):
             numbers = places[first : first + batch_size]
             inputs = processor(text=[captions[place] for place in numbers], return_tensors="pt")
-            yield model.encode_texts(**_to_device(inputs, model)), numbers
+            yield model.encode_texts(**to_device(inputs, model)), numbers
             bar.update(len(numbers))
 
 
@@ -127,7 +127,8 @@ def _batches(records: Any, batch_size: int, num_workers: int, prepare: _Prepare)
     return iter(loader)
 
 
-def _to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def to_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A processor's output where the model is."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in inputs.items()}
 

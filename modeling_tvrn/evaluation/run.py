@@ -102,13 +102,13 @@ def evaluate(
             )
         return evaluate_contrast(model, processor, dataset, batch_size=batch_size, data=data, progress=progress)
     chosen = find_protocol(protocol)
-    inputs = _pair_up(model, processor, dataset)
+    inputs = pair_up(model, processor, dataset)
     started = time.perf_counter()
-    gallery, systems, truncated = _encode(inputs, chosen, batch_size, num_workers, progress)
+    gallery, systems, truncated = encode_galleries(inputs, chosen, batch_size, num_workers, progress)
     encoded = time.perf_counter()
     options = ScoringOptions(chunk_size, memory_budget, dtype, folder, share, progress)
     judge = _Positives(chosen.positives, gallery, cxc_folder) if chosen.positives else None
-    measure = _Measure(chosen, gallery, options, judge)
+    measure = Measure(chosen, gallery, options, judge)
     exact = measure.ranked(average(systems)) if exhaustive or (exhaustive is None and shortlist_size is None) else None
     search = measure.searched(average(systems), shortlist_size) if shortlist_size is not None else None
     metrics = exact or search
@@ -133,7 +133,7 @@ def evaluate(
         search=search,
         extended=judge.found if judge is not None else {},
         chance=measure.chance(),
-        models=[_describe(each, single) for (each, _, _), single in found],
+        models=[describe_model(each, single) for (each, _, _), single in found],
         seeds=list(seeds),
         skipped=dict(getattr(inputs[0][2], "skipped", {})),
         truncated_captions=truncated,
@@ -145,7 +145,7 @@ def evaluate(
     )
 
 
-def _pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, Any]]:
+def pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, Any]]:
     """(model, processor, data set) of each system."""
     models = list(model) if isinstance(model, list | tuple) else [model]
     processors = list(processor) if isinstance(processor, list | tuple) else [processor] * len(models)
@@ -162,7 +162,7 @@ def _pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, A
     return [(*each, worded[id(own)]) for *each, own in zip(models, processors, datasets, strict=True)]
 
 
-def _encode(
+def encode_galleries(
     inputs: list[tuple[Any, Any, Any]], protocol: Protocol, batch_size: int, num_workers: int, progress: bool
 ) -> tuple[CaptionTable, list[System], int]:
     """The gallery, each model with its encoding of it, and how many captions the length limits cut."""
@@ -207,7 +207,7 @@ class _Positives:
 
 
 @dataclass
-class _Measure:
+class Measure:
     """One gallery, cut as the protocol says."""
 
     protocol: Protocol
@@ -240,7 +240,7 @@ class _Measure:
 
     def embeddings(self, system: System) -> RetrievalMetrics:
         """Exact metrics of the embeddings' cosine."""
-        alone = _Measure(self.protocol, self.gallery, replace(self.options, folder=None))
+        alone = Measure(self.protocol, self.gallery, replace(self.options, folder=None))
         return alone.ranked((EmbeddingScore(), *system[1:]))
 
     def chance(self) -> Any:
@@ -260,7 +260,7 @@ class _Measure:
         return found
 
 
-def _describe(model: Any, metrics: RetrievalMetrics | None) -> EvaluatedModel:
+def describe_model(model: Any, metrics: RetrievalMetrics | None) -> EvaluatedModel:
     config = getattr(model, "config", None)
     name = str(getattr(config, "name_or_path", "") or "")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -71,6 +71,7 @@ class BestModel:
     Args:
         folder: the model's.
         writes: whether this is the process that saves; the others only keep the books.
+        model_class: what the folder's model is read back as.
 
     Attributes:
         step: the optimizer step of the model that is kept, 0 before there is one.
@@ -78,8 +79,11 @@ class BestModel:
         report: its evaluation; None before there is one, and where an earlier process made it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], writes: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], writes: bool = True, model_class: type[TVRNModel] = TVRNModel
+    ) -> None:
         self.folder = Path(folder)
+        self.model_class = model_class
         self.writes = writes
         if writes:
             finish_saving(self.folder)  # of a run that was killed
@@ -120,4 +124,5 @@ class BestModel:
         trained = self.folder / TRAINED
         folder = trained if (trained / "config.json").is_file() else self.folder
         check_listed(folder)
-        return TVRNModel.from_pretrained(folder).eval()
+        model: TVRNModel = self.model_class.from_pretrained(folder).eval()
+        return model

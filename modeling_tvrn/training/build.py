@@ -86,7 +86,9 @@ def _plain_image_processor(config: TrainingConfig) -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": side, "width": side})
 
 
-def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records: Any) -> TVRNModel:
+def build_model(
+    config: TrainingConfig, processor: TVRNProcessor, train_records: Any, model_class: type[TVRNModel] = TVRNModel
+) -> TVRNModel:
     """The model that a run starts with, with the sizes that follow from processor and data filled in.
 
     Raises:
@@ -96,26 +98,30 @@ def build_model(config: TrainingConfig, processor: TVRNProcessor, train_records:
     if config.cusa and config.cusa_beta:
         fields.setdefault("use_unimodal_heads", True)
     if config.dual_encoder is not None:
-        model = TVRNModel.from_dual_encoder(config.dual_encoder, detector=config.detector, **fields)
+        model = model_class.from_dual_encoder(config.dual_encoder, detector=config.detector, **fields)
     elif config.start_from is not None:
-        model = continued(config.start_from, fields, config.trust_remote_code)
+        model = continued(config.start_from, fields, config.trust_remote_code, model_class)
         config.check_with_model(model.config)
     else:
-        model = _on_backbones(config, fields, processor, train_records)
+        model = _on_backbones(config, fields, processor, train_records, model_class)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     return model
 
 
 def _on_backbones(
-    config: TrainingConfig, fields: dict[str, Any], processor: TVRNProcessor, train_records: Any
+    config: TrainingConfig,
+    fields: dict[str, Any],
+    processor: TVRNProcessor,
+    train_records: Any,
+    model_class: type[TVRNModel],
 ) -> TVRNModel:
     if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
     if config.vision is None and config.detector is None:
         fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
     towers = {name: getattr(config, name) for name in ("vision", "text", "detector", "word_embeddings")}
-    model = TVRNModel.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
+    model = model_class.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
     if model.vision_model is not None and config.regions is None:
         with evaluating(model):  # a size that the tower refuses is found before the work

@@ -40,18 +40,21 @@ def check_finished(path: str) -> None:
         raise ValueError(f"start_from = {path!r} holds a {kind_of(config)}; {expected}{hint}")
 
 
-def continued(path: str, fields: dict[str, Any], trust_remote_code: bool = False) -> TVRNModel:
+def continued(
+    path: str, fields: dict[str, Any], trust_remote_code: bool = False, model_class: type[TVRNModel] = TVRNModel
+) -> TVRNModel:
     """A finished TVRN in float32, to be trained on.
 
     Args:
         path: Hub id or folder.
         fields: of its configuration, as the run gives them.
         trust_remote_code: as of `from_pretrained`.
+        model_class: what to read it as.
 
     Raises:
         ValueError: a field is none that a run may change; says what the model has.
     """
-    model = TVRNModel.from_pretrained(
+    model: TVRNModel = model_class.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     changed = {name: value for name, value in fields.items() if not _same(value, getattr(model.config, name))}
@@ -85,7 +88,7 @@ def _with_fields(model: TVRNModel, changed: dict[str, Any]) -> TVRNModel:
     for name, value in changed.items():
         setattr(config, name, value)
     config.check()
-    new = TVRNModel(config)
+    new = type(model)(config)
     missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("unimodal_") for name in missing), (missing, unexpected)
     return new.eval()

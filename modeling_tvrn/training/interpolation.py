@@ -55,10 +55,10 @@ def interpolate(model: Any, start: dict[str, Tensor], share: float) -> None:
             weight.copy_(torch.lerp(start[name].to(weight), weight, share))
 
 
-def starting_weights(config: TrainingConfig) -> dict[str, Tensor]:
+def starting_weights(config: TrainingConfig, model_class: type[TVRNModel]) -> dict[str, Tensor]:
     """The pretrained weights of a run's start, by their names in the model, read again from where they came."""
     if config.start_from is not None:
-        return dict(continued(config.start_from, {}, config.trust_remote_code).state_dict())
+        return dict(continued(config.start_from, {}, config.trust_remote_code, model_class).state_dict())
     if config.dual_encoder is not None:
         plain = TVRNModel.from_dual_encoder(config.dual_encoder, use_late_interaction=False, use_reasoning=False)
         return {

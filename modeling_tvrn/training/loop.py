@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..modeling_tvrn import TVRNModel
 from .batches import Phase
 from .config import TrainingConfig
 from .distributed import average_gradients, broadcast_json, everywhere
@@ -32,13 +33,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["Training", "train"]
 
 
-def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
+def train(config: TrainingConfig, data: Any = None, model_class: type[TVRNModel] = TVRNModel) -> dict[str, Any]:
     """Train a model as configured and write its folder: weights, processor, card, results, curve.
 
     Args:
         config: the run. Its `output_dir` holds the best model by validation rSum from the first evaluation on.
         data: what to train on in place of `config.data`: records of `load_pairs`, a `datasets.Dataset`, or several by
             split. Where they have no validation split, one is set aside by image.
+        model_class: what to train in place of a TVRNModel: a subclass of it, such as one with another pair stage (see
+            examples/baselines/peers.py). The folder then loads with that class.
 
     Returns:
         What `results.json` holds (`metrics` in percent, `history`, `seconds`, …), and `table`, the recalls in words.
@@ -49,7 +52,7 @@ def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
         SystemExit: with code 0, when SIGTERM or SIGUSR1 came and the run's state is saved.
     """
     with watching_signals(set_up=True):  # while data and towers are read
-        run = Training(config, data)
+        run = Training(config, data, model_class)
         run.fit()
     result = write_results(run)
     if run.accelerator.num_processes > 1:
@@ -61,8 +64,8 @@ def train(config: TrainingConfig, data: Any = None) -> dict[str, Any]:
 class Training(Run):
     """A run's loop: batches, steps, evaluations and checkpoints; taken up again where the run is to be."""
 
-    def __init__(self, config: TrainingConfig, data: Any = None) -> None:
-        super().__init__(config, data)
+    def __init__(self, config: TrainingConfig, data: Any = None, model_class: type[TVRNModel] = TVRNModel) -> None:
+        super().__init__(config, data, model_class)
         if not resume(self):
             self._warn_of_former_run()
 

@@ -100,7 +100,7 @@ def take_mean(run: Run, model: Any) -> EvaluationReport:
     run.accelerator.wait_for_everyone()  # all have read the folder
     if run.accelerator.is_main_process:
         save_model(Path(config.output_dir) / TRAINED, model, run.processor)
-    interpolate(model, starting_weights(config), config.weight_interpolation or 0.0)
+    interpolate(model, starting_weights(config, type(model)), config.weight_interpolation or 0.0)
     with run.accelerator.autocast():
         return run.validation.final(model)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import PairCollator, with_words
 from ..data.flips import FlippingCollator
+from ..modeling_tvrn import TVRNModel
 from ..storage.files import make_folder
 from ..teachers import TeacherCache
 from .batches import Phase
@@ -54,7 +55,7 @@ class Run:
         progress: bar, logs and `history`.
     """
 
-    def __init__(self, config: TrainingConfig, data: Any = None) -> None:
+    def __init__(self, config: TrainingConfig, data: Any = None, model_class: type[TVRNModel] = TVRNModel) -> None:
         self.config = config = named_data(config, data)
         self.started = time.perf_counter()
         self.accelerator = make_accelerator(config)
@@ -66,7 +67,7 @@ class Run:
         self.train_records = with_words(self.train_records, self.processor)
         self.validation_records = with_words(self.validation_records, self.processor)
         set_seed(config.seed)
-        self.model = build_model(config, self.processor, self.train_records).to(self.accelerator.device)
+        self.model = build_model(config, self.processor, self.train_records, model_class).to(self.accelerator.device)
         self.free = {name: weight.numel() for name, weight in self.model.named_parameters() if weight.requires_grad}
         if self.accelerator.num_processes > 1:
             set_seed(config.seed, device_specific=True)  # the weights are equal, what dropout leaves out is not
@@ -85,7 +86,7 @@ class Run:
         self._prepare()
         self.gradient_norm: Tensor | None = None
         self.validation = Validation(config, self.validation_records, self.input_processor)
-        self.best = BestModel(config.output_dir, self.accelerator.is_main_process)
+        self.best = BestModel(config.output_dir, self.accelerator.is_main_process, model_class)
         self.guard = DivergenceGuard(self.image_names)
         self.progress = Progress(self.accelerator, self.total_steps, config.logging_steps)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
