@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new, or an earlier export")
-    parser.add_argument("--image-input", choices=["pixels", "regions"], help="default: pixels where there is a tower")
+    parser.add_argument("--image-input", choices=["pixels", "regions"], help="default: pixels where it reads such")
     parser.add_argument("--int8", nargs="*", choices=PARTS, metavar="PART", help="quantise these parts (default: all)")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument(

@@ -208,7 +208,7 @@ def check_own_layers(model: nn.Module, towers: tuple[str, ...]) -> None:
                 raise ValueError(
                     f"The layer {name!r} of TVRN itself is quantised ({type(layer).__name__}); expected floats there. "
                     "Quantise the towers alone, most of a model: from_pretrained(…, quantization_config=…) does, or "
-                    "quantise model.vision_model and model.text_model."
+                    f"quantise {', '.join(f'model.{name}' for name in towers)}."
                 )
 
 

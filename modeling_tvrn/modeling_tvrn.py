@@ -80,7 +80,7 @@ from .towers_tvrn import (
     without_scale,
 )
 
-TOWERS = ("vision_model", "text_model", "dual_encoder")
+TOWERS = ("vision_model", "text_model", "dual_encoder", "detector")
 
 
 @dataclass
@@ -265,8 +265,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
         Raises:
             ValueError: If a tower can't be found or has no spatial (vision) or token (text) output, the detector is
-                none or of a kind that is not known, or both `text` and `word_embeddings` are given.
+                none or of a kind that is not known, a tower is named by id and by configuration, or both `text` and
+                `word_embeddings` are given.
         """
+        for name, given in {"vision": vision, "text": text, "detector": detector}.items():
+            _check_named_once(name, given, config)
         towers: dict[str, Any] = {}
         if vision is not None:
             tower = towers["vision_model"] = load_tower(vision, "vision_config", trust_remote_code)
@@ -328,6 +331,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
                 raise ValueError(
                     f"{name} is {config[name]!r}, but that of the dual encoder is {size!r}; leave it out."
                 )
+        _check_named_once("detector", detector, config)
         detects = None if detector is None else load_detector(detector)
         if detects is not None:
             config |= {"detector_config": detects.config, "region_source": "pooled_map"}
@@ -969,6 +973,14 @@ def _for_towers(quantization: Any) -> Any:
     own_parts = rf"(?!(?:{'|'.join(TOWERS)})\.)[^.]+"
     setattr(config, skipped, [*(getattr(config, skipped) or []), own_parts])
     return config
+
+
+def _check_named_once(name: str, path: str | os.PathLike | None, config: dict[str, Any]) -> None:
+    if path is not None and config.get(f"{name}_config") is not None:
+        raise ValueError(
+            f"{name} is {os.fspath(path)!r}, whose configuration is its own, but {name}_config came too; give one of "
+            "them: a pretrained model, or a configuration to start from scratch."
+        )
 
 
 def _check_words(path: str | os.PathLike, sizes: dict[str, Any], config: dict[str, Any]) -> None:

@@ -114,7 +114,9 @@ def make_detector(folder: Path, kind: str, **changes: Any) -> Path:
     auto = AutoModelForZeroShotObjectDetection if kind == "owlv2" else AutoModelForObjectDetection
     model = auto.from_config(detector_config(kind, **changes)).eval()
     for name, weight in model.named_parameters():
-        if weight.ndim > 1:  # random boxes and classes: many heads start at 0
+        if weight.ndim == 4:  # of convolutions, through which a picture's differences must not die away
+            torch.nn.init.kaiming_normal_(weight)
+        elif weight.ndim > 1:  # random boxes and classes: many heads start at 0
             torch.nn.init.normal_(weight, std=0.3 if "embed" in name or "head" in name else 0.1)
     model.save_pretrained(folder)
     PROCESSORS.get(kind, square)().save_pretrained(folder)

@@ -15,7 +15,7 @@ from data_makers import write_parquet
 from detector_makers import make_detector
 from dual_encoder_makers import WORDS, save_dual_encoder
 from hub_makers import pixel_model, save
-from training_makers import TINY_BERT
+from training_makers import TINY_BERT, write_scan
 
 from modeling_tvrn import TVRNProcessor
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train": 16, "validation": 12, "test": 10}
 PRESETS = ("jxie/flickr8k", "umaru97/flickr30k_train_val_test")
 MINILM, MPNET = "sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-mpnet-base-v2"
+BERT = "google-bert/bert-base-uncased"
 DUAL_ENCODERS = {
     "openai/clip-vit-base-patch32": "clip",
     "google/siglip2-base-patch16-224": "siglip",
@@ -38,11 +39,17 @@ def build(house: Path) -> Path:
     _write_towers(house)
     for name, kind in DUAL_ENCODERS.items():
         save_dual_encoder(house / name, kind)
-    make_detector(house / "ustc-community" / "dfine-small-coco", "d_fine", num_queries=40)
+    for trained_on in ("coco", "obj365"):  # of a class that is built sooner
+        make_detector(house / "ustc-community" / f"dfine-small-{trained_on}", "yolos", num_detection_tokens=40)
     save(house / "me" / "my-tvrn", *pixel_model())
     for number, name in enumerate(PRESETS):
         for split, count in SPLITS.items():
             _write_split(house / name / "data" / f"{split}-00000.parquet", count, seed=3 * number + len(split))
+    for split, count in SPLITS.items():  # of COCO a repository each
+        folder = house / "Multimodal-Fatima" / f"COCO_captions_{split}"
+        _write_split(folder / "data" / f"{split}-00000.parquet", count, seed=6 + len(split))
+    for name, test in {"f30k": "test", "coco": "testall"}.items():
+        write_scan(house / "data" / f"{name}_precomp", {"train": 16, "dev": 12, test: SPLITS["test"]}, 5, size=2048)
     _write_photographs(house)
     for name, target in {"DATA": PRESETS[0], "VISION": MOBILENET, "TEXT": MINILM, "REGIONS": "regions"}.items():
         os.symlink(house / target, house / name)
@@ -90,7 +97,7 @@ def _write_towers(house: Path) -> None:
         transformers.CLIPImageProcessorPil(**SIDE).save_pretrained(house / name)
     tokenizer = TVRNProcessor.from_captions([" ".join(WORDS)]).tokenizer
     fields = {name: value for name, value in TINY_BERT.items() if name != "model_type"}
-    for name in (MINILM, MPNET):
+    for name in (MINILM, MPNET, BERT):
         tokenizer.save_pretrained(house / name)
         transformers.BertModel(transformers.BertConfig(**fields, vocab_size=len(tokenizer))).save_pretrained(
             house / name

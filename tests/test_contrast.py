@@ -35,11 +35,12 @@ class TestProtocol:
     def test_against_pairs_scored_one_by_one(self) -> None:
         model, processor = pixel_model()
         captions = ["a dog in the snow", "two cats", "the cat sleeps", "two dogs one cat"]
+        pictures = [picture(k) for k in range(8)]
+        others = [{"other_image": pictures[-1 - k % 5]} if k % 2 == 0 else {"other_caption": captions[(k + 1) % 4]}
+                  for k in range(13)]  # fmt: skip
         rows = [
-            ContrastRow(picture(k), captions[k % 4], ("image", "caption")[k % 2],
-                        **{"other_image": picture(k + 50)} if k % 2 == 0 else {"other_caption": captions[(k + 1) % 4]})
-            for k in range(13)
-        ]  # fmt: skip
+            ContrastRow(pictures[k % 5], captions[k % 4], ("image", "caption")[k % 2], **others[k]) for k in range(13)
+        ]
         report = evaluate(model, processor, rows, protocol="contrast", batch_size=5)
         for kind in ("image", "caption"):
             own = [row for row in rows if row.kind == kind]
@@ -52,6 +53,23 @@ class TestProtocol:
                     right += fits > does_not
                 assert report.kinds[kind][name] == Accuracy(right, len(own))
         assert f"| image | {7} |" in report.table() and "chance 50" in report.table()
+
+    def test_an_image_of_several_rows_is_encoded_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, processor = pixel_model()
+        images, own, encoded = [picture(1), picture(2)], model.encode_images, []
+        rows = [
+            ContrastRow(images[k % 2], caption, "k", images[1 - k % 2], "snow")
+            for k, caption in enumerate(("a dog", "two cats", "the cat sleeps", "two dogs", "a cat", "a dog sleeps"))
+        ]
+        whole = evaluate(model, processor, rows, protocol="contrast")
+
+        def counting(**inputs: torch.Tensor) -> Any:
+            encoded.append(len(inputs["pixel_values"]))
+            return own(**inputs)
+
+        monkeypatch.setattr(model, "encode_images", counting)
+        assert evaluate(model, processor, rows, protocol="contrast", batch_size=6).kinds == whole.kinds
+        assert encoded == [2]
 
     def test_a_tie_is_wrong(self) -> None:
         model, processor = pixel_model()

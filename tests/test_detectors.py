@@ -246,6 +246,13 @@ def test_a_configuration_that_contradicts_its_detector_is_refused(changes: dict[
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["vision", "text", "detector"])
+def test_a_tower_named_by_id_and_by_configuration_is_refused(name: str) -> None:
+    message = f"{name} is 'some/model', whose configuration is its own, but {name}_config came too"
+    with pytest.raises(ValueError, match=message):
+        TVRNModel.from_backbones(**{name: "some/model", f"{name}_config": {"model_type": "vit"}})
+
+
 def test_a_detector_given_as_vision_tower_is_told_where_it_goes(hub: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=r"it is a detector \('yolos'\); give it as detector=….*google/vit-base"):
         TVRNModel.from_backbones(vision=hub("yolos"))
@@ -408,15 +415,41 @@ def test_the_verb_takes_one_way_to_choose_regions(options: list[Any], message: s
     assert message in tvrn("regions", "scenes", *options, "--output", tmp_path / "cache", code=2).stderr
 
 
-def test_an_export_that_would_need_more_than_pixels_is_refused(
-    made: Callable[[str], tuple[TVRNModel, TVRNProcessor]], beside: dict[str, tuple[Any, Any]], tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["yolos", "detr", "d_fine", "rt_detr", "owlv2"])
+def test_an_export_finds_in_pixels_what_the_model_finds(
+    kind: str,
+    made: Callable[[str], tuple[TVRNModel, TVRNProcessor]],
+    pictures: list[PIL.Image.Image],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnxscript")
+    from modeling_tvrn.export import OnnxModel, export_onnx
+    from modeling_tvrn.export.tvrn_onnx import cat
+
+    model, processor = made(kind)
+    report = export_onnx(model, processor, tmp_path / "onnx")
+    assert report.reads_images == (kind not in PROCESSORS)
+    runner = OnnxModel(tmp_path / "onnx", threads=1)
+    alone = [dict(processor(images=picture)) for picture in pictures]
+    if kind == "owlv2":  # whose processor says nothing of a square
+        alone = [{"pixel_extents": torch.ones(1, 2), **inputs} for inputs in alone]
+    images = cat([runner.encode_images(**{key: each.numpy() for key, each in inputs.items()}) for inputs in alone])
+    with torch.no_grad():
+        wanted = model(**processor(images=pictures, text=CAPTIONS)).logits_per_image
+    np.testing.assert_allclose(runner.match(images, runner.encode_texts(CAPTIONS)), wanted.numpy(), atol=1e-4)
+    if report.reads_images:
+        np.testing.assert_allclose(runner.encode_images(pictures)["images.embeds"], images["images.embeds"], atol=1e-6)
+
+
+def test_an_export_that_would_need_two_sets_of_pixels_is_refused(
+    beside: dict[str, tuple[Any, Any]], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxscript")
     from modeling_tvrn.export import export_onnx
 
-    for (model, processor), message in ((made("yolos"), "pads pictures"), (beside["vit"], "two sets of pixels")):
-        with pytest.raises(ValueError, match=message):
-            export_onnx(model, processor, tmp_path / "onnx")
+    with pytest.raises(ValueError, match="two sets of pixels"):
+        export_onnx(*beside["vit"], tmp_path / "onnx")
 
 
 @pytest.mark.slow

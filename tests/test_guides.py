@@ -74,6 +74,12 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
+def recipe_commands(recipe: str) -> list[str]:
+    """What a recipe's comment says to run."""
+    text = (ROOT / "examples" / "configs" / f"{recipe}.yaml").read_text("utf-8")
+    return "\n".join(re.findall(r"^#   (.*)$", text, re.MULTILINE)).replace("\\\n", " ").splitlines()
+
+
 def why_not(command: str) -> str | None:
     return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
 
@@ -108,12 +114,16 @@ class House:
             pytest.importorskip(module, reason=f'this page needs pip install ".[{extra}]"')
         if page != "regions":
             self.run_page("regions")
-        for command in commands(page):
+        self.run_all(commands(page))
+        self.done.add(page)
+
+    def run_all(self, commands: list[str]) -> None:
+        """Those that can run here and have not yet: some stand on two pages."""
+        for command in (part for line in commands if why_not(line) is None for part in line.split(" && ")):
             words = shlex.join(shlex.split(command, comments=True))
-            if words not in self.done and why_not(command) is None:  # some stand on two pages
+            if words not in self.done:
                 self.run(command)
                 self.done.add(words)
-        self.done.add(page)
 
     def run_python(self, page: str) -> None:
         """A page's Python, after its commands, in one namespace with what the text takes for granted."""
@@ -235,7 +245,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         patch.setenv("HF_TOKEN", hub.token)
         for name, preset in PRESETS.items():
             patch.setitem(PRESETS, name, replace(preset, images=house_makers.SPLITS))
-        for name in ("flickr8k-1k", "flickr30k-1k"):
+        for name in ("flickr8k-1k", "flickr30k-1k", "coco-1k"):
             patch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], image_count=house_makers.SPLITS["test"]))
         if importlib.util.find_spec("gradio") is not None:
             patch.setattr("gradio.Blocks.block_thread", lambda page: page.close())
@@ -250,6 +260,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_to_their_end(house: House, page: str) -> None:
     house.run_page(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["coco", "coco-detector", "flickr30k", "flickr30k-detector"])
+def test_the_commands_of_a_recipe_run_to_their_end(house: House, recipe: str) -> None:
+    house.run_all(recipe_commands(recipe))
 
 
 @pytest.mark.slow

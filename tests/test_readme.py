@@ -94,9 +94,10 @@ def test_the_index_of_the_examples_names_each_with_a_command_that_its_file_has_o
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of every line of a page's shell blocks, continued lines joined, comments left out."""
+    """The words of every command of a page's shell blocks, continued lines joined, comments left out."""
     lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    parts = [part for line in lines for part in line.split(" && ")]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def _is_script(word: str) -> bool:

@@ -99,7 +99,9 @@ def test_dotted_keys_in_a_file_and_in_mappings_reach_the_model(tmp_path: Path) -
         (["text_features=captions", "model.freeze_text=true"], "needs a text tower, got text = None"),
         (["word_embeddings=some/encoder", "text=some/encoder"], "but there is a text tower .* set text=null"),
         (["model.freeze_word_embeddings=true"], "word_embeddings = None: the words would stay as they were drawn"),
-        (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision tower"),
+        (["vision=some/tower", "model.vision_config.model_type=vit"], "both name a vision model"),
+        (["text=some/tower", "model.text_config.model_type=bert"], "both name a text model"),
+        (["detector=some/tower", "model.detector_config.model_type=yolos"], "both name a detector model"),
         (["regions=cache", "vision=some/tower"], "but model.freeze_vision = False"),
     ],
 )

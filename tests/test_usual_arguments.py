@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from detector_makers import QUERIES, make_detector
 from dual_encoder_makers import save_dual_encoder
 from hub_makers import CAPTIONS, pixel_model, region_model, save
 from model_makers import SIZES, regions, tiny_model, words
@@ -272,6 +273,20 @@ def test_a_quantization_config_is_for_the_towers(pixels: Any, tmp_path: Path, gi
     model = TVRNModel.from_pretrained(folder, quantization_config=config)
     assert quantised_parts(model) == ({"vision_model"} if given == ["text_model"] else {"vision_model", "text_model"})
     torch.testing.assert_close(scores(model, pixels[1]), scores(*pixels), rtol=0, atol=0.2)
+
+
+def test_a_detector_is_a_tower_too(tmp_path: Path) -> None:
+    detector = make_detector(tmp_path / "yolos", "yolos")
+    processor = TVRNProcessor.from_captions(CAPTIONS)
+    processor.image_processor = TVRNProcessor.from_backbones(detector=detector).image_processor
+    sizes = {**SIZES, "vocab_size": len(processor.tokenizer), "max_regions": QUERIES}
+    exact = TVRNModel.from_backbones(detector=detector, **sizes).eval()
+    quantised = TVRNModel.from_pretrained(save(tmp_path / "model", exact, processor), quantization_config=Int8Config())
+    assert quantised_parts(quantised) == {"detector"}
+    by_user = copy.deepcopy(exact)
+    by_user.detector = dynamic(by_user.detector)
+    for model in (quantised, by_user):
+        torch.testing.assert_close(scores(model, processor), scores(exact, processor), rtol=0, atol=0.2)
 
 
 def test_a_quantization_config_without_a_tower_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from data_makers import captions, write_row_groups
 from modeling_tvrn.training import TrainingConfig
 
 WORDS = ("red", "green", "blue", "circle", "square", "star", "left", "right")
+SCAN_SPLITS = {"train": 14, "dev": 6}
 SIZES = {"hidden_size": 10, "projection_size": 7, "similarity_size": 6, "word_embedding_size": 9}
 TINY_BERT = {
     "model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 19,
@@ -29,12 +30,15 @@ TINY_VIT = {
 }  # fmt: skip
 
 
-def write_scan(folder: Path, images: int = 14, captions_per_image: int = 2) -> Path:
+def write_scan(
+    folder: Path, splits: Mapping[str, int] = SCAN_SPLITS, captions_per_image: int = 2, size: int = 5
+) -> Path:
     """SCAN's files with random regions, captions that differ, boxes."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for split, count in (("train", images), ("dev", 6)):
+    for split, count in splits.items():
         low = rng.uniform(0, 0.5, size=(count, 3, 2))
-        np.save(folder / f"{split}_ims.npy", rng.normal(size=(count, 3, 5)).astype(np.float32))
+        np.save(folder / f"{split}_ims.npy", rng.normal(size=(count, 3, size)).astype(np.float32))
         np.save(folder / f"{split}_boxes.npy", np.concatenate([low, low + 0.4], axis=2).astype(np.float32))
         captions = [
             " ".join([*rng.choice(WORDS, size=rng.integers(1, 5)), f"n{number % 5}"])

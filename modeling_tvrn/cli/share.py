@@ -55,7 +55,7 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="new, or an earlier export")],
     image_input: Annotated[
-        str | None, typer.Option(help="pixels or regions (default: pixels where there is a vision tower)")
+        str | None, typer.Option(help="pixels or regions (default: pixels where the model reads such)")
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="also graphs with weights in 8 bits")] = False,
     search: Annotated[

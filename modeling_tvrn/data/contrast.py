@@ -4,7 +4,7 @@ with another caption. Out of generated scenes, of any data by mirroring images, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
@@ -79,6 +79,11 @@ class ContrastRow:
         if self.other_image is not None:
             yield _record(self.other_image, None)
 
+    def image_keys(self) -> list[Hashable]:
+        """For each of `images` what tells it from others: a file's name, otherwise which object it is."""
+        images = [(self.image, self.box), *([] if self.other_image is None else [(self.other_image, None)])]
+        return [(str(image) if isinstance(image, str | os.PathLike) else id(image), box) for image, box in images]
+
 
 def contrast_rows(records: Any) -> list[ContrastRow]:
     """What the captions of some records can be contrasted with.
@@ -98,12 +103,10 @@ def contrast_rows(records: Any) -> list[ContrastRow]:
         wanted = set(records.image_ids)
         rows = [row for row, image_id in enumerate(scenes.image_ids) if image_id in wanted]
         return [made for row in rows for made in _of_scene(scenes, row)]
-    found = [
-        ContrastRow(partial(getitem, records, row), caption, SIDES, partial(_flipped, records, row, SIDES))
-        for row, captions in enumerate(records.captions)
-        for caption in captions
-        if flip_of(caption, [SIDES])
-    ]
+    found = []
+    for row, captions in enumerate(records.captions):
+        picture, mirrored = partial(getitem, records, row), partial(_flipped, records, row, SIDES)
+        found += [ContrastRow(picture, each, SIDES, mirrored) for each in captions if flip_of(each, [SIDES])]
     if not found:
         raise ValueError(
             f"no caption of the {len(records)} images of {getattr(records, 'name', 'the data')} says left or right: "
@@ -147,8 +150,9 @@ def _of_scene(records: SceneRecords, row: int) -> Iterator[ContrastRow]:
     scene, picture = records.scenes[row], partial(getitem, records, row)
     kind = {"left of": "left/right", "above": "above/below"}.get(scene.relation)
     if kind is not None:
+        turned = partial(_flipped, records, row, kind)
         for caption in records.captions[row]:
-            yield ContrastRow(picture, caption, kind, other_image=partial(_flipped, records, row, kind))
+            yield ContrastRow(picture, caption, kind, other_image=turned)
     for kind, changed in _changed(scene):
         rng = np.random.default_rng([records.seed, row, len(kind)])
         for _ in range(CAPTIONS_PER_SWAP):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -92,7 +92,7 @@ def evaluate_contrast(
         model: A `TVRNModel`; of a dual encoder both scores are its own.
         processor: Its processor.
         dataset: `ContrastRow`s or mappings of their fields; or map-style records, see `contrast_rows`.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time; those of one image stay together, so that it is encoded once.
         data: What the report calls them.
         progress: Show a bar with the time left.
 
@@ -105,12 +105,12 @@ def evaluate_contrast(
         evaluating(model),
         tqdm(total=len(rows), desc="contrast", delay=2.0, leave=False, disable=not progress) as bar,
     ):
-        for start in range(0, len(rows), batch_size):
-            usable = _usable(rows[start : start + batch_size], processor, skipped)
+        for batch in _batches(rows, batch_size):
+            usable, images = _usable(batch, processor, skipped)
             if usable:
-                outcomes += _outcomes(model, processor, usable)
-                kept += [row for row, _ in usable]
-            bar.update(min(batch_size, len(rows) - start))
+                outcomes += _outcomes(model, processor, usable, images)
+                kept += usable
+            bar.update(len(batch))
     if not kept:
         raise ValueError(f"none of the {len(rows)} contrast rows could be used ({skipped})")
     skipped.warn("contrast")
@@ -136,11 +136,26 @@ def _as_rows(dataset: Any) -> list[ContrastRow]:
     return rows
 
 
+def _batches(rows: Sequence[ContrastRow], batch_size: int) -> Iterator[list[ContrastRow]]:
+    """All rows of an image in one batch, of `batch_size` rows unless an image has more."""
+    by_image: dict[Hashable, list[ContrastRow]] = {}
+    for row in rows:
+        by_image.setdefault(row.image_keys()[0], []).append(row)
+    batch: list[ContrastRow] = []
+    for own in by_image.values():
+        if batch and len(batch) + len(own) > batch_size:
+            yield batch
+            batch = []
+        batch += own
+    yield batch
+
+
 def _usable(
     rows: Sequence[ContrastRow], processor: Any, skipped: SkipReport
-) -> list[tuple[ContrastRow, list[Record]]]:
-    """Rows with their images, but for those with an image or caption that cannot be used."""
-    found = []
+) -> tuple[list[ContrastRow], dict[Hashable, Record]]:
+    """Rows but for those with an image or caption that cannot be used, and their images by key."""
+    usable: list[ContrastRow] = []
+    images: dict[Hashable, Record] = {}
     for row in rows:
         captions = [caption for caption in (row.caption, row.other_caption) if caption is not None]
         if problems := unusable_captions([processor], captions):
@@ -150,31 +165,36 @@ def _usable(
             skipped.add(BROKEN_CAPTION, row.kind)
             continue
         try:
-            found.append((row, [dict(image) for image in row.images()]))
+            if not images.keys() >= set(row.image_keys()):
+                images |= dict(zip(row.image_keys(), map(dict, row.images()), strict=True))
         except ImageError as error:
             skipped.add(error.reason, error.detail)
-    return found
+            continue
+        usable.append(row)
+    return usable, images
 
 
-def _outcomes(model: Any, processor: Any, rows: Sequence[tuple[ContrastRow, list[Record]]]) -> list[Outcome]:
+def _outcomes(
+    model: Any, processor: Any, rows: Sequence[ContrastRow], images: dict[Hashable, Record]
+) -> list[Outcome]:
     """Each row's outcomes: against the other image, then against the other caption, as far as it has them."""
-    pictures: list[Record] = []
+    place = {key: number for number, key in enumerate(images)}
     captions: list[str | None] = []
     pairs = []
-    for row, images in rows:
-        image, caption = len(pictures), len(captions)
-        pictures += images
+    for row in rows:
+        (image, *others), caption = [place[key] for key in row.image_keys()], len(captions)
         captions += [row.caption] + [row.other_caption] * (row.other_caption is not None)
-        wrong = [(image + 1, caption)] * (row.other_image is not None)
+        wrong = [(other, caption) for other in others]
         wrong += [(image, caption + 1)] * (row.other_caption is not None)
         pairs.append([(image, caption), *wrong])
-    images = model.encode_images(**processor(**image_inputs(pictures), return_tensors="pt").to(model.device))
+    inputs = processor(**image_inputs(list(images.values())), return_tensors="pt").to(model.device)
+    encoded = model.encode_images(**inputs)
     texts = model.encode_texts(**processor(text=captions, return_tensors="pt").to(model.device))
     flat = torch.tensor([pair for own in pairs for pair in own])
-    images, texts = images.select(flat[:, 0]), texts.select(flat[:, 1])
+    aligned, texts = encoded.select(flat[:, 0]), texts.select(flat[:, 1])
     scores = {
-        "pair score": model.match_aligned(images, texts),
-        "embeddings": model.pair.cosines(images.embeds, texts.embeds.unsqueeze(1)),
+        "pair score": model.match_aligned(aligned, texts),
+        "embeddings": model.pair.cosines(aligned.embeds, texts.embeds.unsqueeze(1)),
     }
     values = {name: score.squeeze(1).double().cpu().numpy() for name, score in scores.items()}
     starts = np.cumsum([0, *map(len, pairs)])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..encoded_tvrn import EncodedImages, EncodedTexts
 from ..layers_tvrn import Recurrence, masked_mean, normalize, take
 from ..modeling_tvrn import TVRNModel
+from .samples import reads_extents
 
 Tensors = dict[str, Tensor]
 
@@ -48,11 +49,18 @@ def exportable(model: TVRNModel) -> TVRNModel:
     return copied
 
 
-def image_graph(model: TVRNModel, pixel_shape: tuple[int, ...] | None) -> Graph:
+def image_graph(model: TVRNModel, pixel_shape: tuple[int | str, ...] | None) -> Graph:
     """Images to `EncodedImages`: from pixels (3, H, W) of that shape, or from region features where it is None."""
+    axes: dict[str, tuple[str | int, ...]]
     if pixel_shape is not None:
-        return Graph(_Pixels(model), {"pixel_values": ("images", *pixel_shape)})
-    axes: dict[str, tuple[str | int, ...]] = {
+        # A detector looks at one picture at a time: with several it would have one shape for all, and some detectors'
+        # code counts pictures in Python, which fixes their number anyway.
+        images = "images" if model.detector is None else 1
+        axes = {"pixel_values": (images, *pixel_shape)}
+        if reads_extents(model):
+            axes["pixel_extents"] = (images, 2)
+        return Graph(_Pixels(model), axes)
+    axes = {
         "region_features": ("images", "regions", model.config.region_feature_size),
         "region_boxes": ("images", "regions", 4),
         "region_mask": ("images", "regions"),
@@ -130,7 +138,8 @@ class _Pixels(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensors) -> Tensors:
-        return _tensors("images", self.model._encode_regions(*self.model._seen_regions(inputs["pixel_values"])))
+        seen = self.model._seen_regions(inputs["pixel_values"], None, inputs.get("pixel_extents"))
+        return _tensors("images", self.model._encode_regions(*seen))
 
 
 class _Regions(nn.Module):

@@ -19,7 +19,7 @@ SIZES = ((1, 1, 1, 1), (2, 9, 6, 3), (5, 4, 1, 12), (1, 36, 9, 2))
 
 @torch.no_grad()
 def compare(
-    model: TVRNModel, pixel_shape: tuple[int, ...] | None, text_length: int | None, exported: OnnxModel
+    model: TVRNModel, pixel_shape: tuple[int | str, ...] | None, text_length: int | None, exported: OnnxModel
 ) -> tuple[Parity, ...]:
     """The largest differences at each of `SIZES`, on random inputs with holes in their masks."""
     generator = torch.Generator().manual_seed(1)
@@ -33,7 +33,7 @@ def compare(
 
 def _compare(
     model: TVRNModel,
-    pixel_shape: tuple[int, ...] | None,
+    pixel_shape: tuple[int | str, ...] | None,
     text_length: int | None,
     exported: OnnxModel,
     size: tuple[int, int, int, int],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,11 +12,17 @@ from ..modeling_tvrn import TVRNModel
 
 
 def sample_images(
-    model: TVRNModel, pixel_shape: tuple[int, ...] | None, images: int, regions: int, generator: torch.Generator
+    model: TVRNModel, pixel_shape: tuple[int | str, ...] | None, images: int, regions: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Pixels of that shape, or where it is None region features with boxes and a mask with holes."""
     if pixel_shape is not None:
-        return {"pixel_values": torch.randn(images, *pixel_shape, generator=generator)}
+        # Height and width that are open: two that differ, as neither is to be taken for the other.
+        sides = iter((32 * (torch.randperm(6, generator=generator) + 2)).tolist())
+        shape = [size if isinstance(size, int) else next(sides) for size in pixel_shape]
+        inputs = {"pixel_values": torch.randn(images, *shape, generator=generator)}
+        if reads_extents(model):
+            inputs["pixel_extents"] = 1 - torch.rand(images, 2, generator=generator) / 2
+        return inputs
     corners = torch.rand(images, regions, 2, 2, generator=generator).sort(dim=2).values
     features = torch.randn(images, regions, model.config.region_feature_size, generator=generator).abs()
     inputs = {"region_features": features, "region_boxes": corners.flatten(2)}
@@ -39,6 +47,12 @@ def sample_texts(
     if text_length is not None:
         return {"input_ids": ids, "word_mask": F.pad(word, (0, text_length - words)).long()}
     return {"input_ids": ids, "attention_mask": attended.long(), "word_mask": word.long()}
+
+
+def reads_extents(model: TVRNModel) -> bool:
+    """Whether a picture's pixels are padded to a square, of which the detector has to know what the picture is."""
+    detector: Any = model.config.detector_config
+    return detector is not None and detector.model_type == "owlv2"
 
 
 def vocabulary_size(model: TVRNModel) -> int:

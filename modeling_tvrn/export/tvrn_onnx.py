@@ -86,6 +86,8 @@ class OnnxModel:
             pictures: Files, encoded bytes, PIL images or arrays, of a model exported with pixels.
             batch_size: Images at a time.
             **arrays: The graph's inputs instead: `pixel_values`, or `region_features`, `region_boxes`, `region_mask`.
+                Pictures that a detector's processor does not bring to one shape go in a call each, unpadded; OWLv2
+                also reads `pixel_extents`, ones where the picture is a square.
 
         Returns:
             Arrays by name, the first dimension of each is the image; "images.embeds" (I, P) has unit norm.
@@ -95,6 +97,8 @@ class OnnxModel:
         """
         if (pictures is None) == (not arrays):
             raise ValueError("encode_images takes either pictures or the graph's inputs by name.")
+        images = self.manifest["graphs"]["image"]["inputs"][0]["shape"][0]
+        batch_size = images if isinstance(images, int) else batch_size  # a detector looks at one picture at a time
         if pictures is None:
             return self._run_in_batches("image", arrays, batch_size)
         if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence):

@@ -56,6 +56,7 @@ scripts = {{ tvrn-search = "tvrn_search:main" }}
 py-modules = ["tvrn_search", "tvrn_onnx", "pixels_tvrn"]
 """
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def export_onnx(
@@ -77,7 +78,8 @@ def export_onnx(
         model: In float32.
         processor: Its processor.
         directory: New or empty, or an earlier export.
-        image_input: "pixels" (default for a model with a vision tower, the only one over a dual encoder) or "regions".
+        image_input: "pixels" (default for a model with a vision tower or a detector, the only one over a dual encoder)
+            or "regions". Through a detector the graph takes one picture at a time.
         tolerance: Largest difference from the model under onnxruntime, absolute up to values of 1 and relative beyond.
         search: Also write `tvrn_search.py`, which searches a folder of photographs with the export, and what
             `pip install FOLDER` needs to make the command `tvrn-search` of it.
@@ -147,8 +149,9 @@ def _check_directory(directory: Path) -> Path:
     return directory
 
 
-def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> tuple[int, ...] | None:
-    """(3, H, W) of what the processor makes of any picture; None for region features."""
+def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> tuple[int | str, ...] | None:
+    """(3, H, W) of what the processor makes of any picture, by name where a detector's keeps the aspect ratio; None
+    for region features."""
     has_tower = model.config.looks
     if image_input is None:
         image_input = "pixels" if has_tower else "regions"
@@ -174,14 +177,10 @@ def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> t
             "This model reads two sets of pixels, its vision tower's and its detector's, and a graph here takes one; "
             'export it with image_input="regions".'
         )
-    if pads(processor.image_processor):
-        raise ValueError(
-            f"{type(processor.image_processor).__name__} pads pictures, and says so beside the pixels, which a graph "
-            'here does not take; export with image_input="regions", or take a detector that squeezes pictures into '
-            "one shape (D-FINE, RT-DETR)."
-        )
     probes = [PIL.Image.new("RGB", size) for size in ((640, 480), (333, 500))]
     shapes = {tuple(processor(images=[probe])["pixel_values"].shape[1:]) for probe in probes}
+    if len(shapes) > 1 and pads(processor.image_processor):
+        return (3, "height", "width")
     if len(shapes) > 1:
         raise ValueError(
             f"{type(processor.image_processor).__name__} makes pictures of different shapes {sorted(shapes)}; a graph "
@@ -192,14 +191,16 @@ def _pixel_shape(model: TVRNModel, processor: Any, image_input: str | None) -> t
 
 
 def _write_graphs(
-    model: TVRNModel, pixel_shape: tuple[int, ...] | None, text_length: int | None, folder: Path
+    model: TVRNModel, pixel_shape: tuple[int | str, ...] | None, text_length: int | None, folder: Path
 ) -> dict[str, Any]:
     """The three files, and what the manifest says of them."""
     generator = torch.Generator().manual_seed(0)
-    images = sample_images(model, pixel_shape, IMAGES, REGIONS, generator)
+    images = sample_images(model, pixel_shape, 1 if model.detector is not None else IMAGES, REGIONS, generator)
     texts = sample_texts(model, TEXTS, WORDS, generator, text_length)
     about: dict[str, Any] = {}
     about["image"], encoded = _write_graph("image", image_graph(model, pixel_shape), images, folder)
+    if model.detector is not None:  # which took one picture
+        encoded = {name: torch.cat([value] * IMAGES) for name, value in encoded.items()}
     about["text"], more = _write_graph("text", text_graph(model, text_length), texts, folder)
     encoded |= more
     about["pair"], _ = _write_graph("pair", pair_graph(model, encoded), encoded, folder)
@@ -230,7 +231,7 @@ def _write_graph(
     shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in named.items()}
     weights = sum(weight.nbytes for weight in graph.module.state_dict().values())
     logger.info("exporting the %s graph", part)
-    with _quiet():
+    with _quiet(), _unchecked():
         try:
             # Not left to torch.onnx.export, which would try another way and fix a size if this one fails.
             program = torch.export.export(
@@ -286,7 +287,20 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-def _pixel_recipe(processor: Any, pixel_shape: tuple[int, ...] | None) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without the checks of shapes in transformers' detectors: ONNX has no operator for them."""
+    before = os.environ.get(CHECKS_OFF)
+    os.environ[CHECKS_OFF] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[CHECKS_OFF]
+        if before is not None:
+            os.environ[CHECKS_OFF] = before
+
+
+def _pixel_recipe(processor: Any, pixel_shape: tuple[int | str, ...] | None) -> dict[str, Any] | None:
     """How pictures become pixels, as data; None where the image processor has a way of its own."""
     table = pixel_table(processor.image_processor) if pixel_shape is not None else None
     if table is None:

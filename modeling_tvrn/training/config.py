@@ -467,11 +467,12 @@ class TrainingConfig(BaseModel):
                 "model.freeze_word_embeddings = True but word_embeddings = None: the words would stay as they were "
                 "drawn; name a text model with word_embeddings=…"
             )
-        if self.vision is not None and self.model.get("vision_config") is not None:
-            raise ValueError(
-                f"vision = {self.vision!r} and model.vision_config both name a vision tower; give one of them "
-                "(a pretrained one, or a configuration to start from scratch)"
-            )
+        for name in ("vision", "text", "detector"):
+            if (tower := getattr(self, name)) is not None and self.model.get(f"{name}_config") is not None:
+                raise ValueError(
+                    f"{name} = {tower!r} and model.{name}_config both name a {name} model; give one of them (a "
+                    "pretrained one, or a configuration to start from scratch)"
+                )
         # A model that brings both towers, with its own pixels and tokens, leaves nothing to say of them.
         for whole in BRINGS_TOWERS:
             if getattr(self, whole) is None:
