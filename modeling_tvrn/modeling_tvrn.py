@@ -928,6 +928,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         Raises:
             ValueError: If the query has no word, there are no images, or one of them can't be read.
         """
+        if not len(images):
+            raise ValueError("rank got no images; expected at least one.")
         self.eval()
         texts = self.encode_texts(**processor(text=[query]).to(self.device))
         if not isinstance(images, EncodedImages):
