@@ -164,12 +164,12 @@ class MTEBModel:
         if not ids:
             raise ValueError(f"the {what} of {task.name} hold nothing that can be read; expected {side}s.")
         level, batch_size = "embeddings" if self.rerank is None else "full", encode_kwargs.get("batch_size", 32)
-        device, parts = self.model.device, []
+        device, parts = self.model.device, list[Any]()
         with evaluating(self.model), tqdm(total=len(ids), desc=what, delay=2.0, leave=False) as bar:
             for start in range(0, len(ids), batch_size):
                 if side == "image":
                     inputs = self.processor(images=rows[start : start + batch_size]["image"])
-                    part = self.model.encode_images(**inputs.to(device), level=level)
+                    part: Any = self.model.encode_images(**inputs.to(device), level=level)
                 else:
                     inputs = self.processor(text=texts[start : start + batch_size])
                     part = self.model.encode_texts(**inputs.to(device), level=level)

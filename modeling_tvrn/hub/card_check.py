@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _wrong(header: dict[str, Any], model_config: dict[str, Any]) -> Iterator[str]:
-    expected = {"library_name": "transformers"}
+    expected: dict[str, str | None] = {"library_name": "transformers"}
     if model_config:  # a card alone says nothing of what its model reads
         expected["pipeline_tag"] = pipeline_tag(model_config)
     for key, value in expected.items():
