@@ -51,6 +51,8 @@ EXTRAS = {
     "index": ["faiss-cpu>=1.12,<2"],
     "qdrant": ["qdrant-client>=1.16,<2"],
     "eval": ["eccv-caption>=0.1,<1", "scipy>=1.15,<2"],
+    "mteb": ["mteb>=2.26,<3"],
+    "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "wandb": ["wandb>=0.20,<1"],
     "lora": ["peft>=0.18,<1"],
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.23,<2", "onnxscript>=0.5,<1"],

@@ -1,4 +1,5 @@
-"""Train TVRN with the plain `transformers.Trainer`: the model returns its loss first, so nothing else is needed.
+"""Train TVRN with the plain `transformers.Trainer`: the model returns its loss first, so nothing else is needed. After
+every epoch R@K of the embeddings over the whole validation split, by `compute_metrics`.
 
 On generated scenes, from scratch, a minute or two on two cores:
 
@@ -18,12 +19,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import ConvNextConfig, Trainer, TrainingArguments, ViTImageProcessorPil
+import numpy as np
+from transformers import ConvNextConfig, EvalPrediction, Trainer, TrainingArguments, ViTImageProcessorPil
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.cli.common import prepare_terminal, progress
 from modeling_tvrn.data import CaptionDataset, PairCollator, load_pairs
 from modeling_tvrn.evaluation import evaluate
+from modeling_tvrn.metrics import retrieval_metrics
+from modeling_tvrn.processing_tvrn import special_ids
 
 SIDE = 64  # pixels of the pictures that a tower from scratch sees
 
@@ -58,8 +62,16 @@ def build(options: argparse.Namespace, captions: list[str]) -> tuple[TVRNModel, 
     if options.text is None:
         tokenizer = TVRNProcessor.from_captions(captions).tokenizer
         fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "freeze_text": False}
+    fields["special_token_ids"] = special_ids(tokenizer)
     model = TVRNModel.from_backbones(options.vision, options.text, **fields)
     return model, TVRNProcessor(image_processor, tokenizer)
+
+
+def recalls(prediction: EvalPrediction) -> dict[str, float]:
+    """R@K of the embeddings, from what all batches of an evaluation gave together."""
+    (image_embeds, text_embeds), (image_ids, text_image_ids) = prediction.predictions, prediction.label_ids
+    ids, first = np.unique(image_ids, return_index=True)  # an image comes again with captions of a further batch
+    return retrieval_metrics(image_embeds[first] @ text_embeds.T, np.searchsorted(ids, text_image_ids)).as_dict()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = load_pairs(options.data, split="train")
     if options.images is not None:
         records = records.select(range(min(options.images, len(records))))
+    validation = load_pairs(options.data, split="validation")
     model, processor = build(options, [caption for captions in records.captions for caption in captions])
     trainer = Trainer(
         model=model,
@@ -84,15 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
             report_to="none",
             disable_tqdm=not progress(),
             remove_unused_columns=False,  # or Trainer drops what the collator reads
-            dataloader_drop_last=True,  # a single left-over caption would have no negatives
+            eval_strategy="epoch",
+            label_names=["image_ids", "text_image_ids"],  # what `recalls` finds as label_ids
         ),
         train_dataset=CaptionDataset(records),
+        eval_dataset=CaptionDataset(validation),
+        compute_metrics=recalls,
         data_collator=PairCollator(processor),
         processing_class=processor,
     )
     trainer.train()
     trainer.save_model(options.output)
-    report = evaluate(model.eval(), processor, load_pairs(options.data, split="validation"), protocol="validation")
+    report = evaluate(model.eval(), processor, validation, protocol="validation")  # every pair scored
     print(f"\nvalidation rSum {report.metrics.rsum:.1f}; model and processor: {Path(options.output)}")
     return 0
 

@@ -99,6 +99,19 @@ def check_ids(ids: Tensor, vocab_size: int | None) -> Tensor:
     return ids
 
 
+def check_padded(ids: Tensor, length: int) -> None:
+    """Token ids of a text side that pools its last position, which has to be where it was in training.
+
+    Raises:
+        ValueError: If they are not padded to that position.
+    """
+    if ids.ndim == 2 and ids.shape[1] != length:
+        raise ValueError(
+            f"input_ids has captions of {ids.shape[1]} tokens; this text side (SigLIP) reads exactly {length}. Use "
+            "the processor of this checkpoint, or pad them likewise."
+        )
+
+
 def check_text_features(features: Tensor, size: int) -> Tensor:
     """Outputs (T, W, size) of a text tower.
 

@@ -87,6 +87,9 @@ class TVRNConfig(PreTrainedConfig):
         vocab_size (`int`, defaults to 10000): Number of words (only without `text_config`).
         word_embedding_size (`int`, defaults to 300): Size of a word's embedding (only without `text_config`).
         pad_token_id (`int`, *optional*, defaults to 0): The word that fills up captions; its embedding stays 0.
+        special_token_ids (`list[int]`, *optional*):
+            Ids of the tokenizer that are no words to match, such as [CLS] and [SEP]: what `word_mask` follows from
+            where it is not given, as by transformers' pipelines. `None`: every attended position is a word then.
         hidden_size (`int`, defaults to 1024): D, the size of regions and words.
         projection_size (`int`, defaults to 1024):
             P, the size of `image_embeds` and `text_embeds`; a dual encoder's is its own.
@@ -172,6 +175,9 @@ class TVRNConfig(PreTrainedConfig):
     """
 
     model_type = "tvrn"
+    attribute_map: ClassVar[dict[str, str]] = {"projection_dim": "projection_size"}  # as CLIP's, for who reads that
+    # Matrices of one batch's pairs: those of several batches are none of all pairs, and Trainer would join them.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["logits_per_image", "logits_per_text", "loss_parts"]
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": AutoConfig,
         "text_config": AutoConfig,
@@ -196,6 +202,7 @@ class TVRNConfig(PreTrainedConfig):
     vocab_size: int = 10000
     word_embedding_size: int = 300
     pad_token_id: int | None = 0
+    special_token_ids: list[int] | None = None
     hidden_size: int = 1024
     projection_size: int = 1024
     similarity_size: int = 256

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -27,6 +28,7 @@ from .checks_tvrn import (
     check_ids,
     check_level,
     check_own_layers,
+    check_padded,
     check_pixels,
     check_regions,
     check_row_ids,
@@ -348,6 +350,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As of every model of transformers; the weights are as readable for others as the other files."""
+        # `register_for_auto_class` below knows one Auto class; pipelines load by a second one.
+        code = {"AutoModelForZeroShotImageClassification": "modeling_tvrn.TVRNModel"}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | code
         super().save_pretrained(save_directory, *args, **kwargs)
         share_weights(save_directory)
 
@@ -786,6 +791,9 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         """Checked ids (BiGRU) or tower outputs; the words' mask and positions, valid words first; and their mean, or a
         dual encoder's embeddings, whose tower outputs stay as they are where no `words` are wanted."""
         given = self._check_texts(input_ids, text_features)
+        special = self.config.special_token_ids
+        if word_mask is None and input_ids is not None and special is not None:
+            word_mask = ~torch.isin(given, torch.tensor(special, device=given.device))
         attended, mask = check_words(given, attention_mask, word_mask)
         # Words to match come first, and only as many columns as the longest caption has of them.
         positions = valid_first(mask)[:, : int(mask.sum(dim=1).max())]
@@ -839,6 +847,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             return check_text_features(text_features, _width(self.config))
         if input_ids is None or text_features is not None:
             raise ValueError("encode_texts takes either input_ids or text_features, exactly one of them.")
+        if self.dual_encoder is not None and str(tower.model_type).startswith("siglip"):
+            check_padded(input_ids, tower.max_position_embeddings)
         return check_ids(input_ids, self.config.vocab_size if tower is None else getattr(tower, "vocab_size", None))
 
     def fingerprint(self) -> str | None:
@@ -900,29 +910,86 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             loss_parts=parts,
         )
 
-    def get_image_features(
-        self, pixel_values: Tensor | None = None, unimodal: bool = False, **regions: Any
-    ) -> BaseModelOutputWithPooling:
-        """Unit-norm image embeddings (I, P) as `.pooler_output`, refined regions as `.last_hidden_state`.
+    @torch.no_grad()
+    def rank(
+        self, query: str, images: Any, processor: Any, top_k: int | None = None, batch_size: int = 32
+    ) -> list[dict[str, int | float]]:
+        """Images by how well they fit a sentence, best first, as Sentence Transformers' `CrossEncoder.rank` has it.
+
+        The model is put into evaluation mode.
 
         Args:
-            pixel_values, regions: As in `encode_images`.
+            query: The sentence.
+            images: A list of what the processor reads (PIL images, paths, …), of which each is encoded once; or
+                `EncodedImages`, so that a further query costs the pair score alone.
+            processor: This model's.
+            top_k: Images to give; default: all.
+            batch_size: Images encoded at a time.
+
+        Returns:
+            For each image `{"corpus_id": place in images, "score": see readable_scores}`.
+
+        Raises:
+            ValueError: If the query has no word, there are no images, or one of them can't be read.
+        """
+        if not len(images):
+            raise ValueError("rank got no images; expected at least one.")
+        self.eval()
+        texts = self.encode_texts(**processor(text=[query]).to(self.device))
+        if not isinstance(images, EncodedImages):
+            batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+            parts = [self.encode_images(**processor(images=batch).to(self.device)) for batch in batches]
+            images = EncodedImages.cat(parts)
+        logits = self.match(images.to(self.device), texts)[:, 0]
+        scores = self.readable_scores(logits)
+        order = logits.argsort(descending=True, stable=True)[:top_k].tolist()
+        return [{"corpus_id": place, "score": scores[place].item()} for place in order]
+
+    # Every argument is named: Sentence Transformers passes those alone that a signature names.
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        region_features: Tensor | None = None,
+        region_boxes: Tensor | None = None,
+        region_mask: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        level: str = "embeddings",
+        detector_pixel_values: Tensor | None = None,
+        pixel_extents: Tensor | None = None,
+        unimodal: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Unit-norm image embeddings (I, P) as `.pooler_output`; with `level="full"` refined regions as
+        `.last_hidden_state`.
+
+        Args:
+            others: As in `encode_images`.
             unimodal: Give the embeddings for comparing images with images, of a model with `use_unimodal_heads`.
         """
-        images = self.encode_images(pixel_values, **regions)
+        regions = (pixel_values, region_features, region_boxes, region_mask, image_embeds)
+        images = self.encode_images(*regions, level, detector_pixel_values, pixel_extents)
         embeds = self.unimodal_image_embeds(images.embeds) if unimodal else images.embeds
         return BaseModelOutputWithPooling(last_hidden_state=images.refined_regions, pooler_output=embeds)
 
     def get_text_features(
-        self, input_ids: Tensor | None = None, unimodal: bool = False, **words: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        level: str = "embeddings",
+        token_type_ids: Tensor | None = None,
+        unimodal: bool = False,
     ) -> BaseModelOutputWithPooling:
-        """Unit-norm text embeddings (T, P) as `.pooler_output`, words as `.last_hidden_state`.
+        """Unit-norm text embeddings (T, P) as `.pooler_output`; with `level="full"` words as `.last_hidden_state`.
 
         Args:
-            input_ids, words: As in `encode_texts`.
+            others: As in `encode_texts`.
             unimodal: Give the embeddings for comparing texts with texts, of a model with `use_unimodal_heads`.
         """
-        texts = self.encode_texts(input_ids, **words)
+        texts = self.encode_texts(
+            input_ids, attention_mask, word_mask, text_features, text_embeds, level, token_type_ids
+        )
         embeds = self.unimodal_text_embeds(texts.embeds) if unimodal else texts.embeds
         return BaseModelOutputWithPooling(last_hidden_state=texts.words, pooler_output=embeds)
 
@@ -1000,5 +1067,7 @@ def _width(config: TVRNConfig) -> int:
 
 # Saving then puts this file beside the weights, with every file that it imports.
 TVRNModel.register_for_auto_class("AutoModel")
+# By this table of names a pipeline decides whether to say that it does not support a model, though it runs.
+MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES["tvrn"] = TVRNModel.__name__
 
 __all__ = ["TVRNModel", "TVRNOutput", "TVRNPreTrainedModel"]

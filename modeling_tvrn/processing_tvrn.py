@@ -121,9 +121,10 @@ class TVRNProcessor(ProcessorMixin):
             image_embeds: `(B, P)` beside region features of a dual encoder, as its cache holds them.
             return_tensors: "pt", "np", or None for NumPy arrays.
             **kwargs: as transformers' processors have them, flat or in `text_kwargs`, `images_kwargs`,
-                `common_kwargs`. Of text `padding`, `truncation` and `max_length` (in place of `max_text_length`);
-                captions for a SigLIP are padded to the length it learned with, whatever is asked. Of images the image
-                processor's settings; `do_rescale` has no say, since pictures of any range become bytes first.
+                `common_kwargs` (those of audio and videos are not read). Of text `padding`, `truncation` and
+                `max_length` (in place of `max_text_length`); captions for a SigLIP are padded to the length it
+                learned with, whatever is asked. Of images the image processor's settings; `do_rescale` has no say,
+                since pictures of any range become bytes first.
 
         Returns:
             `pixel_values (B, 3, H, W)`, beside a detector also `detector_pixel_values (B, 3, H', W')` and, where its
@@ -160,6 +161,8 @@ class TVRNProcessor(ProcessorMixin):
         Raises:
             ValueError: on one that this processor does not take.
         """
+        for kind in ("audio", "videos"):  # settings of what nothing is given of: Sentence Transformers always has them
+            given.pop(f"{kind}_kwargs", None)
         named = {kind: dict(given.pop(f"{kind}_kwargs", None) or {}) for kind in ("text", "images", "common")}
         for name, value in (named.pop("common") | given).items():
             of_images = name not in _TEXT_SETTINGS and hasattr(self.image_processor, name)

@@ -75,10 +75,12 @@ def register_when_imported(package: str) -> None:
     """Make AutoConfig, AutoModel and AutoProcessor know "tvrn": now those that are loaded, the others when they
     are."""
     auto, config_module = "transformers.models.auto", f"{package}.configuration_tvrn"
+    model = f"{package}.modeling_tvrn", "TVRNModel"
     finder = _RegisteringFinder(
         [
             _Registration(f"{auto}.configuration_auto", "AutoConfig", config_module, "TVRNConfig"),
-            _Registration(f"{auto}.modeling_auto", "AutoModel", f"{package}.modeling_tvrn", "TVRNModel"),
+            _Registration(f"{auto}.modeling_auto", "AutoModel", *model),
+            _Registration(f"{auto}.modeling_auto", "AutoModelForZeroShotImageClassification", *model),
             _Registration(f"{auto}.processing_auto", "AutoProcessor", f"{package}.processing_tvrn", "TVRNProcessor"),
         ],
         config_module,

@@ -27,21 +27,25 @@ def test_a_plain_trainer_trains_and_saves_a_model_that_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = script("train_with_trainer")
-    whole, losses = module.load_pairs, []
+    whole, logs = module.load_pairs, []
     monkeypatch.setattr(
         module, "load_pairs", lambda data, split: whole(data, split=split, count=24 if split == "train" else 12)
     )
     logged = module.Trainer.log
     monkeypatch.setattr(
-        module.Trainer, "log", lambda self, logs, *rest: (losses.append(logs.get("loss")), logged(self, logs, *rest))
+        module.Trainer, "log", lambda self, values, *rest: (logs.append(dict(values)), logged(self, values, *rest))
     )
     arguments = ["--output", str(tmp_path), "--batch-size", "12", "--hidden-size", "24", "--epochs", "8"]
     assert module.main(arguments) == 0
-    said = [loss for loss in losses if loss is not None]
+    said = [each["loss"] for each in logs if "loss" in each]
     assert len(said) >= 2 and said[-1] < said[0]
     assert "validation rSum" in capsys.readouterr().out
     model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    record = whole("scenes", split="validation", count=1)[0]
+    validation = whole("scenes", split="validation", count=12)
+    recalls = [each["eval_rsum"] for each in logs if "eval_rsum" in each]
+    assert len(recalls) == 8, "after every epoch"
+    assert recalls[-1] == pytest.approx(module.evaluate(model, processor, validation).embedding_metrics.rsum)
+    record = validation[0]
     with torch.inference_mode():
         output = model.eval()(**processor(images=[record["image"]], text=record["captions"][:1]))
     assert output.logits_per_image.shape == (1, 1)

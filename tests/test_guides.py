@@ -60,7 +60,10 @@ SMALL = {
     " --products 1",
 }
 LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
-EXTRAS = {"search": {"gradio": "demo", "onnxscript": "export", "onnxruntime": "export"}}  # that a page needs
+EXTRAS = {  # that a page needs
+    "search": {"gradio": "demo", "onnxscript": "export", "onnxruntime": "export"},
+    "ecosystem": {"mteb": "mteb", "sentence_transformers": "sentence-transformers"},
+}
 WRITTEN = ("--output", "-o", "--picture", "--html", "--plot")  # options whose values are files or folders
 
 
@@ -112,7 +115,7 @@ class House:
             return
         for module, extra in EXTRAS.get(page, {}).items():
             pytest.importorskip(module, reason=f'this page needs pip install ".[{extra}]"')
-        if page != "regions":
+        if page not in ("regions", "ecosystem"):
             self.run_page("regions")
         self.run_all(commands(page))
         self.done.add(page)
@@ -138,6 +141,8 @@ class House:
             patch.setattr(sys, "path", list(sys.path))
             if page == "sharing":
                 _reach(self.hub, patch)
+            if page == "ecosystem":
+                _shrink_mteb(patch)
             for block in blocks(page, "python"):
                 fresh_process()
                 exec(compile(block, str(PAGES[page]), "exec"), names)
@@ -225,6 +230,23 @@ def _reach(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("modeling_tvrn.hub.running.load_apart", lambda *_: {"with": Outcome({"model": {}})})
     for check in ("_check_loading", "_check_logits"):
         patch.setattr(f"modeling_tvrn.hub.running.{check}", lambda *_: Check("loads", "ok", "not looked at"))
+
+
+def _shrink_mteb(patch: pytest.MonkeyPatch) -> None:
+    """A few images and captions under the names of real tasks, and nothing that leaves the machine."""
+    import mteb
+    from mteb_makers import tiny_task
+
+    real, pictures = mteb.get_tasks, [house_makers.picture(number) for number in range(3)]
+    captions = [[house_makers.sentence(number)] for number in range(3)]
+
+    def tiny(tasks: list[str]) -> list[Any]:
+        found = [task.metadata for task in real(tasks=tasks)]
+        assert sorted(each.name for each in found) == sorted(tasks)
+        return [tiny_task(each.category, pictures, captions, each.name) for each in found]
+
+    patch.setattr(mteb, "get_tasks", tiny)
+    patch.setattr(mteb.ResultCache, "submit_results", lambda *_, **__: None)
 
 
 def fresh_process() -> None:

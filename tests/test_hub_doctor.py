@@ -38,7 +38,6 @@ TVRNModel.forward = _other_forward
 RECIPES = [path for path in sorted((ROOT / "model_cards").glob("*.md")) if path.stem != "template"]
 HEADER = """---
 library_name: transformers
-pipeline_tag: feature-extraction
 tags: [tvrn, custom_code]
 license: apache-2.0
 datasets: [me/data]
@@ -248,6 +247,7 @@ class TestCard:
         ("change", "complaint"),
         [
             (("library_name: transformers", "library_name: tvrn"), "library_name is 'tvrn'; expected 'transformers'"),
+            (("tags:", "pipeline_tag: other\ntags:"), "pipeline_tag is 'other'; expected None"),
             (("custom_code", "other"), "the tag 'custom_code' is missing"),
             (("value: 286.42", "value: 299.9"), "rsum is 299.9 in the card and 286.42 in results.json"),
             (("tags: [", "tags: [["), "not YAML"),

@@ -1,6 +1,7 @@
 """What `import modeling_tvrn` costs and what it registers, each in a process of its own."""
 
 import json
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -88,3 +89,12 @@ def test_every_public_name_resolves_and_is_listed() -> None:
 def test_a_misspelt_name_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(AttributeError, match="no attribute 'TVRNModle'.*TVRNModel"):
         _ = modeling_tvrn.TVRNModle
+
+
+def test_without_mteb_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeling_tvrn.mteb import MTEBModel
+
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.delitem(sys.modules, "mteb.models.model_meta", raising=False)
+    with pytest.raises(ImportError, match=r'MTEBModel needs mteb: pip install "modeling-tvrn\[mteb\]"'):
+        MTEBModel("me/my-tvrn")

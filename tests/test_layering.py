@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "hub": BASE,
     "evaluation": {*BASE, "scoring", "explain", "hub"},
     "index": {*BASE, "scoring", "explain", "hub"},
+    "mteb": {*BASE, "scoring"},
     "training": {*BASE, "scoring", "explain", "hub", "evaluation", "index"},
 }
 TOP = {*MAY_IMPORT} - {"__init__", "registration"}

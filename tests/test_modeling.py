@@ -274,7 +274,7 @@ class TestOutput:
         output = model(**images, **texts)
         assert_same(model.get_image_features(**images).pooler_output, output.image_embeds, 0)
         assert_same(model.get_text_features(**texts).pooler_output, output.text_embeds, 0)
-        assert model.get_image_features(**images).last_hidden_state.shape == (3, 7, 37)
+        assert model.get_image_features(**images, level="full").last_hidden_state.shape == (3, 7, 37)
 
     def test_the_loss_is_the_weighted_sum_of_its_parts(self):
         weights = {"matching": 0.5, "pair_contrastive": 0.25, "contrastive": 2.0, "hardest_negative": 1.5}

@@ -12,9 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["CardMetadata", "results_of_index", "text", "write_model_card"]
+__all__ = ["CardMetadata", "pipeline_tag", "results_of_index", "text", "write_model_card"]
 
-PIPELINE_TAG = "feature-extraction"
 TAGS = ("tvrn", "image-text-matching", "image-text-retrieval", "custom_code")
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout beside the package, in an installed copy inside it.
@@ -35,6 +34,7 @@ class CardMetadata:
         language: of the captions.
         license: of the weights, as the Hub names it; "other" goes with a `license_name`.
         license_name: what an "other" license is called.
+        pipeline_tag: see `pipeline_tag`.
     """
 
     name: str
@@ -46,6 +46,7 @@ class CardMetadata:
     language: str = "en"
     license: str | None = None
     license_name: str | None = None
+    pipeline_tag: str | None = None
 
     def header(self) -> ModelCardData:
         """As huggingface_hub writes it, with a model-index of the metrics."""
@@ -62,7 +63,7 @@ class CardMetadata:
             language=self.language,
             license=self.license,
             library_name="transformers",
-            pipeline_tag=PIPELINE_TAG,
+            pipeline_tag=self.pipeline_tag,
             tags=list(TAGS),
             **more,
         )
@@ -82,6 +83,21 @@ class CardMetadata:
             )
             for name, value in metrics.items()
         ]
+
+
+def pipeline_tag(model_config: Mapping[str, Any]) -> str | None:
+    """The task whose pipeline runs a model, for which the Hub's page shows a snippet; None where none does.
+
+    A pipeline makes pixels and tokens by itself: none that a detector needs, and not padded as SigLIP reads them.
+
+    Args:
+        model_config: of config.json, or what of it differs from the defaults.
+    """
+    dual_encoder = model_config.get("dual_encoder_config")
+    if model_config.get("detector_config") is not None or not (dual_encoder or model_config.get("vision_config")):
+        return None
+    siglip = dual_encoder is not None and str(dual_encoder.get("model_type")).startswith("siglip")
+    return None if siglip else "zero-shot-image-classification"
 
 
 def results_of_index(header: Mapping[str, Any]) -> dict[str, float]:

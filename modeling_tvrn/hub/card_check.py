@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..plain_yaml import load_yaml, yaml_problem
-from .card import PIPELINE_TAG, results_of_index
+from .card import pipeline_tag, results_of_index
 from .files import read_json
 from .report import Check
 
@@ -17,7 +17,6 @@ __all__ = ["check_card"]
 
 NAME = "card"
 REWRITE = "push with modeling_tvrn.hub.push_to_hub or `tvrn push`, which write it, or fill in the template by hand"
-EXPECTED = {"library_name": "transformers", "pipeline_tag": PIPELINE_TAG}
 ROUNDING = 0.0051  # percent points: cards show two decimals
 
 
@@ -33,7 +32,8 @@ def check_card(folder: Path, published: bool) -> Check:
         return Check(NAME, "failed" if published else "warning", "no README.md", REWRITE)
     try:
         header = read_header(path)
-        problems = list(_wrong(header)) + list(_other_figures(header, read_json(folder / "results.json")))
+        problems = list(_wrong(header, read_json(folder / "config.json")))
+        problems += list(_other_figures(header, read_json(folder / "results.json")))
     except ValueError as error:
         return Check(NAME, "failed", str(error), REWRITE)
     if problems:
@@ -63,8 +63,11 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _wrong(header: dict[str, Any]) -> Iterator[str]:
-    for key, value in EXPECTED.items():
+def _wrong(header: dict[str, Any], model_config: dict[str, Any]) -> Iterator[str]:
+    expected: dict[str, str | None] = {"library_name": "transformers"}
+    if model_config:  # a card alone says nothing of what its model reads
+        expected["pipeline_tag"] = pipeline_tag(model_config)
+    for key, value in expected.items():
         if header.get(key) != value:
             yield f"{key} is {header.get(key)!r}; expected {value!r}"
     for tag in ("custom_code", "tvrn"):

@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor
 from ..redaction import redacted, redacted_text
-from .card import CardMetadata, write_model_card
+from .card import CardMetadata, pipeline_tag, write_model_card
 from .errors import explained
 from .examination import examine_folder
 from .files import INDEX, PICKLES, WEIGHTS
@@ -222,7 +222,7 @@ def _write_plain_card(folder: Path, model: Any, processor: Any, repo_id: str, li
     bases = [dual_encoder] if dual_encoder is not None and "/" in dual_encoder and is_hub_id(dual_encoder) else []
     write_model_card(
         folder,
-        CardMetadata(name=repo_id, base_models=bases, license=license),
+        CardMetadata(name=repo_id, base_models=bases, license=license, pipeline_tag=pipeline_tag(config)),
         title=repo_id,
         summary="An image–text matching model. It ranks images for a sentence and sentences for an image.",
         facts=config_facts(config, dual_encoder=dual_encoder),

@@ -15,7 +15,7 @@ from ..configuration_tvrn import TVRNConfig
 from ..data import PRESETS
 from ..metrics import RECALL_AT, Accuracy, Recalls, accuracy_table, recall_table
 from ..redaction import redacted
-from .card import CardMetadata, text, write_model_card
+from .card import CardMetadata, pipeline_tag, text, write_model_card
 from .foreign import check_own_folder
 from .portable import is_hub_id, portable, portable_command
 
@@ -141,6 +141,7 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any], name: str, 
         metrics=None if results["data"].get("overlap") else shown,
         license=chosen,
         license_name="terms-of-data-and-towers" if chosen == "other" else None,
+        pipeline_tag=pipeline_tag(results["model_config"]),
     )
 
 

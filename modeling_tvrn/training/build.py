@@ -11,7 +11,7 @@ from transformers import ViTImageProcessorPil
 
 from ..configuration_tvrn import PIXEL_INPUTS, TVRNConfig
 from ..modeling_tvrn import TVRNModel
-from ..processing_tvrn import TVRNProcessor, build_word_tokenizer
+from ..processing_tvrn import TVRNProcessor, build_word_tokenizer, special_ids
 from ..scoring.models import evaluating
 from ..teachers import with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
@@ -104,6 +104,7 @@ def build_model(
         config.check_with_model(model.config)
     else:
         model = _on_backbones(config, fields, processor, train_records, model_class)
+    model.config.special_token_ids = special_ids(processor.tokenizer)
     if config.vision_lora_rank is not None or config.text_lora_rank is not None:
         logger.info("adapters in %d layers of the towers", add_adapters(model, config))
     return model
