@@ -93,6 +93,7 @@ def _start(
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (measure.train, "train a model"),
     "evaluate": (evaluate.evaluate, "measure recall by a named protocol"),
+    "calibrate": (measure.calibrate, "make probabilities of a model's scores"),
     "regions": (caches.regions, "keep a frozen network's regions of photographs for training"),
     "teachers": (caches.teachers, "keep a frozen teacher's vectors for training with CUSA"),
     "duplicates": (caches.duplicates, "find near-duplicates among the negatives of training"),

@@ -2,6 +2,7 @@
 
 from .contrast import ContrastReport, evaluate_contrast
 from .encoding import encode_dataset
+from .fits import FitsReport, evaluate_fits
 from .graded import GradedPairs, GradedReport, evaluate_graded
 from .protocols import CONTRAST, PROTOCOLS, Protocol
 from .provenance import commit, versions
@@ -15,6 +16,7 @@ __all__ = [
     "PROTOCOLS",
     "ContrastReport",
     "EvaluationReport",
+    "FitsReport",
     "GradedPairs",
     "GradedReport",
     "LabelledImages",
@@ -25,6 +27,7 @@ __all__ = [
     "encode_dataset",
     "evaluate",
     "evaluate_contrast",
+    "evaluate_fits",
     "evaluate_graded",
     "evaluate_unimodal",
     "read_image_labels",

@@ -100,7 +100,11 @@ class BestModel:
             return False
         try:
             if self.writes:
-                with calibrated(model, validation) if validation is not None else contextlib.nullcontext():
+                with (
+                    calibrated(model, processor, validation.records)
+                    if validation is not None
+                    else contextlib.nullcontext()
+                ):
                     save_model(self.folder, model, processor, alone=True)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
