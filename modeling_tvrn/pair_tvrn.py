@@ -445,8 +445,12 @@ class PairMatching:
     @property
     def is_calibrated(self) -> bool:
         """Whether 0.5 is where a match begins; a model that learned by losses on sigmoids alone is so by itself."""
-        moved = bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
-        return moved or not self.config.use_first_stage
+        return self.has_probabilities or not self.config.use_first_stage
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether scale and shift were fitted, so that `fits` gives probabilities."""
+        return bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
 
     def score_components(
         self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None, level: str = "full"

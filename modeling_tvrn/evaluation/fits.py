@@ -128,7 +128,7 @@ def evaluate_fits(model: Any, processor: Any, records: Any, batch_size: int = 64
         ValueError: If there are fewer than three images, or the model is not calibrated.
     """
     check_size(records)
-    if not model.is_calibrated:
+    if not model.has_probabilities:
         raise ValueError(
             "the model is not calibrated: its scores are no probabilities. Calibrate it (tvrn calibrate MODEL "
             "--data … --split …)"

@@ -319,10 +319,10 @@ class ImageTextIndex:
     def _check_min_score(self, min_score: Any, across: bool) -> None:
         if not isinstance(min_score, Real) or isinstance(min_score, bool) or not 0 <= min_score <= 1:
             raise ValueError(f"min_score is {min_score!r}; expected a probability from 0 to 1")
-        if not self.model.is_calibrated:
+        if not self.model.has_probabilities:
             raise ValueError(
-                f"min_score is {min_score:g}, but the model is not calibrated: its scores rank, and have no value from "
-                "which on something fits. Calibrate it (tvrn calibrate MODEL --data … --split …), or leave min_score out"
+                f"min_score is {min_score:g}, but the model is not calibrated: its scores rank and have no value from "
+                "which on something fits. Calibrate it (tvrn calibrate MODEL --data … --split …), or leave it out"
             )
         if not across:
             raise ValueError(
@@ -374,7 +374,7 @@ class ImageTextIndex:
     def _readable(self, logit: float, query: EncodedItems) -> tuple[float, str]:
         """A pair logit as a number to show, and what that is."""
         value = torch.tensor([[logit]], dtype=torch.float64)
-        if not self.model.is_calibrated:
+        if not self.model.has_probabilities:
             return float(self.model.readable_scores(value)), self.model.score_kind
         return float(self.model.fits(value, len(self), query if self.side == "images" else None)), "probability"
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..evaluation import FitsReport, encode_dataset, evaluate_fits
 from ..evaluation.encoding import encode_captions
-from ..evaluation.fits import check_size, gibberish, phrases
+from ..evaluation.fits import SMALLEST, check_size, gibberish, phrases
 
 __all__ = ["calibrate", "calibrate_and_measure", "calibrated", "fit_probability", "fit_query_reader"]
 
@@ -33,9 +33,13 @@ ITERATIONS = 200
 
 @contextlib.contextmanager
 def calibrated(model: Any, processor: Any, records: Any) -> Iterator[None]:
-    """Calibrate the model for as long as it is saved: while it learns that is none of its state."""
+    """Calibrate the model for as long as it is saved: while it learns that is none of its state.
+
+    With fewer records than that takes, it is saved as it is.
+    """
     before = {name: value.clone() for name, value in model.named_buffers(recurse=False)}
-    calibrate(model, processor, records)
+    if len(records) >= SMALLEST:
+        calibrate(model, processor, records)
     try:
         yield
     finally:

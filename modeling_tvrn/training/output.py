@@ -14,6 +14,7 @@ import torch
 from ..data import PairStream
 from ..evaluation import EvaluationReport, evaluate_contrast
 from ..evaluation.encoding import encode_images
+from ..evaluation.fits import SMALLEST
 from ..hub import split_label, write_run_card
 from ..metrics import accuracy_table, recall_table
 from ..plots import plot_calibration, plot_search_results, plot_training_curve
@@ -52,7 +53,9 @@ def write_results(run: Run) -> dict[str, Any]:
         report = take_mean(run, model)
     if not run.accelerator.is_main_process:
         return {}
-    fits = calibrate_and_measure(model, run.processor, run.validation_records)
+    fits = None
+    if len(run.validation_records) >= SMALLEST:
+        fits = calibrate_and_measure(model, run.processor, run.validation_records)
     save_model(folder, model, run.processor)
     if any(name.startswith("dual_encoder.") for name in run.free):
         # What went in as a CLIP comes out as one, with what this run taught it.
