@@ -29,6 +29,7 @@ MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 25_000_000  # a few hundred kilobytes can hold any number: each takes up to 16 bytes on the way
 MAX_QUERY = 300  # characters
 MAX_HITS = 48
+LIKELY = 0.1  # that something fits
 THUMBNAIL = 320  # longest side in pixels
 ABOUT = "# {count} photographs\nSearched by text or by photograph. Click on a result to see why it was found."
 
@@ -122,7 +123,10 @@ class Searches:
             gallery.append((picture, f"{hit.score:.3f}  {hit.id}"))
             state.append({"id": hit.id, "path": hit.path, "query": query})
         said = f"{len(gallery)} found." + (f" {missing} are not there any more." if missing else "")
-        if hits and hits[0].score_kind != "matching score":
+        if hits and hits[0].score_kind == "probability":
+            likely = sum(hit.score >= LIKELY for hit in hits)
+            said += f" {likely or 'None'} of them with a probability of at least {LIKELY:g} to fit."
+        elif hits and hits[0].score_kind != "matching score":
             said += f" The numbers are: {hits[0].score_kind}."
         return gallery, state, said
 

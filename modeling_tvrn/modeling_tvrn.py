@@ -117,6 +117,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules: ClassVar[list[str]] = []
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = ["^calibration_query$"]  # older checkpoints lack it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,6 +145,7 @@ class TVRNPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.logit_bias)
             init.ones_(module.calibration_scale)
             init.zeros_(module.calibration_shift)
+            init.copy_(module.calibration_query, _reading_all(self.config.projection_size))
         else:
             super()._init_weights(module)
 
@@ -236,6 +238,7 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         # Buffers: saved with the weights, but no optimizer moves them.
         self.register_buffer("calibration_scale", torch.ones(1))
         self.register_buffer("calibration_shift", torch.zeros(1))
+        self.register_buffer("calibration_query", _reading_all(config.projection_size))
         self.gradient_checkpointing = False
         self._freeze()
         self.post_init()
@@ -1023,6 +1026,11 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
 
 def _refinement(config: TVRNConfig) -> Gate | Recurrence:
     return Gate(config) if config.refinement == "gate" else Recurrence(config)
+
+
+def _reading_all(size: int) -> Tensor:
+    """`calibration_query` of a model that nobody has calibrated: the sigmoid of its bias is 1, whatever the text."""
+    return torch.tensor([0.0] * size + [100.0])
 
 
 def _for_towers(quantization: Any) -> Any:

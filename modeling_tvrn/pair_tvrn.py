@@ -6,6 +6,7 @@ side only was computed when the item was encoded, linear maps were moved in fron
 and a Gram matrix gives a context's norm.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -361,6 +362,7 @@ class PairMatching:
     Attributes:
         config, pair, attention, textual_refinement, logit_scale, logit_bias, gradient_checkpointing: The model's.
         calibration_scale, calibration_shift: (1,) of the score, see `scores`.
+        calibration_query: (P + 1,) weights and bias of a text's embedding, see `fits`.
     """
 
     config: TVRNConfig
@@ -371,6 +373,7 @@ class PairMatching:
     logit_bias: nn.Parameter | None
     calibration_scale: Tensor
     calibration_shift: Tensor
+    calibration_query: Tensor
     gradient_checkpointing: bool
 
     def match(
@@ -402,6 +405,25 @@ class PairMatching:
         scale, shift = (value.to(logits) for value in (self.calibration_scale, self.calibration_shift))
         return torch.sigmoid(scale * logits + shift)
 
+    def fits(self, logits: Tensor, gallery_size: int, texts: EncodedTexts | None = None) -> Tensor:
+        """Probabilities that an image fits a text (or a text an image), of pair logits of a calibrated model.
+
+        The odds of `scores`, which are those of a gallery of one, divided by the gallery's size, of which one item is
+        looked for; times the probability that each text is one that the model can read. They depend on the pair and
+        the size alone.
+
+        Args:
+            logits: (I, T).
+            gallery_size: Items searched.
+            texts: T encoded texts, where texts are the queries.
+        """
+        scale, shift = (value.to(logits) for value in (self.calibration_scale, self.calibration_shift))
+        found = torch.sigmoid(scale * logits + shift - math.log(gallery_size))
+        if texts is None:
+            return found
+        query = self.calibration_query.to(logits)
+        return found * torch.sigmoid(texts.embeds.to(logits) @ query[:-1] + query[-1])
+
     @property
     def score_kind(self) -> str:
         """What `readable_scores` are: "matching score" of a calibrated model; else "cosine" of a first stage alone, or
@@ -423,8 +445,12 @@ class PairMatching:
     @property
     def is_calibrated(self) -> bool:
         """Whether 0.5 is where a match begins; a model that learned by losses on sigmoids alone is so by itself."""
-        moved = bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
-        return moved or not self.config.use_first_stage
+        return self.has_probabilities or not self.config.use_first_stage
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether scale and shift were fitted, so that `fits` gives probabilities."""
+        return bool((self.calibration_scale != 1).any() or (self.calibration_shift != 0).any())
 
     def score_components(
         self, images: EncodedImages, texts: EncodedTexts, chunk_size: int | None = None, level: str = "full"

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["new_figure", "plot_search_results", "plot_shortlist", "plot_training_curve", "save_figure"]
+__all__ = [
+    "new_figure",
+    "plot_calibration",
+    "plot_search_results",
+    "plot_shortlist",
+    "plot_training_curve",
+    "save_figure",
+]
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 POSITIVE, OTHER = "#1a7f37", "#c3cad2"
@@ -192,6 +199,39 @@ def plot_shortlist(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(colors=MUTED, labelsize=8, which="both")
+    return save_figure(figure, path)
+
+
+def plot_calibration(
+    bins: Sequence[tuple[float, float, int]], path: str | Path, *, title: str = "Does the best hit fit?"
+) -> Path:
+    """Draw how often best hits are right against their probability, and how many there are.
+
+    Args:
+        bins: mean probability, share that is right, and number of hits, of each range of probabilities.
+        path: the PNG to write; missing folders are made.
+        title: written above.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        ValueError: for no bins.
+    """
+    if not bins:
+        raise ValueError("no bins to draw; give the probabilities of at least one best hit")
+    means, shares, counts = zip(*bins, strict=True)
+    figure = new_figure(10.0, 3.6, title)
+    curve, numbers = figure.subplots(1, 2)
+    _style(curve, "Calibration (dotted: perfect)", "share of best hits that are right")
+    curve.plot((0, 1), (0, 1), color=MUTED, linestyle=":", linewidth=1.2)
+    curve.plot(means, shares, color=LINES[0], linewidth=2.0, marker="o", markersize=3.5)
+    curve.set_ylim(-0.02, 1.02)
+    _style(numbers, "Queries, half of them without their image", "best hits")
+    numbers.bar(means, counts, width=0.06, color=LINES[1])
+    for axes in (curve, numbers):
+        axes.set_xlabel("probability of the best hit", color=MUTED, fontsize=9)
+        axes.set_xlim(-0.02, 1.02)
     return save_figure(figure, path)
 
 

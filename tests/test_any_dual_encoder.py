@@ -77,9 +77,9 @@ class TestScores:
         model.calibration_shift.fill_(-1.0)
         after = index.search("a dog")
         assert [hit.id for hit in after] == [hit.id for hit in before]
-        assert {hit.score_kind for hit in after} == {"matching score"}
-        wanted = model.scores(torch.tensor(logits, dtype=torch.float64)).tolist()
-        assert [hit.score for hit in after] == pytest.approx(wanted)
+        assert {hit.score_kind for hit in after} == {"probability"}
+        wanted = model.fits(torch.tensor(logits, dtype=torch.float64), len(index)).tolist()
+        assert [hit.score for hit in after] == pytest.approx(wanted), "of any query, until one is known to be junk"
 
     @pytest.mark.slow
     def test_a_table_and_its_threshold(self, folder: Path, photos: Path, tmp_path: Path) -> None:

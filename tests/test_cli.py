@@ -255,7 +255,9 @@ class TestSearch:
         names = ["a.png", "b.png", "c.png"]
         images = [PIL.Image.open(pairs.parent / name) for name in names]
         with torch.no_grad():
-            scores = loaded.scores(loaded(**processor(images=images, text=[CAPTIONS[0]])).logits_per_image[:, 0])
+            logits = loaded(**processor(images=images, text=[CAPTIONS[0]])).logits_per_image
+            texts = loaded.encode_texts(**processor(text=[CAPTIONS[0]]))
+            scores = loaded.fits(logits, len(images), texts)[:, 0]
         best = scores.argsort(descending=True)[:2].tolist()
         assert [Path(hit["path"]).name for hit in hits] == [names[row] for row in best]
         assert hits[0]["score"] == pytest.approx(scores.max().item(), abs=5e-3), "features are kept in half precision"

@@ -32,7 +32,7 @@ def searches(seeing: Any, tmp_path_factory: pytest.TempPathFactory) -> Searches:
 
 def test_text_and_photograph_find_pictures_and_a_hit_is_explained(searches: Searches) -> None:
     gallery, state, said = searches.by_text("two dogs run in snow", 5)
-    assert len(gallery) == len(state) == 5 and said == "5 found."
+    assert len(gallery) == len(state) == 5 and said.startswith("5 found.")
     assert [label.split("  ")[1] for _, label in gallery] == [each["id"] for each in state]
     reason = searches.why(state, 1)
     assert reason.count("<button") == 7 and "matching score" in reason and state[1]["id"] in reason
@@ -154,7 +154,7 @@ def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Pat
     client_library = pytest.importorskip("gradio_client", reason='the page comes with pip install ".[demo]"')
     client = client_library.Client(page.local_url, verbose=False)
     gallery, said = client.predict("two dogs run in snow", 4, api_name="/search")
-    assert said == "4 found." and len(gallery) == 4
+    assert said.startswith("4 found.") and len(gallery) == 4
     wanted = [hit.id for hit in searches.index.search(text="two dogs run in snow", limit=4)]
     assert [item["caption"].split("  ")[1] for item in gallery] == wanted
     good = tmp_path / "good.png"
@@ -167,5 +167,5 @@ def test_the_page_answers_over_http(page: Any, searches: Searches, tmp_path: Pat
     large.write_bytes(bytes(demo.MAX_UPLOAD_BYTES + 2**20))
     with pytest.raises(Exception, match=r"(?i)size|large|413"):
         client.predict(client_library.handle_file(large), "dogs run", api_name="/score")
-    assert client.predict("a red kite", 2, api_name="/search")[1] == "2 found.", "it is still there"
+    assert client.predict("a red kite", 2, api_name="/search")[1].startswith("2 found."), "it is still there"
     assert "search_by_image" in json.dumps(client.view_api(return_format="dict"))

@@ -147,6 +147,8 @@ def test_the_folder_loads_and_scores_as_reported(finished: tuple[Path, dict[str,
     shipped = {path.name for path in folder.glob("*.py")}
     assert {"modeling_tvrn.py", "configuration_tvrn.py", "processing_tvrn.py", "losses.py"} <= shipped
     assert (folder / "curve.png").stat().st_size > 5000 and not (folder / ".saving").exists()
+    assert result["fits"]["gallery_size"] == 5, "half of those that it was not calibrated on"
+    assert (folder / "calibration.png").is_file() and "Does anything fit?" in (folder / "README.md").read_text("utf-8")
 
 
 def test_the_card_has_the_hub_s_metadata_and_its_code_runs(

@@ -94,6 +94,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (measure.train, "train a model"),
     "evaluate": (evaluate.evaluate, "measure recall by a named protocol"),
     "compare": (compare.compare, "measure several models in one table, with what they cost"),
+    "calibrate": (measure.calibrate, "make probabilities of a model's scores"),
     "regions": (caches.regions, "keep a frozen network's regions of photographs for training"),
     "teachers": (caches.teachers, "keep a frozen teacher's vectors for training with CUSA"),
     "duplicates": (caches.duplicates, "find near-duplicates among the negatives of training"),

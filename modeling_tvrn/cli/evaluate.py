@@ -26,7 +26,8 @@ def evaluate(
         str,
         typer.Option(
             help="validation (any size), flickr8k-1k, flickr30k-1k, coco-5k, coco-1k, eccv-caption, cxc, contrast, "
-            "unimodal (texts among texts, images among images), graded (human grades of pairs)"
+            "unimodal (texts among texts, images among images), graded (human grades of pairs), fits (does anything "
+            "fit? of a calibrated model)"
         ),
     ] = "validation",
     compare: Annotated[
@@ -94,7 +95,7 @@ def evaluate(
     from ..data.contrast import READERS
     from ..evaluation import CONTRAST, PROTOCOLS
 
-    protocols = [*PROTOCOLS, CONTRAST, "unimodal", "graded"]
+    protocols = [*PROTOCOLS, CONTRAST, "unimodal", "graded", "fits"]
     if protocol not in protocols:
         raise fail(f"--protocol is {protocol!r}; expected one of {', '.join(protocols)}")
     if exhaustive and shortlist_size is None:
@@ -138,6 +139,8 @@ def evaluate(
             report, text = _unimodal(checkpoints, chosen, sentence_pairs, image_labels, batch_size)
         elif protocol == "graded":
             report, text = _graded(checkpoints, chosen, grades, batch_size)
+        elif protocol == "fits":
+            report, text = _fits(checkpoints, chosen, batch_size)
         else:
             settings = {
                 "protocol": protocol, "batch_size": batch_size, "chunk_size": chunk_size, "data": data,
@@ -271,6 +274,12 @@ def _graded(checkpoints: Checkpoints, chosen: Chosen, grades: Path | None, batch
 
     pairs = GradedPairs.read(str(grades))
     return _each({name: evaluate_graded(*checkpoints.load(name, cache), pairs, batch_size) for name, cache in chosen})
+
+
+def _fits(checkpoints: _Checkpoints, chosen: Chosen, batch_size: int) -> Found:
+    from ..evaluation import evaluate_fits
+
+    return _each({name: evaluate_fits(*checkpoints.load(name, cache), batch_size) for name, cache in chosen})
 
 
 def _each(reports: dict[str, Any]) -> Found:

@@ -112,6 +112,9 @@ def search(
         list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="only items with this metadata")
     ] = None,
     shortlist_size: Annotated[int, typer.Option(min=1, help="candidates that the pair score sees")] = 64,
+    min_score: Annotated[
+        float | None, typer.Option(metavar="P", help="leave out what fits with a lower probability, 0 to 1")
+    ] = None,
     no_rerank: Annotated[bool, typer.Option("--no-rerank", help="rank by the embeddings alone")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the photographs found")] = None,
     index_folder: Annotated[
@@ -131,6 +134,7 @@ def search(
     \b
     Examples:
       tvrn search runs/flickr8k ~/photos "two dogs in snow"
+      tvrn search runs/flickr8k ~/photos "an invoice" --min-score 0.1
       tvrn search me/my-tvrn photos.index "a child on a swing" -n 5 --picture found.png
       tvrn search me/my-tvrn photos.index --image dog.jpg --json | jq -r '.[].path'
     """
@@ -150,10 +154,11 @@ def search(
         where=wanted,
         shortlist_size=shortlist_size,
         rerank=not no_rerank,
+        min_score=min_score,
     )
     rows = [(hit.rank, hit.score, hit.path or hit.text or hit.id) for hit in hits]
     kind = hits[0].score_kind if hits else "score"
-    say([asdict(hit) for hit in hits], table(("rank", kind, "found"), rows), as_json)
+    say([asdict(hit) for hit in hits], f"{table(('rank', kind, 'found'), rows)}\n{hits.ending}".rstrip(), as_json)
     if picture is not None:
         _draw(text or f"{image}", hits, picture)
 

@@ -1,4 +1,4 @@
-"""`tvrn train`, `tvrn score`."""
+"""`tvrn train`, `tvrn calibrate`, `tvrn score`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,59 @@ def train(
     say(shown, f"{results['table']}\n\nmodel, card, results and pictures: {settings.output_dir}", as_json)
 
 
+def calibrate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="what load_pairs reads: flickr8k, coco, scenes, a folder, a Hub id")],
+    split: Annotated[str | None, typer.Option(help="validation, ...: none that was trained on")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="where to (default: MODEL itself)")
+    ] = None,
+    regions: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="region cache of the split in place of pictures")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the calibration")] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make probabilities of a model's scores, for `tvrn search --min-score` and `tvrn score --threshold`.
+
+    Training does it by itself; this is for dual encoders (CLIP, SigLIP, …), older models and other data. The first 100
+    images are calibrated on, up to 200 others measured on. Rankings stay, and so do indexes built before.
+
+    \b
+    Examples:
+      tvrn calibrate openai/clip-vit-base-patch32 --data flickr8k --split validation -o clip
+      tvrn calibrate runs/flickr8k --data holidays.csv --picture calibration.png
+    """
+    from ..hub.files import read_json
+
+    folder = output or Path(model)
+    if output is None and read_json(folder / "config.json").get("model_type") != "tvrn":
+        raise fail(f"--output is needed: {model!r} is no folder of a TVRN, which could be calibrated in its place")
+    if picture is not None:
+        writable(picture)
+    from ..data import load_pairs, with_words
+    from ..training.best_model import save_model
+    from ..training.calibration import calibrate_and_measure
+
+    loaded, processor = load(model, device, trust_remote_code=trust_remote_code)
+    records = with_words(load_pairs(data, split), processor)
+    if regions is not None:
+        from ..teachers import with_checked_regions
+
+        records = with_checked_regions(records, regions, loaded, processor)
+    report = calibrate_and_measure(loaded, processor, records, progress())
+    save_model(folder, loaded, processor)
+    if report is not None and picture is not None:
+        from ..plots import plot_calibration
+
+        plot_calibration(report.bins, picture)
+    measured = {} if report is None else report.as_dict()
+    text = "" if report is None else f"{report.table()}\n\n"
+    say({"written": str(folder), **measured}, f"{text}written: {folder}", as_json)
+
+
 def score(
     model: Model,
     pairs: Annotated[
@@ -166,8 +219,8 @@ def _check_threshold(name: str, model: Any, threshold: float) -> None:
     if not model.is_calibrated:
         raise fail(
             f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value "
-            "from which on a caption fits. Leave it out and look at the ranking, or train the model (tvrn train), "
-            "which calibrates it on the validation split"
+            "from which on a caption fits. Leave it out and look at the ranking, or calibrate the model (tvrn "
+            "calibrate MODEL --data … --split …)"
         )
 
 

@@ -3,6 +3,7 @@
 from .compare import ComparedScore, ComparisonReport, check_names, compare
 from .contrast import ContrastReport, evaluate_contrast
 from .encoding import encode_dataset
+from .fits import FitsReport, evaluate_fits
 from .graded import GradedPairs, GradedReport, evaluate_graded
 from .protocols import CONTRAST, PROTOCOLS, Protocol
 from .provenance import commit, versions
@@ -18,6 +19,7 @@ __all__ = [
     "ComparisonReport",
     "ContrastReport",
     "EvaluationReport",
+    "FitsReport",
     "GradedPairs",
     "GradedReport",
     "LabelledImages",
@@ -30,6 +32,7 @@ __all__ = [
     "encode_dataset",
     "evaluate",
     "evaluate_contrast",
+    "evaluate_fits",
     "evaluate_graded",
     "evaluate_unimodal",
     "read_image_labels",

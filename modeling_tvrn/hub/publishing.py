@@ -210,7 +210,7 @@ def _pictures(run: Path | None, results: Mapping[str, Any]) -> list[Path]:
     """What may be shown: search results only of generated scenes, since photographs belong to others."""
     if run is None:
         return []
-    names = ["curve.png"] + ["query.png"] * (results["config"]["data"] == "scenes")
+    names = ["curve.png", "calibration.png"] + ["query.png"] * (results["config"]["data"] == "scenes")
     return [run / name for name in names if (run / name).is_file()]
 
 

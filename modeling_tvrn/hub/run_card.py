@@ -151,7 +151,10 @@ def _sections(
     """The template's variables."""
     model_config, data = results["model_config"], results["data"]
     counted = data["train"].get("images")  # of a stream nobody knows
-    shown = {file: pictures is not None and (pictures / file).is_file() for file in ("curve.png", "query.png")}
+    shown = {
+        file: pictures is not None and (pictures / file).is_file()
+        for file in ("curve.png", "query.png", "calibration.png")
+    }
     evaluation = results.get("evaluation", {})
     return {
         "title": metadata.name,
@@ -161,6 +164,8 @@ def _sections(
         f"{data['validation']['captions']} captions",
         "results_table": results_table(results, metadata.split),
         "contrast_table": _contrast_table(results),
+        "fits": results.get("fits"),
+        "calibration": "calibration.png" if shown["calibration.png"] else None,
         "overlap": portable(data.get("overlap")),
         "protocol": evaluation.get("protocol"),
         "gallery_fingerprint": evaluation.get("gallery_fingerprint"),

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,15 @@ class Hit:
     Attributes:
         rank: From 1.
         id: Its name in the index.
-        score: Says what the ranking, which is by logit, says: the matching score in (0, 1) where the pair score
-            reranked; the cosine without reranking, and of a dual encoder alone that isn't calibrated.
+        score: Says what the ranking, which is by logit, says. Where the pair score reranked, of a calibrated model the
+            probability that it fits (`TVRNModel.fits`), else the matching score in (0, 1); the cosine without
+            reranking, and of a dual encoder alone that isn't calibrated.
         logit: The pair logit; None without reranking.
         cosine: Of the embeddings.
         path: Its file, where it has one.
         text: Its caption, where it is one.
         metadata: As given at the build.
-        score_kind: What `score` is: "cosine", or as `TVRNModel.score_kind`.
+        score_kind: What `score` is: "probability", "cosine", or as `TVRNModel.score_kind`.
     """
 
     rank: int
@@ -61,11 +62,17 @@ class Hit:
 
 
 class Hits(list[Hit]):
-    """What a search found, best first; `seconds` names what it cost: "encode", "shortlist", "rerank"."""
+    """What a search found, best first.
 
-    def __init__(self, hits: Sequence[Hit], seconds: Mapping[str, float]) -> None:
+    Attributes:
+        seconds: What it cost: "encode", "shortlist", "rerank".
+        ending: Where `min_score` ended the hits, a sentence that says so; else empty.
+    """
+
+    def __init__(self, hits: Sequence[Hit], seconds: Mapping[str, float], ending: str = "") -> None:
         super().__init__(hits)
         self.seconds = dict(seconds)
+        self.ending = ending
 
 
 class Backend(Protocol):
@@ -255,6 +262,7 @@ class ImageTextIndex:
         where: Where | None = None,
         shortlist_size: int = 64,
         rerank: bool = True,
+        min_score: float | None = None,
     ) -> Hits:
         """Find what fits a text or an image.
 
@@ -270,9 +278,12 @@ class ImageTextIndex:
                 expression or a function of an item's columns.
             shortlist_size: Candidates by embeddings that the pair score sees (at least `limit`).
             rerank: False ranks by the embeddings alone.
+            min_score: Leave out what fits with a lower probability, in [0, 1]; `ending` says so.
 
         Raises:
-            ValueError: If not exactly one of text and image is given, `limit` is below 1, or there is no model.
+            ValueError: If not exactly one of text and image is given, `limit` is below 1, or there is no model; if
+                `min_score` is out of its range or there are no probabilities, because the model isn't calibrated or
+                the search is by embeddings alone.
         """
         if (text is None) == (image is None):
             raise ValueError(
@@ -283,20 +294,41 @@ class ImageTextIndex:
         _check_counts(limit=limit, shortlist_size=shortlist_size)
         if self.model is None or self.processor is None:
             raise ValueError("this index was opened without a model: ImageTextIndex.load(directory, model, processor)")
+        across = rerank and (text is not None) == (self.side == "images") and self.backend.manifest["features"]
+        if min_score is not None:
+            self._check_min_score(min_score, across)
         started = time.perf_counter()
         with evaluating(self.model):
             query = self._encode(text, image)
             if text is not None and (unknown := unknown_words(self.processor, text)):
                 logger.warning("the model does not know %s: each is <unk> to it, as any other", ", ".join(unknown))
-            across = rerank and (text is not None) == (self.side == "images") and self.backend.manifest["features"]
             encoded = time.perf_counter()
             vector = query.tensors()["embeds"][0].float().cpu().numpy()
             found = self.backend.nearest(vector, max(limit, shortlist_size) if across else limit, where)
             listed = time.perf_counter()
             logits = self._rerank(query, [place for place, _ in found]) if across and found else None
-        hits = self._hits(found, logits, limit)
+            hits = self._hits(found, logits, limit, query)
         seconds = {"encode": encoded - started, "shortlist": listed - encoded, "rerank": time.perf_counter() - listed}
-        return Hits(hits, seconds)
+        if min_score is None or not hits or hits[-1].score >= min_score:
+            return Hits(hits, seconds)
+        fitting = [hit for hit in hits if hit.score >= min_score]
+        begin = "No more fit: the next" if fitting else "Nothing fits: the best"
+        missed = hits[len(fitting)].score
+        return Hits(fitting, seconds, f"{begin} has a probability of {missed:.3f}, below {min_score:g}.")
+
+    def _check_min_score(self, min_score: Any, across: bool) -> None:
+        if not isinstance(min_score, Real) or isinstance(min_score, bool) or not 0 <= min_score <= 1:
+            raise ValueError(f"min_score is {min_score!r}; expected a probability from 0 to 1")
+        if not self.model.has_probabilities:
+            raise ValueError(
+                f"min_score is {min_score:g}, but the model is not calibrated: its scores rank and have no value from "
+                "which on something fits. Calibrate it (tvrn calibrate MODEL --data … --split …), or leave it out"
+            )
+        if not across:
+            raise ValueError(
+                f"min_score is {min_score:g}, but this search is by embeddings alone; probabilities come of the pair "
+                "score, of a text with images or an image with texts, with reranking, in an index with features"
+            )
 
     def search_vector(self, vector: Any, limit: int = 10, *, where: Where | None = None) -> Hits:
         """The nearest items of an embedding (P,), by cosine alone; needs no model.
@@ -322,7 +354,9 @@ class ImageTextIndex:
         images, texts = (candidates, query) if self.side == "images" else (query, candidates)
         return [float(value) for value in self.model.match(images, texts).flatten()]
 
-    def _hits(self, found: list[tuple[Any, float]], logits: list[float] | None, limit: int) -> list[Hit]:
+    def _hits(
+        self, found: list[tuple[Any, float]], logits: list[float] | None, limit: int, query: Any = None
+    ) -> list[Hit]:
         scored = [(place, cosine, None if logits is None else logits[k]) for k, (place, cosine) in enumerate(found)]
         if logits is not None:
             scored.sort(key=lambda each: -float(each[2] or 0.0))
@@ -331,12 +365,18 @@ class ImageTextIndex:
             item = self.backend.item(place)
             score, kind = cosine, "cosine"
             if logit is not None:
-                score = float(self.model.readable_scores(torch.tensor(logit, dtype=torch.float64)))
-                kind = self.model.score_kind
+                score, kind = self._readable(logit, query)
             metadata = {name: value for name, value in item.items() if name not in RESERVED}
             found_at = (item.get("path"), item.get("text"))
             hits.append(Hit(rank, item["id"], score, logit, cosine, *found_at, metadata, kind))
         return hits
+
+    def _readable(self, logit: float, query: EncodedItems) -> tuple[float, str]:
+        """A pair logit as a number to show, and what that is."""
+        value = torch.tensor([[logit]], dtype=torch.float64)
+        if not self.model.has_probabilities:
+            return float(self.model.readable_scores(value)), self.model.score_kind
+        return float(self.model.fits(value, len(self), query if self.side == "images" else None)), "probability"
 
 
 def _unit_vector(vector: Any) -> np.ndarray:

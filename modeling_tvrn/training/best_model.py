@@ -104,7 +104,9 @@ class BestModel:
             return False
         try:
             if self.writes:
-                with calibrated(model, validation) if validation is not None else contextlib.nullcontext():
+                with contextlib.ExitStack() as while_saved:
+                    if validation is not None:
+                        while_saved.enter_context(calibrated(model, processor, validation.records))
                     save_model(self.folder, model, processor, alone=True)
         except WRITING_FAILED as error:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)

@@ -14,13 +14,14 @@ import torch
 from ..data import PairStream
 from ..evaluation import EvaluationReport, evaluate_contrast
 from ..evaluation.encoding import encode_images
+from ..evaluation.fits import SMALLEST
 from ..hub import split_label, write_run_card
 from ..metrics import accuracy_table, recall_table
-from ..plots import plot_search_results, plot_training_curve
+from ..plots import plot_calibration, plot_search_results, plot_training_curve
 from ..processing_tvrn import tokenize
 from ..redaction import redacted, redacted_text
 from .best_model import TRAINED, save_model
-from .calibration import calibrate
+from .calibration import calibrate_and_measure
 from .interpolation import interpolate, starting_weights
 from .unimodal_heads import UnimodalHeads
 
@@ -52,7 +53,9 @@ def write_results(run: Run) -> dict[str, Any]:
         report = take_mean(run, model)
     if not run.accelerator.is_main_process:
         return {}
-    calibrate(model, run.input_processor, run.validation_records)
+    fits = None
+    if len(run.validation_records) >= SMALLEST:
+        fits = calibrate_and_measure(model, run.processor, run.validation_records)
     save_model(folder, model, run.processor)
     if any(name.startswith("dual_encoder.") for name in run.free):
         # What went in as a CLIP comes out as one, with what this run taught it.
@@ -60,6 +63,9 @@ def write_results(run: Run) -> dict[str, Any]:
         if model.config.use_unimodal_heads:
             UnimodalHeads.of(model).save(folder / "dual_encoder")
     results = collect_results(run, model, report)
+    if fits is not None:
+        results["fits"] = fits.as_dict()
+        plot_calibration(fits.bins, folder / "calibration.png", title=f"{folder.name}: does the best hit fit?")
     if config.weight_interpolation is not None:
         kept = {"share": config.weight_interpolation, "trained_metrics": trained.as_dict()["metrics"]}
         results["weight_interpolation"] = kept
