@@ -48,14 +48,15 @@ ABOUT = "# Search {count} photographs\nwith **{name}**. Click on a photograph to
 SCRIPT = f"""
 <script>
 {EXPLANATION_SCRIPT}
-const close = () => document.body.classList.remove('tvrn-open', 'tvrn-waiting');
+const closeReason = () => document.body.classList.remove('tvrn-open', 'tvrn-waiting');
+// Captured: the gallery may put a new button in the place of the one that was clicked.
 document.addEventListener('click', event => {{
   if (event.target.closest('#results button')) {{
     document.body.classList.add('tvrn-open', 'tvrn-waiting');
     document.querySelector('#close').focus();
-  }} else if (event.target.closest('#close') || !event.target.closest('#why')) close();
-}});
-document.addEventListener('keydown', event => {{ if (event.key === 'Escape') close(); }});
+  }} else if (event.target.closest('#close') || !event.target.closest('#why')) closeReason();
+}}, true);
+document.addEventListener('keydown', event => {{ if (event.key === 'Escape') closeReason(); }});
 </script>
 """
 ARRIVED = "() => document.body.classList.remove('tvrn-waiting')"
@@ -74,6 +75,7 @@ STYLE = (
 #close {align-self: flex-end; flex: none; width: auto}
 #reason img, #preview img, #pair-preview img {max-width: 100%; max-height: 70vh; object-fit: contain}
 #examples button {flex: 0 1 auto}
+#results .grid-wrap {max-height: none !important; height: auto !important}
 @media (max-width: 640px) {
   #results .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
   .gradio-container {padding: .5rem !important}
@@ -236,7 +238,7 @@ class Searches:
     def _part(self, picture: PIL.Image.Image, text: str, name: str) -> str:
         """A pair taken apart, as a part of the page."""
         found = explain(self.model, self.processor, picture, text)
-        about = f"<p>“{html.escape(text)}”: {found.score_kind} <b>{found.score:.3f}</b></p>"
+        about = f"<p>“{html.escape(text)}”: {found.score_kind} {found.score:.3f}</p>"
         return f"{_heading(name)}{about}{html_body(found)}"
 
     def _cut_note(self, text: str | None) -> str:

@@ -246,7 +246,7 @@ class TestDemo:
         with torch.no_grad():
             inputs = processor(images=[Image.open(photos / "0.png")], text="a dog")
             cosine = model.readable_scores(model(**inputs).logits_per_image).item()
-        assert f"cosine {cosine:.3f}" in part and "tvrn train" in part
+        assert f"cosine {cosine:.3f}" in part
         assert "too long" not in part
         for answer in (page.by_text(LONG)[2], page.score(photos / "0.png", LONG)):
             assert "16 tokens are read" in answer
