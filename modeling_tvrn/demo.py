@@ -48,18 +48,18 @@ ABOUT = "# Search {count} photographs\nwith **{name}**. Click on a photograph to
 SCRIPT = f"""
 <script>
 {EXPLANATION_SCRIPT}
-const closeReason = () => document.body.classList.remove('tvrn-open', 'tvrn-waiting');
+const closeReason = () => delete document.querySelector('#why').dataset.state;
 // Captured: the gallery may put a new button in the place of the one that was clicked.
 document.addEventListener('click', event => {{
   if (event.target.closest('#results button')) {{
-    document.body.classList.add('tvrn-open', 'tvrn-waiting');
+    document.querySelector('#why').dataset.state = 'waiting';
     document.querySelector('#close').focus();
   }} else if (event.target.closest('#close') || !event.target.closest('#why')) closeReason();
 }}, true);
 document.addEventListener('keydown', event => {{ if (event.key === 'Escape') closeReason(); }});
 </script>
 """
-ARRIVED = "() => document.body.classList.remove('tvrn-waiting')"
+ARRIVED = "() => { const why = document.querySelector('#why'); if (why.dataset.state) why.dataset.state = 'open'; }"
 SHOW_RESULT = "() => document.querySelector('#result').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 STYLE = (
     EXPLANATION_STYLE
@@ -67,9 +67,9 @@ STYLE = (
 #why {display: none; position: fixed; inset: 3vh 0 auto 0; z-index: 100; width: min(66rem, 96vw); max-height: 94vh;
   margin: 0 auto; padding: 1rem; overflow: auto; border-radius: 10px; background: var(--body-background-fill);
   box-shadow: 0 0 0 100vmax rgb(0 0 0 / 60%)}
-.tvrn-open #why {display: flex}
-.tvrn-waiting #reason {display: none}
-.tvrn-waiting #why::after {content: ''; width: 2.5rem; height: 2.5rem; margin: 4rem auto; border-radius: 50%;
+#why[data-state] {display: flex}
+#why[data-state=waiting] #reason {display: none}
+#why[data-state=waiting]::after {content: ''; width: 2.5rem; height: 2.5rem; margin: 4rem auto; border-radius: 50%;
   border: 4px solid #8884; border-top-color: currentColor; animation: tvrn-turn 1s linear infinite}
 @keyframes tvrn-turn {to {transform: rotate(1turn)}}
 #close {align-self: flex-end; flex: none; width: auto}

@@ -1,13 +1,13 @@
 r"""Do explanations name what the score rests on, and does a word that names an object point at it?
 
-`masking`: for matching pairs the regions whose removal costs most, one by one (`Explanation.by_region`), or those that
-the reasoning's attention looks at most, are masked, then equally many random ones, and the pair is scored again. For 1,
-4 and 9 regions: the mean drop of the logit, the mean absolute change, and how often the named regions cost more than
-random ones, with a bootstrap interval over pairs. (Of 1 region the first is true by construction.)
+`masking`: for matching pairs the regions whose removal costs most, one by one (`Explanation.by_region`), or those
+that the reasoning's attention looks at most, are masked, then equally many random ones, and the pair is scored again.
+For 1, 4 and 9 regions: the mean drop of the logit, the mean absolute change, and how often the named regions cost more
+than random ones, with a bootstrap interval over pairs. (Of 1 region the first is true by construction.)
 
-`pointing`: the pointing game. A hit is a word that names an object and whose first region (by `by_region`, by attention)
-has its centre in a box of that object; beside it a random region, the regions in the middle, and how often any region
-could. On scenes, which know their boxes, or on COCO's instances (`--data coco --instances instances_val2017.json`).
+`pointing`: the pointing game. A hit is a word that names an object and whose first region (by `by_region`, or by
+attention) has its centre in a box of that object; beside it a random region, the regions in the middle, and how often
+any region could. On scenes, which know their boxes, or on COCO's instances (`--instances instances_val2017.json`).
 
 `foils`: in captions of scenes one colour is made wrong; how often the wrong word has the lowest number of all.
 
