@@ -8,6 +8,7 @@ photograph is in memory at a time, however many people ask.
 from __future__ import annotations
 
 import html
+import itertools
 import logging
 import os
 import threading
@@ -16,12 +17,13 @@ from typing import Any
 
 import PIL.Image
 
-from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, leads_out
-from .explain import Explanation, explain
-from .explain.page import html_body
+from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, image_files, leads_out
+from .explain import explain
+from .explain.page import SCRIPT as EXPLANATION_SCRIPT
+from .explain.page import STYLE as EXPLANATION_STYLE
+from .explain.page import data_url, html_body
 from .index import Hit, ImageTextIndex
 from .processing_tvrn import check_length, encode
-from .scoring.models import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -30,33 +32,57 @@ MAX_UPLOAD_PIXELS = 25_000_000  # a few hundred kilobytes can hold any number: e
 MAX_QUERY = 300  # characters
 MAX_HITS = 48
 LIKELY = 0.1  # that something fits
-THUMBNAIL = 320  # longest side in pixels
-ABOUT = "# {count} photographs\nSearched by text or by photograph. Click on a result to see why it was found."
+FIRST_SHOWN = 12  # photographs, before anything was asked
+THUMBNAIL = 512  # longest side in pixels
+# Shown are the first whose words the model knows: a small vocabulary has not all.
+EXAMPLES = (
+    "two dogs run through the snow",
+    "people sit at a table",
+    "a child on a swing",
+    "a red circle above a blue square",
+    "three small green triangles",
+)
+EXAMPLES_SHOWN = 3
+ABOUT = "# Search {count} photographs\nwith **{name}**. Click on a photograph to see why it was found."
 
-# Clicks on words, in pages that are replaced after every search: one listener for all of them.
-SCRIPT = """
+# The explanation opens over the page, where the click was; until it comes there is a spinner.
+SCRIPT = f"""
 <script>
-document.addEventListener('click', event => {
-  const button = event.target.closest('.tvrn-words button');
-  if (!button) return;
-  const root = button.closest('.tvrn-explanation');
-  root.querySelectorAll('.tvrn-words button').forEach(other => other.setAttribute('aria-pressed', other === button));
-  const opacity = JSON.parse(button.dataset.opacity);
-  root.querySelectorAll('rect.region').forEach((rect, region) => {
-    rect.setAttribute(rect.dataset.fill ? 'fill-opacity' : 'stroke-opacity', opacity[region]);
-  });
-});
+{EXPLANATION_SCRIPT}
+const closeReason = () => delete document.querySelector('#why').dataset.state;
+// Captured: the gallery may put a new button in the place of the one that was clicked.
+document.addEventListener('click', event => {{
+  if (event.target.closest('#results button')) {{
+    document.querySelector('#why').dataset.state = 'waiting';
+    document.querySelector('#close').focus();
+  }} else if (event.target.closest('#close') || !event.target.closest('#why')) closeReason();
+}}, true);
+document.addEventListener('keydown', event => {{ if (event.key === 'Escape') closeReason(); }});
 </script>
 """
-STYLE = """
-.tvrn-words button {border: 0; border-radius: 4px; margin: 2px; padding: 2px 6px; cursor: pointer}
-.tvrn-words button[aria-pressed=true] {outline: 2px solid currentColor}
-.tvrn-explanation .views {display: flex; gap: 1.5rem; flex-wrap: wrap}
-.tvrn-explanation figure {margin: 0; width: 24rem; max-width: 100%}
-.tvrn-explanation svg {width: 100%; height: auto; display: block}
-.tvrn-explanation td, .tvrn-explanation th {padding: 2px 8px; text-align: right}
-.tvrn-explanation td:first-child, .tvrn-explanation th:first-child {text-align: left}
+ARRIVED = "() => { const why = document.querySelector('#why'); if (why.dataset.state) why.dataset.state = 'open'; }"
+SHOW_RESULT = "() => document.querySelector('#result').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+STYLE = (
+    EXPLANATION_STYLE
+    + """
+#why {display: none; position: fixed; inset: 3vh 0 auto 0; z-index: 100; width: min(66rem, 96vw); max-height: 94vh;
+  margin: 0 auto; padding: 1rem; overflow: auto; border-radius: 10px; background: var(--body-background-fill);
+  box-shadow: 0 0 0 100vmax rgb(0 0 0 / 60%)}
+#why[data-state] {display: flex}
+#why[data-state=waiting] #reason {display: none}
+#why[data-state=waiting]::after {content: ''; width: 2.5rem; height: 2.5rem; margin: 4rem auto; border-radius: 50%;
+  border: 4px solid #8884; border-top-color: currentColor; animation: tvrn-turn 1s linear infinite}
+@keyframes tvrn-turn {to {transform: rotate(1turn)}}
+#close {align-self: flex-end; flex: none; width: auto}
+#reason img, #preview img, #pair-preview img {max-width: 100%; max-height: 70vh; object-fit: contain}
+#examples button {flex: 0 1 auto}
+#results .grid-wrap {max-height: none !important; height: auto !important}
+@media (max-width: 640px) {
+  #results .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+  .gradio-container {padding: .5rem !important}
+}
 """
+)
 
 
 class Searches:
@@ -76,6 +102,34 @@ class Searches:
         self.model, self.processor, self.index = model, processor, index
         self.folder = Path(folder).resolve()
         self._one_photograph = threading.Lock()
+
+    @property
+    def model_name(self) -> str:
+        """A Hub id, or of a folder its name: where it lies is nobody's business."""
+        name = str(getattr(self.model.config, "name_or_path", "") or "a model without a name")
+        return Path(name).resolve().name if Path(name).is_dir() else name
+
+    def examples(self) -> list[str]:
+        """Queries to begin with, of words that the model knows."""
+        tokenizer = self.processor.tokenizer
+        known = [text for text in EXAMPLES if tokenizer.unk_token_id not in tokenizer(text)["input_ids"]]
+        return known[:EXAMPLES_SHOWN]
+
+    def first(self) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
+        """What the page shows before anything was asked: some of the photographs."""
+        paths = sorted(itertools.islice(image_files(self.folder), FIRST_SHOWN))
+        gallery, state = [], []
+        for path in paths:
+            with self._one_photograph:
+                picture = self._photograph(str(path))
+                if picture is None:
+                    continue
+                picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            name = str(path.relative_to(self.folder))
+            gallery.append((picture, name))
+            state.append({"id": name, "path": str(path), "query": None})
+        said = "Some of the photographs. Type what you look for, or try an example."
+        return gallery, state, said if gallery else "There is no photograph in this folder."
 
     def by_text(
         self, query: str, limit: int = 12
@@ -142,21 +196,34 @@ class Searches:
             return None
 
     def why(self, state: list[dict[str, Any]], number: int, query: str | None = None) -> str:
-        """HTML that explains a hit; for one found by photograph, with a text typed since then."""
+        """HTML that explains a hit; one found by photograph, or not searched for, with a text typed since then."""
         if not 0 <= number < len(state):
             return ""
         note = self._cut_note(state[number]["query"] or query)
         text = (state[number]["query"] or (query or "")).strip()[:MAX_QUERY]
-        if not text:
-            return "<p>Found by its likeness to a photograph. Type a text to see how it fits.</p>"
         try:
             with self._one_photograph:
                 picture = self._photograph(state[number]["path"])
                 if picture is None:
                     return "<p>This photograph is not there any more.</p>"
+                if not text:
+                    advice = "<p>Type a text to see how it fits this photograph.</p>"
+                    return f'{_heading(state[number]["id"])}{advice}<img alt="" src="{data_url(picture)}">'
                 return self._part(picture, text, state[number]["id"]) + _paragraph(note)
         except ValueError as error:  # such as a text without a word
             return f"<p>{html.escape(str(error))}</p>"
+
+    def preview(self, upload: Any) -> tuple[PIL.Image.Image | None, str]:
+        """An uploaded photograph, small, or why it cannot be used."""
+        if upload is None:
+            return None, ""
+        try:
+            with self._one_photograph:
+                picture = read_upload(upload)
+                picture.thumbnail((THUMBNAIL, THUMBNAIL))
+                return picture, ""
+        except ImageError as error:
+            return None, f"{_refusal(error)}."
 
     def score(self, upload: Any, caption: str) -> str:
         """HTML with the score of an uploaded pair."""
@@ -173,19 +240,10 @@ class Searches:
             return f"<p>{html.escape(str(error))}</p>"
 
     def _part(self, picture: PIL.Image.Image, text: str, name: str) -> str:
-        """A pair as a part of the page: taken apart, or of a model without reasoning its score alone."""
-        if self.model.config.use_reasoning:
-            return page_part(explain(self.model, self.processor, picture, text), name)
-        device = next(self.model.parameters()).device
-        with evaluating(self.model):
-            images = self.model.encode_images(**self.processor(images=[picture]).to(device))
-            logits = self.model.match(images, self.model.encode_texts(**self.processor(text=[text]).to(device)))
-            score = float(self.model.readable_scores(logits))
-        return (
-            f'<div class="tvrn-explanation"><h3>{html.escape(name)}: {self.model.score_kind} {score:.3f}</h3>'
-            "<p>This model has no reasoning over words and regions that could be shown: train one (tvrn train "
-            "dual_encoder=…) to see why.</p></div>"
-        )
+        """A pair taken apart, as a part of the page."""
+        found = explain(self.model, self.processor, picture, text)
+        about = f"<p>“{html.escape(text)}”: {found.score_kind} {found.score:.3f}</p>"
+        return f"{_heading(name)}{about}{html_body(found)}"
 
     def _cut_note(self, text: str | None) -> str:
         """What to say of a text that is longer than what is read of it; else nothing."""
@@ -198,6 +256,10 @@ class Searches:
         return (
             f" The text is too long: at most {MAX_QUERY} characters and {limit} tokens are read, its end was left out."
         )
+
+
+def _heading(name: str) -> str:
+    return f"<h3>{html.escape(name)}</h3>"
 
 
 def _paragraph(note: str) -> str:
@@ -221,15 +283,6 @@ def _refusal(error: ImageError) -> str:
     return f"This file cannot be used: {error.reason}{f' ({error.why})' if error.why else ''}"
 
 
-def page_part(explanation: Explanation, name: str) -> str:
-    """An explanation as a part of the page."""
-    body = html_body(explanation).replace('class="words"', 'class="tvrn-words"')
-    return (
-        f'<div class="tvrn-explanation"><h3>{html.escape(name)}: {explanation.score_kind} {explanation.score:.3f}</h3>'
-        f"{body}<p>Click on a word to see where it looks.</p></div>"
-    )
-
-
 def build_demo(searches: Searches) -> Any:
     """The page as a `gradio.Blocks`, not started yet.
 
@@ -237,38 +290,73 @@ def build_demo(searches: Searches) -> Any:
         ImportError: Naming the command that installs gradio.
     """
     gr = _gradio()
+    private: dict[str, Any] = {"api_visibility": "private"}
     with gr.Blocks(title="Photograph search", analytics_enabled=False) as page:
-        gr.Markdown(ABOUT.format(count=len(searches.index)))
+        gr.Markdown(ABOUT.format(count=len(searches.index), name=searches.model_name))
         state = gr.State([])
         with gr.Tab("Search"):
             with gr.Row():
                 with gr.Column(scale=3):
-                    query = gr.Textbox(label="Text", max_length=MAX_QUERY, elem_id="query")
+                    query = gr.Textbox(
+                        label="Text", placeholder="What does it show?", max_length=MAX_QUERY, elem_id="query"
+                    )
+                    with gr.Row(elem_id="examples"):
+                        examples = [gr.Button(text, size="sm") for text in searches.examples()]
                     limit = gr.Slider(1, MAX_HITS, value=12, step=1, label="Results at most")
                     find = gr.Button("Search", variant="primary", elem_id="find")
                 with gr.Column(scale=2):
                     photograph = _upload(gr, "Or a photograph", "photograph")
+                    _preview(gr, searches, photograph, "preview")
                     alike = gr.Button("Search by photograph", elem_id="alike")
             said = gr.Markdown(elem_id="said")
-            gallery = gr.Gallery(label="Results", columns=4, height=None, allow_preview=False, elem_id="results")
-            reason = gr.HTML(elem_id="reason")
+            gallery = gr.Gallery(
+                label="Photographs",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                allow_preview=False,
+                buttons=[],
+                elem_id="results",
+            )
+            with gr.Column(elem_id="why"):
+                gr.Button("Close", size="sm", elem_id="close")
+                reason = gr.HTML(elem_id="reason")
             found = [gallery, state, said]
+            page.load(searches.first, None, found, **private)
             find.click(searches.by_text, [query, limit], found, api_name="search")
-            query.submit(searches.by_text, [query, limit], found, api_visibility="private")
+            query.submit(searches.by_text, [query, limit], found, **private)
+            for example in examples:
+                typed = example.click(lambda text: text, example, query, **private)
+                typed.then(searches.by_text, [query, limit], found, **private)
             alike.click(searches.by_image, [photograph, limit], found, api_name="search_by_image")
-            gallery.select(_chosen(gr, searches), [state, query], reason, api_visibility="private")
+            clicked = gallery.select(_chosen(gr, searches), [state, query], reason, show_progress="hidden", **private)
+            clicked.then(None, js=ARRIVED, **private)
         with gr.Tab("Score a pair"):
             pair = _upload(gr, "Photograph", "pair")
+            _preview(gr, searches, pair, "pair-preview")
             caption = gr.Textbox(label="Caption", max_length=MAX_QUERY, elem_id="caption")
             score = gr.Button("Score", variant="primary", elem_id="score")
             result = gr.HTML(elem_id="result")
-            score.click(searches.score, [pair, caption], result, api_name="score")
+            scored = score.click(searches.score, [pair, caption], result, api_name="score")
+            scored.then(None, js=SHOW_RESULT, **private)
     return page
 
 
 def _upload(gr: Any, label: str, name: str) -> Any:
     """A plain file field: an image field would decode what was sent before this module has looked at it."""
     return gr.File(label=label, file_types=list(IMAGE_SUFFIXES), type="filepath", height=110, elem_id=name)
+
+
+def _preview(gr: Any, searches: Searches, upload: Any, name: str) -> None:
+    """Shows what was chosen in a file field as soon as it is there, or why it cannot be used."""
+    shown = gr.Image(show_label=False, interactive=False, visible=False, height=180, buttons=[], elem_id=name)
+    refused = gr.Markdown(visible=False)
+
+    def changed(path: str | None) -> tuple[Any, Any]:
+        picture, why_not = searches.preview(path)
+        return gr.Image(picture, visible=picture is not None), gr.Markdown(why_not, visible=bool(why_not))
+
+    upload.change(changed, upload, [shown, refused], api_visibility="private")
 
 
 def _chosen(gr: Any, searches: Searches) -> Any:

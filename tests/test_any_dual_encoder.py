@@ -208,7 +208,7 @@ class TestLongCaptions:
         index = ImageTextIndex.build(model, processor, photos, progress=False)
         index.search(LONG)
         index.search(LONG)
-        explain(model, processor, photos / "0.png", LONG, leave_out=False)
+        explain(model, processor, photos / "0.png", LONG, leave_out_regions=False)
         assert processor.truncated_captions == 3
         assert sum("are cut to" in record.getMessage() for record in caplog.records) == 1
 
@@ -225,13 +225,14 @@ class TestExplain:
             rest = " ".join(each for place, each in enumerate(caption.split()) if place != number)
             with torch.no_grad():
                 logits = model(**processor(images=[Image.open(photos / "0.png")], text=rest)).logits_per_image
-            assert word.without == pytest.approx(found.logit - float(logits), abs=1e-4), word.text
+            assert word.contribution == pytest.approx(found.logit - float(logits), abs=1e-4), word.text
         assert found.score_kind == "matching score (uncalibrated)" and "uncalibrated" in found.table()
 
-    def test_without_heads_it_says_what_is_needed(self, folder: Path, photos: Path) -> None:
-        refused = tvrn("explain", folder, photos / "0.png", "a dog", code=2)
-        assert "no reasoning" in refused.stderr and "tvrn train dual_encoder" in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+    def test_without_heads_its_words_have_numbers_and_no_region_is_drawn(self, folder: Path, photos: Path) -> None:
+        model, processor = load_model(folder, device="cpu")
+        found = explain(model, processor, photos / "0.png", "a dog runs")
+        assert found.words[0].attention is None and found.strength(found.by_region) is None
+        assert found.score_kind == "cosine" and len({word.contribution for word in found.words}) == 3
 
 
 class TestDemo:
@@ -240,12 +241,12 @@ class TestDemo:
         page = Searches(model, processor, ImageTextIndex.build(model, processor, photos, progress=False), photos)
         gallery, state, said = page.by_text("a dog", 4)
         assert len(gallery) == 4 and said == "4 found. The numbers are: cosine."
-        assert "cosine" in page.why(state, 0) and "no reasoning" in page.why(state, 0)
+        assert "cosine" in page.why(state, 0) and page.why(state, 0).count("no one region") == 3
         part = page.score(photos / "0.png", "a dog")
         with torch.no_grad():
             inputs = processor(images=[Image.open(photos / "0.png")], text="a dog")
             cosine = model.readable_scores(model(**inputs).logits_per_image).item()
-        assert f"cosine {cosine:.3f}" in part and "tvrn train" in part
+        assert f"cosine {cosine:.3f}" in part
         assert "too long" not in part
         for answer in (page.by_text(LONG)[2], page.score(photos / "0.png", LONG)):
             assert "16 tokens are read" in answer

@@ -211,7 +211,7 @@ class TestShare:
 
         def pushed(*arguments: Any, **options: Any) -> Pushed:
             asked.update(options, arguments=arguments)
-            return Pushed("me/x", "https://hub/me/x", "c0ffee", ["config.json"], [], DoctorReport("me/x"))
+            return Pushed("me/x", "https://hub/me/x", "c0ffee", {"config.json": 9}, [], DoctorReport("me/x"), "")
 
         monkeypatch.setattr("modeling_tvrn.hub.push_to_hub", pushed)
         outcome = tvrn(
@@ -282,7 +282,8 @@ def test_explain_writes_what_it_shows(model: Path, pairs: Path, tmp_path: Path) 
     image, files = pairs.parent / "a.png", [tmp_path / "why.png", tmp_path / "why.html"]
     outcome = tvrn("explain", model, image, CAPTIONS[0], "--picture", files[0], "--html", files[1], "--json")
     found = json.loads(outcome.stdout)
-    assert sum(found["parts"].values()) == pytest.approx(found["logit"], abs=1e-4)
+    words = sum(word["contribution"] for word in found["words"])
+    assert words + found["together"] == pytest.approx(found["logit"], abs=1e-6)
     assert found["written"] == [str(file) for file in files] and all(file.stat().st_size > 1000 for file in files)
     assert "ends in .png" in tvrn("explain", model, image, "x", "--picture", "why.txt", code=2).stderr
 

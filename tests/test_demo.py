@@ -35,11 +35,29 @@ def test_text_and_photograph_find_pictures_and_a_hit_is_explained(searches: Sear
     assert len(gallery) == len(state) == 5 and said.startswith("5 found.")
     assert [label.split("  ")[1] for _, label in gallery] == [each["id"] for each in state]
     reason = searches.why(state, 1)
-    assert reason.count("<button") == 7 and "matching score" in reason and state[1]["id"] in reason
+    assert reason.count("<button") == 6 and "matching score" in reason and state[1]["id"] in reason
     alike, found, _ = searches.by_image(state[0]["path"], 3)
     assert len(alike) == 3 and "Type a text" in searches.why(found, 0)
     assert "<svg" in searches.why(found, 0, "a red kite")
     assert searches.why(state, 99) == ""
+
+
+def test_before_anything_is_asked_there_are_photographs_and_queries_to_try(searches: Searches) -> None:
+    gallery, state, said = searches.first()
+    assert len(gallery) == len(state) == 9 and "try an example" in said
+    assert "<img" in searches.why(state, 0) and "Type a text" in searches.why(state, 0)
+    assert searches.examples() == [], "this model knows few words"
+
+
+def test_an_upload_is_shown_at_once_or_named(searches: Searches, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(encoded(3))
+    (tmp_path / "page.png").write_bytes(b"<html>")
+    picture, nothing = searches.preview(tmp_path / "good.png")
+    assert picture is not None and nothing == ""
+    assert (
+        searches.preview(tmp_path / "page.png")[0] is None
+        and "HTML page" in searches.preview(tmp_path / "page.png")[1]
+    )
 
 
 def test_empty_and_wild_input_gets_an_answer_not_an_error(searches: Searches) -> None:

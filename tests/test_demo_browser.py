@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def tab(browser: Any, page: Any) -> Iterator[Any]:  # noqa: F811
     """The page, open in a tab, and every address that was asked for in `tab.asked`."""
-    opened = browser.new_page(viewport={"width": 1280, "height": 1400})
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
     opened.set_default_timeout(PATIENCE)
     opened.asked = []
     opened.on("request", lambda request: opened.asked.append(request.url))
@@ -58,13 +58,19 @@ def test_a_query_is_typed_results_are_clicked_and_an_explanation_opens(tab: Any,
     assert tab.locator("#results button img").count() == 9
     tab.locator("#results button:has(img)").nth(1).click()
     tab.wait_for_selector(".tvrn-explanation svg image", state="attached")
-    assert re.search(r"matching score 0\.\d+", tab.inner_text(".tvrn-explanation"))
+    seen = tab.locator("#why").bounding_box()
+    assert seen is not None and 0 <= seen["y"] < 900, "where the click was, not below the fold"
+    assert re.search(r"matching score 0\.\d+", tab.inner_text("#reason"))
     words = tab.locator(".tvrn-words button")
-    assert words.all_inner_texts()[2:] == ["two", "dogs", "run", "in", "snow"]
+    assert words.all_inner_texts()[1:] == ["two", "dogs", "run", "in", "snow"]
     words.nth(3).click()
-    opacity = tab.locator("rect.region").evaluate_all("all => all.map(r => +r.getAttribute('fill-opacity'))")
-    assert max(opacity) > 0.5 and len(opacity) == 4, "the heatmap of the word that was clicked"
+    opacity = tab.locator("rect.region").evaluate_all("all => all.map(r => +r.getAttribute('opacity'))")
+    assert len(opacity) == 4 and "run" in tab.inner_text("figcaption"), "of the word that was clicked"
     tab.screenshot(path=os.environ.get("DEMO_SCREENSHOT") or tmp_path / "search.png", full_page=True)
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("#why", state="hidden")
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "a phone's width"
     assert here(tab, page.local_url) == [], "works without a network"
 
 
@@ -73,7 +79,7 @@ def test_a_pair_is_uploaded_and_scored(tab: Any, tmp_path: Path) -> None:
     photograph.write_bytes(encoded(5))
     tab.get_by_role("tab", name="Score a pair").click()
     tab.set_input_files("#pair input[type=file]", photograph)
-    tab.wait_for_selector("text=photograph.png")
+    tab.wait_for_selector("#pair-preview img")
     tab.fill("#caption textarea, #caption input", "a red kite over the sea")
     tab.click("#score")
     tab.wait_for_selector("#result .tvrn-explanation")

@@ -1,5 +1,6 @@
 """`explain`: its numbers give the model's score, whatever the variant, and its pictures show what it says."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,8 @@ from dual_encoder_makers import save_dual_encoder
 from model_makers import FEATURES, SIZES, overlapping_boxes, shake, tiny_model
 from reference import Reference, softmax
 
-from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
-from modeling_tvrn.explain import Explanation, explain
-from modeling_tvrn.explain.picture import bar_rows
+from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.explain import explain
 from modeling_tvrn.layers_tvrn import grid_boxes
 
 CAPTION = "Two dogs run, one <b>barks</b>"
@@ -39,33 +39,33 @@ def score(model: Any, processor: Any, image: dict[str, Any], text: str) -> float
         return float(model(**processor(**regions, text=text)).logits_per_image)
 
 
-@pytest.mark.parametrize("refinement", ["gate", "gru"])
-@pytest.mark.parametrize("switches", [{}, {"use_semantic_alignment": False}, {"use_text_refinement": False}])
-def test_the_words_and_the_other_parts_add_up_to_the_score(
-    processor: TVRNProcessor, refinement: str, switches: dict[str, bool]
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"refinement": "gru"}, {"similarity_head": "sgr"}, {"use_text_refinement": False}, {"use_reasoning": False}],
+)
+def test_a_word_has_one_number_what_the_score_loses_without_it(
+    processor: TVRNProcessor, settings: dict[str, Any]
 ) -> None:
-    model = tiny_model(refinement=refinement, **switches)
-    found = explain(model, processor, image := record(), CAPTION)
-    assert found.logit == pytest.approx(score(model, processor, image, CAPTION), abs=1e-5)
-    assert sum(found.parts.values()) == pytest.approx(found.logit, abs=1e-5)
-    whole = sum(word.contribution for word in found.words)
-    others = sum(value for name, value in found.parts.items() if name not in ("words", "late interaction"))
-    assert whole + others == pytest.approx(found.logit, abs=1e-5)
-    assert sum(value for _, value in bar_rows(found)) == pytest.approx(found.logit, abs=1e-5), "no part is drawn twice"
-    for word in found.words:
-        assert word.contribution == pytest.approx(word.reasoning + word.late_interaction, abs=1e-9)
-    assert len({round(word.contribution, 6) for word in found.words}) == len(found.words), "each word has its own part"
-    assert 0 < sum(word.weight for word in found.words) < 1, "the global vector has a share too"
-
-
-def test_a_graph_does_not_come_apart_but_says_what_leaving_a_word_out_costs(processor: TVRNProcessor) -> None:
-    model = tiny_model(similarity_head="sgr")
+    """And with what no single word has the numbers add up to the model's logit, whatever its components."""
+    model = tiny_model(**settings)
     found = explain(model, processor, image := record(), "two dogs run")
-    assert [word.contribution for word in found.words] == [None] * 3
-    assert sum(found.parts.values()) == pytest.approx(found.logit, abs=1e-5)
-    assert set(found.parts) == {"graph", "late interaction", "first stage"}
+    assert found.logit == pytest.approx(score(model, processor, image, "two dogs run"), abs=1e-5)
     for word, rest in zip(found.words, ["dogs run", "two run", "two dogs"], strict=True):
-        assert word.without == pytest.approx(found.logit - score(model, processor, image, rest), abs=1e-5)
+        assert word.contribution == pytest.approx(found.logit - score(model, processor, image, rest), abs=1e-5)
+    assert sum(word.contribution for word in found.words) + found.together == pytest.approx(found.logit, abs=1e-6)
+    assert sum(found.components.values()) == pytest.approx(found.logit, abs=1e-5)
+    alone = explain(model, processor, image, "dogs")
+    assert alone.words[0].contribution == alone.logit and alone.together == 0
+
+
+@pytest.mark.slow
+def test_table_picture_and_page_show_the_same_numbers_which_add_up(processor: TVRNProcessor) -> None:
+    found = explain(tiny_model(), processor, record(grid=(2, 3)), CAPTION)
+    page = [float(number) for number in re.findall(r"<td>([+-][0-9.]+)</td>", found.to_html())]
+    table = [float(re.search(r" ([+-][0-9.]+)", line)[1]) for line in found.table().splitlines()[1:-1]]
+    picture = [float(text.get_text()) for text in found.figure().axes[0].texts]
+    assert page == table == picture == [number for _, number in found.summands] + [found.total]
+    assert sum(page[:-1]) == pytest.approx(page[-1], abs=1e-9)
 
 
 @pytest.mark.parametrize("refinement", ["gate", "gru"])
@@ -75,7 +75,7 @@ def test_attention_and_saliencies_are_shares_of_the_valid_regions(processor: TVR
     found = explain(model, processor, image, CAPTION)
     assert found.attention.shape == (len(found.words), 5)
     np.testing.assert_allclose(found.attention.sum(axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose([found.region_saliency.sum(), found.region_weight.sum()], 1, atol=1e-6)
+    assert found.region_saliency.sum() == pytest.approx(1, abs=1e-6)
     kept = image["region_boxes"][image["region_mask"].bool()]
     np.testing.assert_allclose(found.boxes, kept, atol=1e-6)
     saliency = [word.saliency for word in found.words]
@@ -102,16 +102,20 @@ def test_where_each_word_looks_is_what_the_equations_say(processor: TVRNProcesso
     assert np.ptp(looks, axis=0).max() > 0.02
 
 
-def test_what_the_score_loses_without_a_region(processor: TVRNProcessor) -> None:
+def test_what_the_score_and_each_word_lose_without_a_region(processor: TVRNProcessor) -> None:
     model, image = tiny_model(), record() | {"region_mask": torch.tensor([1, 0, 1, 1, 0, 1, 1])}
-    found = explain(model, processor, image, CAPTION)
+    found = explain(model, processor, image, "two dogs")
     for place, region in enumerate(image["region_mask"].nonzero().flatten().tolist()):
         mask = image["region_mask"].clone()
         mask[region] = 0
-        rest = score(model, processor, image | {"region_mask": mask}, CAPTION)
-        assert found.region_without[place] == pytest.approx(found.logit - rest, abs=1e-5)
-    assert found.region == found.region_without.argmax() and len(set(found.region_without.round(5))) == 5
-    assert explain(model, processor, image, CAPTION, leave_out=False).region_without is None
+        rest, rest_of_dogs = (
+            score(model, processor, image | {"region_mask": mask}, text) for text in ("two dogs", "two")
+        )
+        assert found.by_region[place] == pytest.approx(found.logit - rest, abs=1e-5)
+        kept = rest - rest_of_dogs
+        assert found.words[1].by_region[place] == pytest.approx(found.words[1].contribution - kept, abs=1e-5)
+    assert len(set(found.by_region.round(5))) == 5
+    assert explain(model, processor, image, CAPTION, leave_out_regions=False).by_region is None
 
 
 @pytest.mark.slow
@@ -119,26 +123,27 @@ def test_pieces_of_a_word_are_one_word(minilm: Path) -> None:
     processor = TVRNProcessor.from_backbones(text=minilm)
     model = TVRNModel.from_backbones(text=minilm, **{"region_feature_size": FEATURES, **SIZES})
     caption = "A snowboarder's jump, unbelievably high"
-    found = explain(shake(model), processor, record(), caption, leave_out=False)
+    found = explain(shake(model), processor, record(), caption, leave_out_regions=False)
     assert [word.text for word in found.words] == re.findall(r"\w+|[^\w\s]", caption)
     assert [caption[slice(*word.span)] for word in found.words] == [word.text for word in found.words]
-    assert sum(found.parts.values()) == pytest.approx(found.logit, rel=1e-5)
 
 
-def test_a_photograph_is_shown_as_the_model_saw_it(mobilenet: Path) -> None:
-    """A centre crop moves every box: drawn on the whole photograph they would lie beside what they name."""
+@pytest.mark.parametrize(("crop", "seen"), [(True, (0.28125, 0.0625, 0.71875, 0.9375)), (False, (0.0, 0.0, 1.0, 1.0))])
+def test_a_photograph_keeps_its_shape_and_its_boxes_lie_on_what_the_model_saw(
+    mobilenet: Path, crop: bool, seen: tuple[float, ...]
+) -> None:
     processor = TVRNProcessor.from_backbones(vision=mobilenet)
     processor.tokenizer = TVRNProcessor.from_captions(CAPTIONS).tokenizer
     pixels = processor.image_processor
-    pixels.size, pixels.crop_size, pixels.do_center_crop = {"shortest_edge": 256}, {"height": 224, "width": 224}, True
+    pixels.size, pixels.do_center_crop = {"shortest_edge": 256} if crop else {"height": 224, "width": 224}, crop
+    pixels.crop_size = {"height": 224, "width": 224}
     model = TVRNModel.from_backbones(vision=mobilenet, vision_grid_size=3, freeze_vision=True, **SIZES).eval()
-    photograph = np.zeros((300, 600, 3), dtype=np.uint8)
-    photograph[:, :150, 0] = 255  # red, left of the crop
-    photograph[:, 300:, 2] = 255
-    found = explain(model, processor, photograph, "two dogs run", leave_out=False)
-    seen = np.asarray(found.picture)
-    assert found.grid == (3, 3) and found.picture.size == (224, 224)
-    assert seen[..., 0].max() < 40 and seen[:, 130:, 2].min() > 200, "only the middle square is there"
+    photograph = np.random.default_rng(0).integers(0, 255, (300, 600, 3), dtype=np.uint8)
+    found = explain(model, processor, photograph, "two dogs run", leave_out_regions=False)
+    assert found.grid == (3, 3) and found.picture.size == (600, 300)
+    np.testing.assert_allclose([*found.cells[0, :2], *found.cells[-1, 2:]], seen, atol=0.005)
+    middle = [seen[0] + (seen[2] - seen[0]) / 3, seen[1] + (seen[3] - seen[1]) / 3]
+    np.testing.assert_allclose(found.cells[4, :2], middle, atol=0.005)
 
 
 @pytest.mark.slow
@@ -153,7 +158,7 @@ def test_picture_page_and_json_need_nothing_else(processor: TVRNProcessor, tmp_p
     regions = len(found.boxes)
     assert page.count('class="region"') == regions
     opacities = [json.loads(value) for value in re.findall(r'data-opacity="([^"]+)"', page)]
-    assert len(opacities) == len(found.words) + 2 and {len(each) for each in opacities} == {regions}
+    assert len(opacities) == len(found.words) + 1 and {len(each) for each in opacities} == {regions}
     loaded = json.loads(json.dumps(found.as_dict()))
     assert loaded["words"][0]["attention"] == pytest.approx(found.words[0].attention.tolist())
     assert all(word.text in found.table() for word in found.words)
@@ -162,7 +167,7 @@ def test_picture_page_and_json_need_nothing_else(processor: TVRNProcessor, tmp_p
 def test_without_boxes_or_picture_the_numbers_are_still_there(processor: TVRNProcessor, tmp_path: Path) -> None:
     model = tiny_model(use_geometric_context=False)
     found = explain(model, processor, {"region_features": torch.randn(5, FEATURES)}, "dogs")
-    assert found.boxes is None and found.picture is None and found.words[0].without is None
+    assert found.boxes is None and found.picture is None and found.words[0].contribution == found.logit
     assert found.save_picture(tmp_path / "e.png").stat().st_size > 0 and "<svg" in found.to_html()
 
 
@@ -185,11 +190,11 @@ def test_wrong_input_is_refused_with_what_was_expected(processor: TVRNProcessor)
 
 def test_the_score_is_the_models_calibrated_one(processor: TVRNProcessor) -> None:
     model, image = tiny_model(), record()
-    before = explain(model, processor, image, CAPTION, leave_out=False)
+    before = explain(model, processor, image, CAPTION, leave_out_regions=False)
     model.calibration_scale.fill_(0.5)
     model.calibration_shift.fill_(-2.0)
-    found = explain(model, processor, image, CAPTION, leave_out=False)
-    assert (found.logit, found.parts) == (before.logit, before.parts) and found.score != before.score
+    found = explain(model, processor, image, CAPTION, leave_out_regions=False)
+    assert (found.logit, found.summands) == (before.logit, before.summands) and found.score != before.score
     assert found.score == pytest.approx(float(model.scores(torch.tensor(found.logit))), abs=1e-6)
 
 
@@ -204,25 +209,13 @@ def test_a_photograph_scored_over_a_dual_encoder(tmp_path: Path) -> None:
         wanted = model.eval()(**clip(images=[photograph], text="a dog runs in snow"))
     assert found.logit == pytest.approx(float(wanted.logits_per_image), abs=1e-4)
     assert [word.text for word in found.words] == ["a", "dog", "runs", "in", "snow"] and found.grid == (2, 2)
-    assert len(set(found.region_without.round(5))) == 4
+    assert len(set(found.by_region.round(5))) == 4
 
 
-def test_a_score_without_reasoning_is_refused(processor: TVRNProcessor) -> None:
-    with pytest.raises(ValueError, match=r"\['first_stage', 'late_interaction'\] and no reasoning"):
-        explain(tiny_model(use_reasoning=False), processor, record(), CAPTION)
-
-
-def test_a_component_that_explain_does_not_know_is_no_silent_error(processor: TVRNProcessor) -> None:
-    model = tiny_model()
-    known = model.match
-    model.match = lambda *arguments, **options: known(*arguments, **options) + 1.0
-    with pytest.raises(RuntimeError, match="does not know"):
-        explain(model, processor, record(), CAPTION)
-
-
-def test_a_score_is_a_probability_however_large_the_logit() -> None:
-    empty = {"caption": "", "picture": None, "words": (), "boxes": None, "grid": None, "head": "saf", "cosine": 0.0}
-    empty["region_without"] = None
-    made = [Explanation(**empty, region_saliency=np.ones(1), logit=x, parts={}) for x in (-900.0, 0.0, 900.0)]
-    assert [each.score for each in made] == [0.0, 0.5, 1.0]
-    assert TVRNConfig.model_type == "tvrn"
+def test_regions_that_do_nothing_for_a_word_are_not_drawn(processor: TVRNProcessor) -> None:
+    found = explain(tiny_model(), processor, record(grid=(2, 2)), "two dogs run")
+    flat = dataclasses.replace(found.words[0], by_region=np.zeros(4))
+    even = dataclasses.replace(found, words=(flat, *found.words[1:]))
+    assert even.strength(flat.by_region) is None and "no one region speaks for it" in even.to_html()
+    assert found.strength(np.array([2.0, -1.0, 1.0, 0.0])).tolist() == [1.0, 0.0, 0.5, 0.0]
+    assert even.strength(even.by_region * 0 - 1) is None, "what speaks against it only"

@@ -118,8 +118,33 @@ class TestPush:
         assert values == {name: value for name, value in results()["metrics"].items() if "median" not in name}
         for text in ("f00d", "beef", "abc123", "non-commercial", "examples/train.py", 'name = "org/tvrn-test"', "99"):
             assert text in card.text, text
+        result = card.data.eval_results[0]
+        assert result.dataset_split == "validation"
+        assert result.metric_args == {"protocol": "validation", "images": 6, "captions": 30}
         assert "curve.png" in card.text and "query.png" not in card.text
         assert pushed.report["card"].status == "ok", str(pushed.report)
+
+    def test_a_dry_run_shows_what_would_be_pushed_and_asks_no_hub(self, hub: HubServer, tmp_path: Path) -> None:
+        folder = save(tmp_path / "run", *region_model())
+        (folder / "results.json").write_text(json.dumps(results()))
+        dry = push_to_hub(folder, None, "org/tvrn-test", endpoint=hub.url, dry_run=True)
+        assert dry.commit is None and not hub.requests and not hub.repos
+        pushed = push_to_hub(folder, None, "org/tvrn-test", token=hub.token, endpoint=hub.url)
+        files = hub.files("org/tvrn-test")
+        assert dry.files == pushed.files == {name: len(files[name]) for name in pushed.files}
+        assert dry.card == pushed.card == files["README.md"].decode()
+
+    def test_figures_of_a_split_that_was_trained_on_are_refused(self, hub: HubServer, tmp_path: Path) -> None:
+        """Of a stream nobody counts the images that both splits hold; the splits' names are enough."""
+        folder = save(tmp_path / "run", *region_model())
+        found = results(config=results()["config"] | {"validation_split": "train"})
+        (folder / "results.json").write_text(json.dumps(found))
+        dry = push_to_hub(folder, None, "org/tvrn-test", dry_run=True)
+        assert "model-index" not in dry.card.split("---")[1] and "split train was trained on" in dry.card
+        honest = write_run_card(tmp_path, results=results()).read_text("utf-8")
+        with pytest.raises(ValueError, match="model-index has figures, but the split train was trained on"):
+            push_to_hub(folder, None, "org/tvrn-test", card=honest, token=hub.token, endpoint=hub.url)
+        assert not hub.repos
 
     @pytest.mark.slow
     def test_a_dual_encoder_is_pushed_with_what_was_trained_over_it(self, hub: HubServer, tmp_path: Path) -> None:

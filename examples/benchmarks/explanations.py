@@ -1,29 +1,41 @@
-r"""Do explanations name what the score rests on? Mask the regions they name, and as many at random.
+r"""Do explanations name what the score rests on, and does a word that names an object point at it?
 
-For matching pairs: the regions whose removal costs most, one by one (`Explanation.region_without`), or those that the
-caption looks at most (`region_weight`), are masked, then equally many random ones, and the pair is scored again.
-Reported for 1, 4 and 9 regions: the mean drop of the logit, the mean absolute change, and how often the named regions
-cost more than random ones, with a bootstrap interval over pairs. (Of 1 region the first is true by construction.)
+`masking`: for matching pairs the regions whose removal costs most, one by one (`Explanation.by_region`), or those
+that the reasoning's attention looks at most, are masked, then equally many random ones, and the pair is scored again.
+For 1, 4 and 9 regions: the mean drop of the logit, the mean absolute change, and how often the named regions cost more
+than random ones, with a bootstrap interval over pairs. (Of 1 region the first is true by construction.)
 
-    python examples/benchmarks/explanations.py runs/flickr8k-s0 --data DATA --regions REGIONS/validation --pairs 300
+`pointing`: the pointing game. A hit is a word that names an object and whose first region (by `by_region`, or by
+attention) has its centre in a box of that object; beside it a random region, the regions in the middle, and how often
+any region could. On scenes, which know their boxes, or on COCO's instances (`--instances instances_val2017.json`).
+
+`foils`: in captions of scenes one colour is made wrong; how often the wrong word has the lowest number of all.
+
+    python examples/benchmarks/explanations.py pointing runs/scenes --data scenes
+    python examples/benchmarks/explanations.py masking runs/flickr8k-s0 --data DATA --regions REGIONS/validation
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from origin import say_origin
 
-from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.data import load_pairs
-from modeling_tvrn.explain import explain
+from modeling_tvrn.data.scenes.description import COLOURS
+from modeling_tvrn.explain import Explanation, explain
+from modeling_tvrn.explain.scene import read_scene
 from modeling_tvrn.teachers import RegionCache, with_regions
 
 COUNTS = (1, 4, 9)
-NAMED_BY = ("region_without", "region_weight")
+NAMED_BY = ("by_region", "attention")
+NOUNS = {"circle": ("circle", "disc"), "square": ("square", "block")}  # of scenes; other shapes have one name
+COLOUR_NAMES = {"violet": "purple"}
 DRAWS = 8  # random choices a pair, averaged
 
 
@@ -33,10 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=about, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("measure", choices=["masking", "pointing", "foils"])
     parser.add_argument("model", help="folder or Hub id of a TVRN checkpoint")
     parser.add_argument("--data", required=True, help="what load_pairs reads")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--regions", required=True, help="folder of the region cache of that split")
+    parser.add_argument("--regions", help="folder of the region cache of that split (default: from pixels)")
+    parser.add_argument("--instances", help="pointing: COCO's instances file, for data whose image ids are COCO's")
     parser.add_argument("--pairs", type=int, default=300, help="image-caption pairs (default 300)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON file for the figures")
@@ -46,9 +60,10 @@ def parse_arguments() -> argparse.Namespace:
 def changes(model: TVRNModel, processor: TVRNProcessor, record: dict, caption: str, random) -> tuple:
     """Drops of the logit by named (ways, counts) and by random regions (counts, draws); and the sum's error."""
     found = explain(model, processor, record, caption)
-    inputs = dict(processor(**{k: [record[k]] for k in ("region_features", "region_boxes")}, return_tensors="pt"))
-    chosen = [np.argsort(-getattr(found, way), kind="stable")[:count] for way in NAMED_BY for count in COUNTS]
-    regions = len(found.region_weight)
+    inputs = read_scene(model, processor, record).inputs
+    named = [found.by_region, np.average(found.attention, axis=0, weights=[word.saliency for word in found.words])]
+    chosen = [np.argsort(-numbers, kind="stable")[:count] for numbers in named for count in COUNTS]
+    regions = len(found.by_region)
     chosen += [random.choice(regions, count, replace=False) for count in COUNTS for _ in range(DRAWS)]
     masks = np.ones((len(chosen), regions), bool)
     for row, left_out in enumerate(chosen):
@@ -59,7 +74,7 @@ def changes(model: TVRNModel, processor: TVRNProcessor, record: dict, caption: s
         texts = model.encode_texts(**processor(text=[caption], return_tensors="pt"))
         drops = found.logit - model.match(images, texts)[:, 0].double().numpy()
     named, other = np.split(drops, [len(NAMED_BY) * len(COUNTS)])
-    error = abs(sum(found.parts.values()) - found.logit)
+    error = abs(sum(found.components.values()) - found.logit)
     return named.reshape(len(NAMED_BY), -1), other.reshape(len(COUNTS), DRAWS), error
 
 
@@ -79,30 +94,128 @@ def summary(named: np.ndarray, other: np.ndarray, seed: int) -> dict:
     }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    options = parse_arguments()
-    say_origin(options)
-    torch.manual_seed(options.seed)
-    model = TVRNModel.from_pretrained(options.model).eval()
-    processor = TVRNProcessor.from_pretrained(options.model)
-    records = load_pairs(options.data, options.split, verify=False)
-    records = with_regions(records, RegionCache.load(options.regions))
+def objects_of_scene(record: dict, words: list[str]) -> dict[int, np.ndarray]:
+    """Place of each word that names objects of the scene -> their boxes (n, 4)."""
+    found = {}
+    for place, word in enumerate(words):
+        colour = COLOUR_NAMES.get(words[place - 1], words[place - 1])
+        boxes = [
+            box
+            for box, label in zip(record["boxes"], record["labels"], strict=True)
+            if is_named(label.split()[2], word) and (colour not in COLOURS or colour == label.split()[1])
+        ]
+        if boxes:
+            found[place] = np.array(boxes)
+    return found
+
+
+def is_named(shape: str, word: str) -> bool:
+    """Whether a word is a name of the thing, or its plural."""
+    names = NOUNS.get(shape, (shape,))
+    return word.lower() in {name + end for name in names for end in ("", "s", "es")}
+
+
+def coco_objects(file: str) -> Any:
+    """What `objects_of_scene` is, of COCO's instances: words that are, with or without an s, a category's name."""
+    content = json.loads(Path(file).read_text("utf-8"))
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    of_image: dict[int, list[tuple[str, np.ndarray]]] = {}
+    for each in content["annotations"]:
+        (left, top, width, height), size = each["bbox"], np.array(sizes[each["image_id"]] * 2)
+        box = np.array([left, top, left + width, top + height]) / size
+        of_image.setdefault(each["image_id"], []).append((names[each["category_id"]], box))
+
+    def objects(record: dict, words: list[str]) -> dict[int, np.ndarray]:
+        here = of_image.get(int(record["image_id"]), [])
+        found = {place: [box for name, box in here if is_named(name, word)] for place, word in enumerate(words)}
+        return {place: np.array(boxes) for place, boxes in found.items() if boxes}
+
+    return objects
+
+
+def points(cells: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(R,) whether the centre of each region lies in one of the boxes (n, 4)."""
+    centres = (cells[:, None, :2] + cells[:, None, 2:]) / 2
+    return ((boxes[:, :2] <= centres) & (centres <= boxes[:, 2:])).all(axis=2).any(axis=1)
+
+
+def pointing_game(found: Explanation, objects: dict[int, np.ndarray]) -> list[dict[str, float]]:
+    """For each word that names an object: 1 where a way of choosing a region hits a box of it, else 0."""
+    middle = np.abs((found.cells[:, :2] + found.cells[:, 2:]) / 2 - 0.5).max(axis=1)
+    rows = []
+    for place, boxes in objects.items():
+        word, hits = found.words[place], points(found.cells, boxes)
+        row = {"by_region": hits[word.by_region.argmax()], "random": hits.mean(), "any": hits.any()}
+        row["centre"] = hits[middle <= middle.min() + 1e-6].mean()
+        if word.attention is not None:
+            row["attention"] = hits[word.attention.argmax()]
+        rows.append({name: float(value) for name, value in row.items()})
+    return rows
+
+
+def measure_pointing(model: Any, processor: Any, records: Any, options: Any) -> dict:
+    """Hits in percent, of the first caption of each image."""
+    objects = coco_objects(options.instances) if options.instances else objects_of_scene
+    rows: list[dict[str, float]] = []
+    for row in range(min(options.pairs, len(records))):
+        record = records[row]
+        found = explain(model, processor, record, record["captions"][0])
+        rows += pointing_game(found, objects(record, [word.text for word in found.words]))
+    if not rows:
+        raise SystemExit("no word of the captions names an object with a box: is --instances of these images?")
+    return {"words": len(rows)} | {name: 100 * float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def measure_foils(model: Any, processor: Any, records: Any, options: Any) -> dict:
+    """How often the one wrong word has the lowest number, and one below 0, in percent."""
     random = np.random.default_rng(options.seed)
-    rows = random.permutation(len(records))[: options.pairs]
-    started, results = time.perf_counter(), []
+    lowest, negative = [], []
+    for row in range(min(options.pairs, len(records))):
+        record = records[row]
+        words = record["captions"][0].split()
+        places = [place for place, word in enumerate(words) if word.strip(",") in COLOURS]
+        absent = [colour for colour in COLOURS if not any(colour in label for label in record["labels"])]
+        if not places:
+            continue
+        wrong, place = random.choice(absent), random.choice(places)
+        words[place] = words[place].replace(words[place].strip(","), wrong)
+        found = explain(model, processor, record, " ".join(words), leave_out_regions=False)
+        numbers = {word.text: word.contribution for word in found.words if word.text == wrong}
+        lowest.append(numbers[wrong] == min(word.contribution for word in found.words))
+        negative.append(numbers[wrong] < 0)
+    return {"captions": len(lowest), "lowest": 100 * np.mean(lowest), "negative": 100 * np.mean(negative)}
+
+
+def measure_masking(model: Any, processor: Any, records: Any, options: Any) -> dict:
+    """Drops of the logit by named and by random regions."""
+    random = np.random.default_rng(options.seed)
+    rows, results = random.permutation(len(records))[: options.pairs], []
     for row in rows.tolist():
         record = records[row]
         results.append(changes(model, processor, record, random.choice(record["captions"]), random))
     named, other = np.stack([each[0] for each in results]), np.stack([each[1] for each in results])
-    report = {"pairs": len(rows), "seconds": time.perf_counter() - started}
-    report["largest_error_of_the_sum"] = float(max(each[2] for each in results))
+    report: dict[str, Any] = {"pairs": len(rows), "largest_error_of_the_sum": max(each[2] for each in results)}
     for way, name in enumerate(NAMED_BY):
         for place, count in enumerate(COUNTS):
-            figures = summary(named[:, way, place], other[:, place], options.seed)
-            report[f"{name}, {count} regions"] = figures
-            print(f"{name} {count} regions: {json.dumps({k: np.round(v, 4).tolist() for k, v in figures.items()})}")
-    print({name: value for name, value in report.items() if not isinstance(value, dict)})
+            report[f"{name}, {count} regions"] = summary(named[:, way, place], other[:, place], options.seed)
+    return report
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse_arguments()
+    say_origin(options)
+    model, processor = load_model(options.model, device="cpu")
+    records = load_pairs(options.data, options.split, verify=False)
+    if options.regions:
+        records = with_regions(records, RegionCache.load(options.regions))
+    measures = {"masking": measure_masking, "pointing": measure_pointing, "foils": measure_foils}
+    started = time.perf_counter()
+    report = measures[options.measure](model, processor, records, options)
+    report["seconds"] = time.perf_counter() - started
+    for name, value in report.items():
+        print(name, json.dumps(value))
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 

@@ -276,7 +276,7 @@ def _graded(checkpoints: Checkpoints, chosen: Chosen, grades: Path | None, batch
     return _each({name: evaluate_graded(*checkpoints.load(name, cache), pairs, batch_size) for name, cache in chosen})
 
 
-def _fits(checkpoints: _Checkpoints, chosen: Chosen, batch_size: int) -> Found:
+def _fits(checkpoints: Checkpoints, chosen: Chosen, batch_size: int) -> Found:
     from ..evaluation import evaluate_fits
 
     return _each({name: evaluate_fits(*checkpoints.load(name, cache), batch_size) for name, cache in chosen})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Model, TrustRemoteCode, load, say, writable
+from .common import AsJson, Model, TrustRemoteCode, fail, load, say, table, writable
 
 FAULTS = 1
 
@@ -103,6 +103,12 @@ def push(
     message: Annotated[str, typer.Option("--message", "-m", help="of the commit")] = "Upload TVRN model",
     endpoint: Endpoint = None,
     force: Annotated[bool, typer.Option("--force", help="push although the doctor finds faults")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what would be pushed and the card, push nothing; needs no token")
+    ] = False,
+    card_file: Annotated[
+        Path | None, typer.Option("--card", metavar="FILE.md", help="with --dry-run: write the card there")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a model with its code and card, in one commit, if the doctor finds nothing wrong.
@@ -111,9 +117,14 @@ def push(
 
     \b
     Examples:
+      tvrn push runs/scenes me/tvrn-scenes --dry-run --card card.md
       tvrn push runs/scenes me/tvrn-scenes --private
       tvrn push runs/flickr8k me/tvrn-flickr8k --vision google/mobilenet_v2_1.0_224 --data flickr8k
     """
+    if card_file is not None and not dry_run:
+        raise fail(f"--card is {str(card_file)!r}, which goes with --dry-run; add that, or leave --card out")
+    if card_file is not None:
+        writable(card_file)
     from ..hub import push_to_hub
 
     pushed = push_to_hub(
@@ -133,7 +144,17 @@ def push(
         endpoint=endpoint,
         message=message,
         force=force,
+        dry_run=dry_run,
     )
+    if dry_run:
+        shown = pushed.card
+        if card_file is not None:
+            card_file.write_text(pushed.card, encoding="utf-8")
+            shown = f"card: {card_file}"
+        listed = [*pushed.files.items(), (f"{len(pushed.files)} files", sum(pushed.files.values()))]
+        files = table(("file", "bytes"), [(name, f"{size:,}") for name, size in listed])
+        say(pushed.as_dict(), f"{shown}\n\n{pushed.report}\n\n{files}\n\nNothing was pushed to {pushed.url}.", as_json)
+        raise typer.Exit(0 if pushed.report.ok or force else FAULTS)
     removed = f", {len(pushed.removed)} of a former model removed" if pushed.removed else ""
     say(pushed.as_dict(), f"{pushed.url}\ncommit {pushed.commit}, {len(pushed.files)} files{removed}", as_json)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
+
+TOGETHER = "(together)"
+FAINT = 0.1  # of the most that a region does for any word: below that nothing is shown
 
 
 @dataclass(frozen=True)
@@ -18,26 +20,21 @@ class WordExplanation:
     Attributes:
         text: The word as written.
         span: Its characters in the caption; None where the tokenizer keeps no offsets.
-        contribution: Its part of the logit, `reasoning` + `late_interaction`; all parts add up to the logit. None for
-            an SGR head, whose nodes mix.
-        reasoning: Its part of the reasoning's weighted mean, with the reasoning's weight in the logit; None for SGR.
-        late_interaction: Its part of late interaction, likewise weighted; None for a model without that component.
-        weight: Its share of the weighted mean, 0 to 1; the words' shares and the global one's sum to 1. None for SGR.
-        saliency: ω, how much the image as a whole calls for this word; the mean over a caption's tokens is 1.
-        without: Logit of the caption minus logit of the caption without this word: above 0 the word speaks for the
-            pair, below 0 it costs. None for a caption of one word, or where it was not asked for.
-        attention: (R,) where it looks, summing to 1 over the regions.
+        contribution: Logit of the caption minus logit of the caption without this word: above 0 the word speaks for
+            the pair, below 0 against it. Of a caption's only word, the whole logit.
+        by_region: (R,) what of `contribution` is lost with each region; None where that was not asked for, there is
+            one region, or the score reads none.
+        attention: (R,) the reasoning's weights, summing to 1; None of a model without reasoning.
+        saliency: ω, how much the reasoning says that the image calls for this word: 1 on average over a caption's
+            tokens; None without reasoning.
     """
 
     text: str
     span: tuple[int, int] | None
-    contribution: float | None
-    reasoning: float | None
-    late_interaction: float | None
-    weight: float | None
-    saliency: float
-    without: float | None
-    attention: np.ndarray
+    contribution: float
+    by_region: np.ndarray | None
+    attention: np.ndarray | None
+    saliency: float | None
 
 
 @dataclass(frozen=True)
@@ -46,20 +43,15 @@ class ExplanationData:
 
     Attributes:
         caption: The caption.
-        picture: What the model saw of the photograph; None for bare features.
+        picture: The photograph, as it was given; None for bare features.
         words: The caption's words.
         boxes: (R, 4) xyxy in [0, 1] of the picture; None where the model was given none.
         grid: (rows, columns) where the regions are a grid.
-        region_saliency: (R,) a^v, what the global image vector holds important; sums to 1.
-        region_without: (R,) what the logit loses without each region, at most above 0 for those it rests on; None for
-            one region, or where it was not asked for.
+        by_region: (R,) logit minus logit without each region, as a word's `by_region`; None as there.
+        region_saliency: (R,) a^v, what the global image vector holds important, summing to 1; None without reasoning.
         logit: The pair logit, as `model.match` gives it.
-        parts: Name -> number, adding up to `logit`: for SAF "words" (the sum of their reasoning), "global", "head
-            bias"; for SGR "graph", which does not come apart; and, where the model has the component, "late
-            interaction" (a sum over the words) and "first stage" (a scaled cosine).
-        cosine: Of the two embeddings.
-        head: "saf" or "sgr".
-        calibration: Scale and shift that the model's score applies to the logit.
+        components: Name -> number as `model.score_components` gives them, adding up to `logit`.
+        score: What the model makes of the logit to be read.
         score_kind: What `score` is called, as `model.score_kind`.
     """
 
@@ -68,53 +60,70 @@ class ExplanationData:
     words: tuple[WordExplanation, ...]
     boxes: np.ndarray | None
     grid: tuple[int, int] | None
-    region_saliency: np.ndarray
-    region_without: np.ndarray | None
+    by_region: np.ndarray | None
+    region_saliency: np.ndarray | None
     logit: float
-    parts: dict[str, float]
-    cosine: float
-    head: str
-    calibration: tuple[float, float] = (1.0, 0.0)
-    score_kind: str = "matching score"
+    components: dict[str, float]
+    score: float
+    score_kind: str
 
     @property
-    def score(self) -> float:
-        """Matching score: the sigmoid of the calibrated logit, as `model.scores` gives it."""
-        scale, shift = self.calibration
-        logit = scale * self.logit + shift
-        return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
+    def together(self) -> float:
+        """What of the logit no single word has: they share it, or have it only jointly."""
+        return self.logit - sum(word.contribution for word in self.words)
 
     @property
-    def attention(self) -> np.ndarray:
+    def summands(self) -> list[tuple[str, float]]:
+        """(name, number) of each word and of what they have together, to two decimals, which add up to `total`."""
+        words = [(word.text, round(word.contribution, 2)) for word in self.words]
+        return [*words, (TOGETHER, round(self.total - sum(number for _, number in words), 2))]
+
+    @property
+    def total(self) -> float:
+        """The logit to two decimals."""
+        return round(self.logit, 2)
+
+    @property
+    def cells(self) -> np.ndarray | None:
+        """(R, 4) xyxy in [0, 1] of the picture: the cells of a grid, whose boxes overlap, or the boxes."""
+        if self.grid is None or self.boxes is None:
+            return self.boxes
+        rows, columns = self.grid
+        low, high = self.boxes[:, :2].min(axis=0), self.boxes[:, 2:].max(axis=0)
+        down, across = (each.flatten() for each in np.mgrid[:rows, :columns])
+        unit = np.stack([across / columns, down / rows, (across + 1) / columns, (down + 1) / rows], axis=1)
+        return np.tile(low, 2) + unit * np.tile(high - low, 2)
+
+    def strength(self, by_region: np.ndarray | None) -> np.ndarray | None:
+        """(R,) how strongly to show each region, from 0 to 1 for the one that speaks for a word most.
+
+        None where none speaks for it as it would for other words: there is nothing to show then.
+
+        Args:
+            by_region: (R,) of a word, or of the whole.
+        """
+        if by_region is None:
+            return None
+        most = float(by_region.max())
+        of_words = [float(word.by_region.max()) for word in self.words if word.by_region is not None]
+        return by_region.clip(min=0) / most if most > FAINT * max(0.0, *of_words, most) else None
+
+    @property
+    def attention(self) -> np.ndarray | None:
         """(W, R) of all words; rows sum to 1."""
-        return np.stack([word.attention for word in self.words])
-
-    @property
-    def region_weight(self) -> np.ndarray:
-        """(R,) where the caption as a whole looks: the words' attention, weighted as the score does; sums to 1."""
-        weights = np.array([word.saliency if word.weight is None else word.weight for word in self.words])
-        return weights @ self.attention / weights.sum()
-
-    @property
-    def region(self) -> int:
-        """The region that the score rests on most; where that was not asked for, the one the caption looks at most."""
-        return int((self.region_weight if self.region_without is None else self.region_without).argmax())
+        rows = [word.attention for word in self.words if word.attention is not None]
+        return np.stack(rows) if rows else None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the picture, as JSON values."""
-        words = [dataclasses.asdict(word) | {"attention": word.attention.tolist()} for word in self.words]
-        return {
-            "caption": self.caption,
-            "logit": self.logit,
-            "score": self.score,
-            "score_kind": self.score_kind,
-            "head": self.head,
-            "cosine": self.cosine,
-            "parts": self.parts,
-            "words": words,
-            "boxes": None if self.boxes is None else self.boxes.tolist(),
-            "grid": self.grid,
-            "region_saliency": self.region_saliency.tolist(),
-            "region_weight": self.region_weight.tolist(),
-            "region_without": None if self.region_without is None else self.region_without.tolist(),
-        }
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "picture"}
+        values["words"] = [vars(word) for word in self.words]
+        return _plain(values | {"together": self.together})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value

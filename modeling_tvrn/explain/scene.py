@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 from torch import Tensor
 
 from ..data.images import decode_image
 from ..layers_tvrn import grid_boxes
 from ..pixels_tvrn import rgb_images
+
+PROBE = 512  # longest side in pixels of what shows which part of a photograph is seen
 
 
 @dataclass
@@ -22,14 +23,15 @@ class Scene:
     """One image.
 
     Attributes:
-        inputs: `region_features (1, R, F)` and, where there are any, `region_boxes`, `region_mask`, `image_embeds`:
+        inputs: `region_features (1, R, F)`, `region_mask` and, where there are any, `region_boxes`, `image_embeds`:
             arguments of `encode_images`.
-        picture: What the boxes are fractions of: the part of the photograph that the model saw; None where only
-            features are known.
+        picture: The photograph, as it was given; None where only features are known.
+        resized: Whether the model's boxes are fractions of what its image processor leaves of the photograph.
     """
 
     inputs: dict[str, Tensor]
     picture: PIL.Image.Image | None
+    resized: bool = False
 
 
 def read_scene(model: Any, processor: Any, image: Any) -> Scene:
@@ -43,16 +45,13 @@ def read_scene(model: Any, processor: Any, image: Any) -> Scene:
         names = ("region_features", "region_boxes", "region_mask", "image_sizes")
         given = {name: [image[name]] for name in names if image.get(name) is not None}
         inputs = {name: value.to(device) for name, value in processor(**given, return_tensors="pt").items()}
-        shown = image.get("image")
-        return Scene(inputs, None if shown is None else _seen(processor, open_image(shown)))
+        shown = None if image.get("image") is None else open_image(image["image"])
+        return Scene(inputs, shown, shown is not None and processor.image_processor is not None)
     if isinstance(image, Mapping) and "image" in image:
         image = image["image"]
     picture = open_image(image)
-    given = {name: value.to(device) for name, value in processor(images=[picture], return_tensors="pt").items()}
-    inputs = model.extract_image_features(**given)
-    if model.config.detector_config is not None:  # its boxes are fractions of the photograph
-        return Scene(inputs, picture)
-    return Scene(inputs, _as_image(given["pixel_values"][0], processor.image_processor))
+    inputs = model.extract_image_features(**processor(images=[picture], return_tensors="pt").to(device))
+    return Scene(inputs, picture, model.config.detector_config is None)
 
 
 def open_image(image: Any) -> PIL.Image.Image:
@@ -78,21 +77,29 @@ def grid_shape(boxes: np.ndarray | None) -> tuple[int, int] | None:
     return None
 
 
-def _seen(processor: Any, picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The part of a photograph that an image processor leaves; all of it without one."""
-    if getattr(processor, "image_processor", None) is None:
-        return picture
-    return _as_image(processor(images=[picture], return_tensors="pt")["pixel_values"][0], processor.image_processor)
+def on_photograph(boxes: np.ndarray, processor: Any, picture: PIL.Image.Image) -> np.ndarray:
+    """(R, 4) fractions of what an image processor leaves of a photograph, as fractions of the photograph.
+
+    Read off a picture of the same shape whose red says how far right a pixel lies and whose green how far down: image
+    processors resize and crop by settings of many names.
+    """
+    width, height = (max(round(side * PROBE / max(picture.size)), 1) for side in picture.size)
+    probe = np.zeros((3, height, width, 3), np.uint8)  # black, white, and the two slopes
+    probe[1] = 255
+    probe[2, ..., 0] = np.round((np.arange(width) + 0.5) / width * 255)
+    probe[2, ..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
+    given = processor(images=[PIL.Image.fromarray(each) for each in probe], return_tensors="pt")
+    black, white, slopes = given["pixel_values"].double().cpu().numpy()  # (3, H, W) each
+    left, right = _ends(black[0], white[0], slopes[0])
+    top, bottom = _ends(black[1].T, white[1].T, slopes[1].T)
+    return np.array([left, top] * 2) + boxes * np.array([right - left, bottom - top] * 2)
 
 
-def _as_image(pixels: Tensor, image_processor: Any) -> PIL.Image.Image:
-    """Pixel values (3, H, W) back to a picture: resizing and cropping stay, normalisation is undone."""
-    values = pixels.float().cpu()
-    if getattr(image_processor, "do_normalize", False):
-        std, mean = (
-            torch.tensor(getattr(image_processor, name)).view(-1, 1, 1) for name in ("image_std", "image_mean")
-        )
-        values = values * std + mean
-    scale = getattr(image_processor, "rescale_factor", 1.0) if getattr(image_processor, "do_rescale", False) else 1.0
-    values = (values / scale).round().clamp(0, 255).to(torch.uint8)
-    return PIL.Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+def _ends(black: np.ndarray, white: np.ndarray, slope: np.ndarray) -> tuple[float, float]:
+    """Where the middle row of a slope (H, W) begins and ends, as fractions of the way from black to white."""
+    row, count = len(slope) // 2, slope.shape[1]
+    kept = slice(count // 8, count - count // 8)  # padding, and what resizing bends, lies at the ends
+    places = (np.arange(count)[kept] + 0.5) / count
+    values = (slope[row] - black.min()) / (white.max() - black.min())
+    rise, start = np.polyfit(places, values[kept], 1)
+    return float(start), float(start + rise)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["CardMetadata", "pipeline_tag", "results_of_index", "text", "write_model_card"]
+__all__ = ["CardMetadata", "pipeline_tag", "results_of_index", "text", "trained_on", "write_model_card"]
 
 TAGS = ("tvrn", "image-text-matching", "image-text-retrieval", "custom_code")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,6 +30,7 @@ class CardMetadata:
         datasets: Hub ids of the training data.
         dataset_name: what the evaluation data are called.
         split: which split was evaluated.
+        protocol: how: the protocol's name, and how many images and captions its gallery has.
         metrics: metric name -> value, such as `image_to_text_R@1` in percent.
         language: of the captions.
         license: of the weights, as the Hub names it; "other" goes with a `license_name`.
@@ -42,6 +43,7 @@ class CardMetadata:
     datasets: Sequence[str] = ()
     dataset_name: str = ""
     split: str = ""
+    protocol: Mapping[str, Any] | None = None
     metrics: Mapping[str, float] | None = None
     language: str = "en"
     license: str | None = None
@@ -80,6 +82,7 @@ class CardMetadata:
                 metric_type=name,
                 metric_name=name.replace("_", " "),
                 metric_value=round(float(value), 2),
+                metric_args=dict(self.protocol) if self.protocol else None,
             )
             for name, value in metrics.items()
         ]
@@ -115,6 +118,22 @@ def results_of_index(header: Mapping[str, Any]) -> dict[str, float]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the card's model-index has not the Hub's form ({type(error).__name__}: {error})") from error
+
+
+def trained_on(results: Mapping[str, Any]) -> str | None:
+    """Why a run's figures do not tell how it does on images that it has not seen; None where they do.
+
+    Args:
+        results: results.json's content.
+    """
+    config, data = results.get("config") or {}, results.get("data") or {}
+    split = config.get("validation_split")
+    if overlap := data.get("overlap"):
+        return f"{overlap['images']} images of the split {split} were trained on"
+    # Of a stream nobody counts the images that both splits hold.
+    if split is not None and split == config.get("train_split") and not data.get("set_aside"):
+        return f"the split {split} was trained on"
+    return None
 
 
 def template_path() -> Path:

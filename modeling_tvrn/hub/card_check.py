@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..plain_yaml import load_yaml, yaml_problem
-from .card import pipeline_tag, results_of_index
+from .card import pipeline_tag, results_of_index, trained_on
 from .files import read_json
 from .report import Check
 
@@ -21,7 +21,7 @@ ROUNDING = 0.0051  # percent points: cards show two decimals
 
 
 def check_card(folder: Path, published: bool) -> Check:
-    """README.md has a header that the Hub understands, and its figures are those of results.json.
+    """README.md has a header that the Hub understands, and its figures are those of results.json, of unseen images.
 
     Args:
         folder: the checkpoint.
@@ -76,8 +76,10 @@ def _wrong(header: dict[str, Any], model_config: dict[str, Any]) -> Iterator[str
 
 
 def _other_figures(header: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
-    """Figures of the card that results.json does not have."""
-    measured = results.get("metrics") or {}
-    for name, value in results_of_index(header).items():
+    """Figures of the card that results.json does not have, or that are of images the run was trained on."""
+    measured, shown = results.get("metrics") or {}, results_of_index(header)
+    if shown and (reason := trained_on(results)):
+        yield f"the model-index has figures, but {reason}"
+    for name, value in shown.items():
         if name in measured and abs(measured[name] - value) > ROUNDING:
             yield f"{name} is {value:g} in the card and {measured[name]:g} in results.json"

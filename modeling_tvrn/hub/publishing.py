@@ -36,23 +36,25 @@ __all__ = ["Pushed", "push_to_hub"]
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push made.
+    """What a push made, or would make.
 
     Attributes:
         repo_id: where it went.
         url: of the repository.
-        commit: hash of the one commit; that of the head where nothing had changed.
-        files: what the commit holds.
-        removed: files of an earlier model that the same commit takes away.
+        commit: hash of the one commit; that of the head where nothing had changed; None of a dry run.
+        files: what the commit holds, with their sizes in bytes.
+        removed: files of an earlier model that the same commit takes away; a dry run does not look for them.
         report: of the doctor.
+        card: the text of README.md.
     """
 
     repo_id: str
     url: str
-    commit: str
-    files: Sequence[str]
+    commit: str | None
+    files: Mapping[str, int]
     removed: Sequence[str]
     report: DoctorReport
+    card: str
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -74,6 +76,7 @@ def push_to_hub(
     message: str = "Upload TVRN model",
     force: bool = False,
     timeout: float = 600.0,
+    dry_run: bool = False,
 ) -> Pushed:
     """Publish a model with its processor, code and card in a single commit, if the doctor finds nothing wrong.
 
@@ -93,6 +96,8 @@ def push_to_hub(
         message: of the commit.
         force: push although the doctor found faults.
         timeout: seconds for each of the doctor's processes.
+        dry_run: render and examine everything, ask no Hub, need no token and push nothing; what the doctor finds is in
+            the report alone.
 
     Raises:
         ValueError: the doctor found faults (the message is its table), an unmodified dual encoder of somebody else,
@@ -107,8 +112,9 @@ def push_to_hub(
         check_own_folder(model, "pushed")
     where = endpoint or constants.ENDPOINT
     api = HfApi(endpoint=endpoint, token=token)
-    with explained("pushing to", repo_id, where):
-        api.whoami()  # before minutes of work: is there a token, and does this Hub know it?
+    if not dry_run:
+        with explained("pushing to", repo_id, where):
+            api.whoami()  # before minutes of work: is there a token, and does this Hub know it?
     model, processor, results = _opened(model, processor, results)
     check_trained(
         model, isinstance(results, Mapping) or (results is not None and (results / "results.json").is_file())
@@ -120,10 +126,15 @@ def push_to_hub(
         report = examine_folder(
             folder, files, repo_id, trust_remote_code=True, timeout=timeout, published=True, memory=(model, processor)
         )
+        sizes = {name: (folder / name).stat().st_size for name in files}
+        content = (folder / "README.md").read_text("utf-8")
+        if dry_run:
+            return Pushed(repo_id, f"{where}/{repo_id}", None, sizes, [], report, content)
         if not report.ok and not force:
             raise ValueError(f"not pushed, the doctor found faults (force=True pushes all the same):\n\n{report}")
         with explained("pushing to", repo_id, where):
-            return _commit(api, folder, repo_id, private, message, report)
+            url, commit, removed = _commit(api, folder, files, repo_id, private, message)
+        return Pushed(repo_id, url, commit, sizes, removed, report, content)
 
 
 def _opened(model: Any, processor: Any, results: Any) -> tuple[Any, Any, Path | Mapping[str, Any] | None]:
@@ -235,9 +246,9 @@ def _write_plain_card(folder: Path, model: Any, processor: Any, repo_id: str, li
 
 
 def _commit(
-    api: HfApi, folder: Path, repo_id: str, private: bool | None, message: str, report: DoctorReport
-) -> Pushed:
-    """One commit on top of the head as it is now."""
+    api: HfApi, folder: Path, files: Sequence[str], repo_id: str, private: bool | None, message: str
+) -> tuple[str, str, list[str]]:
+    """One commit on top of the head as it is now: address of the repository, the commit's hash, what it removes."""
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     info = api.model_info(repo_id)
     if private and not info.private:
@@ -245,13 +256,12 @@ def _commit(
             f"{repo_id} exists and is public, which private=True does not change: make it private in its settings "
             "first, or choose another name. Nothing was pushed"
         )
-    files = sorted(path.name for path in folder.iterdir())
     stale = [file.rfilename for file in info.siblings or [] if _is_stale(file.rfilename, files)]
     added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
     removed = [CommitOperationDelete(path_in_repo=name) for name in stale]
     commit = api.create_commit(repo_id, [*added, *removed], commit_message=message, parent_commit=info.sha)
     logger.info("pushed %d files to %s as %s", len(files), url, commit.oid)
-    return Pushed(repo_id, str(url), commit.oid, files, stale, report)
+    return str(url), commit.oid, stale
 
 
 def _is_stale(name: str, files: Sequence[str]) -> bool:

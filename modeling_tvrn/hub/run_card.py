@@ -15,7 +15,7 @@ from ..configuration_tvrn import TVRNConfig
 from ..data import PRESETS
 from ..metrics import RECALL_AT, Accuracy, Recalls, accuracy_table, recall_table
 from ..redaction import redacted
-from .card import CardMetadata, pipeline_tag, text, write_model_card
+from .card import CardMetadata, pipeline_tag, text, trained_on, write_model_card
 from .foreign import check_own_folder
 from .portable import is_hub_id, portable, portable_command
 
@@ -131,14 +131,17 @@ def _metadata(config: Mapping[str, Any], results: Mapping[str, Any], name: str, 
     generated = config["data"] == "scenes" and not pretrained
     chosen = license or ("apache-2.0" if generated else "other")
     shown = {key: value for key, value in results["metrics"].items() if "R@" in key or key == "rsum"}
+    validation = results["data"]["validation"]
+    protocol = {"protocol": results.get("evaluation", {}).get("protocol")}
     return CardMetadata(
         name=name,
         base_models=[name for name in pretrained.values() if is_hub_id(name)],
         datasets=_hub_datasets(config["data"]),
         dataset_name=portable(config["data"]).removeprefix("./"),
         split=split_label(results),
+        protocol=protocol | {name: validation[name] for name in ("images", "captions")},
         # The Hub ranks by these: figures of images that were trained on have no place there.
-        metrics=None if results["data"].get("overlap") else shown,
+        metrics=None if trained_on(results) else shown,
         license=chosen,
         license_name="terms-of-data-and-towers" if chosen == "other" else None,
         pipeline_tag=pipeline_tag(results["model_config"]),
@@ -166,6 +169,7 @@ def _sections(
         "contrast_table": _contrast_table(results),
         "fits": results.get("fits"),
         "calibration": "calibration.png" if shown["calibration.png"] else None,
+        "trained_on": trained_on(results),
         "overlap": portable(data.get("overlap")),
         "protocol": evaluation.get("protocol"),
         "gallery_fingerprint": evaluation.get("gallery_fingerprint"),
