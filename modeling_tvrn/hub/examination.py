@@ -58,7 +58,7 @@ def doctor(
     if isinstance(model_id_or_path, torch.nn.Module):
         if processor is None:
             raise ValueError("a model in memory needs its processor beside it: doctor(model, processor)")
-        memory = model_id_or_path, processor
+        memory: tuple[Any, Any] = model_id_or_path, processor
         with tempfile.TemporaryDirectory(prefix="tvrn-doctor-") as temporary:
             folder = Path(temporary)
             for part in memory:
