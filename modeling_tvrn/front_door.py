@@ -64,7 +64,13 @@ def load_model(
     config = read_config(name, hub, EXPECTED)
     if config.model_type == "tvrn":
         processor = TVRNProcessor.from_pretrained(name, **hub)
-        model = _load_tvrn(name, dtype, hub)
+        try:
+            model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
+        except OSError as error:
+            raise ValueError(
+                f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole "
+                "safetensors files. Save the model again, or fetch it again"
+            ) from error
     elif is_dual_encoder(config):
         processor = TVRNProcessor.from_dual_encoder(name, **hub)  # first: it may lack, and costs nothing to look for
         model = TVRNModel.from_dual_encoder(
@@ -182,17 +188,6 @@ def is_dual_encoder(config: Any) -> bool:
 def kind_of(config: Any) -> str:
     """The class of the model that a config is of, as far as the config says."""
     return str((config.architectures or [config.model_type])[0])
-
-
-def _load_tvrn(name: str, dtype: torch.dtype | str | None, hub: dict[str, Any]) -> TVRNModel:
-    try:
-        model: TVRNModel = TVRNModel.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **hub)
-        return model
-    except OSError as error:
-        raise ValueError(
-            f"the weights of {name!r} don't load ({str(error).strip().splitlines()[0]}); expected whole safetensors "
-            "files. Save the model again, or fetch it again"
-        ) from error
 
 
 @torch.no_grad()

@@ -57,9 +57,15 @@ def plot_training_curve(
     Raises:
         ValueError: for an empty history, events without `step`, or no finite value to draw.
     """
-    _check_history(history)
-    keys = loss_keys if loss_keys is not None else _loss_keys(history)
-    losses = {key: series for key in keys if (series := _series(history, key))[0]}
+    if not history:
+        raise ValueError("history is empty; expected one mapping with 'step' for each logged event")
+    for number, event in enumerate(history):
+        if "step" not in event:
+            raise ValueError(f"history[{number}] has no 'step' (keys: {sorted(event)}); add the optimizer step")
+    if loss_keys is None:  # the total first
+        named = dict.fromkeys(key for event in history for key in event if "loss" in key and "weight" not in key)
+        loss_keys = sorted(named, key=lambda key: key != "loss")
+    losses = {key: series for key in loss_keys if (series := _series(history, key))[0]}
     rsum = _series(history, rsum_key)
     if not losses and not rsum[0]:
         known = sorted({key for event in history for key in event})
@@ -76,28 +82,11 @@ def plot_training_curve(
     return save_figure(figure, path)
 
 
-def _check_history(history: Sequence[Mapping[str, Any]]) -> None:
-    if not history:
-        raise ValueError("history is empty; expected one mapping with 'step' for each logged event")
-    for number, event in enumerate(history):
-        if "step" not in event:
-            raise ValueError(f"history[{number}] has no 'step' (keys: {sorted(event)}); add the optimizer step")
-
-
-def _loss_keys(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that name a loss, the total first."""
-    found = dict.fromkeys(key for event in history for key in event if "loss" in key and "weight" not in key)
-    return sorted(found, key=lambda key: key != "loss")
-
-
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one key where it is a finite number."""
-    points = [(float(event["step"]), float(event[key])) for event in history if _is_finite(event.get(key))]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and isfinite(float(value))
+    points = [(float(event["step"]), float(event[key])) for event in history if event.get(key) is not None]
+    finite = [(step, value) for step, value in points if isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -279,13 +268,9 @@ def plot_search_results(
         right = positives is not None and bool(positives[number])
         _draw_result(axes, images[number], f"{number + 1}.   {scores[number]:.3f}", right)
         if labels:
-            axes.set_xlabel(_wrap(labels[number]), fontsize=7, color=MUTED, parse_math=False)
+            label = "\n".join(textwrap.wrap(labels[number], 28, max_lines=3, placeholder=" …"))
+            axes.set_xlabel(label, fontsize=7, color=MUTED, parse_math=False)
     return save_figure(figure, path)
-
-
-def _wrap(label: str) -> str:
-    """At most three short lines; a longer label ends in an ellipsis."""
-    return "\n".join(textwrap.wrap(label, 28, max_lines=3, placeholder=" …"))
 
 
 def _draw_result(axes: Axes, image: Image, heading: str, right: bool) -> None:

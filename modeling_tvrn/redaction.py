@@ -81,14 +81,11 @@ def redacted(value: Any) -> Any:
 
 
 def _redacted_item(name: Any, item: Any) -> Any:
-    if is_secret(name) and _is_given(item):
+    # `token: true` only says that the saved one is used, and an empty one hides nothing.
+    is_given = item is not None and not isinstance(item, bool) and item not in ("", [], {})
+    if is_given and is_secret(name):
         return REDACTED
     return redacted_command(item) if name == "command" and isinstance(item, str) else redacted(item)
-
-
-def _is_given(value: Any) -> bool:
-    """Whether there is something to hide: `token: true` only says that the saved one is used."""
-    return value is not None and not isinstance(value, bool) and value not in ("", [], {})
 
 
 def without_secrets(value: Any) -> Any:
@@ -102,16 +99,13 @@ def without_secrets(value: Any) -> Any:
 
 def redacted_text(text: str) -> str:
     """A text (a message, a line of a log, a card) without what looks like a secret or is called one."""
-    text = USER_OF_ADDRESS.sub(lambda found: f"{found[1] or found[2]}{REDACTED}@", _shapeless(text))
+    text = BEARER.sub(rf"\1\2{REDACTED}", SHAPES.sub(REDACTED, text))
+    text = USER_OF_ADDRESS.sub(lambda found: f"{found[1] or found[2]}{REDACTED}@", text)
     return _nameless(IN_QUERY.sub(_in_query, text))
 
 
 def _name(name: Any) -> Any:
     return redacted_text(name) if isinstance(name, str) else name
-
-
-def _shapeless(text: str) -> str:
-    return BEARER.sub(rf"\1\2{REDACTED}", SHAPES.sub(REDACTED, text))
 
 
 def _in_query(found: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ from hub_makers import CAPTIONS, pixel_model, save
 from test_cli import TINY_VIT, tvrn
 from training_makers import tiny_config
 
-from modeling_tvrn.data import ImageError, ShuffledStream, load_pairs, with_words
+from modeling_tvrn.data import ImageError, ShuffledStream, load_pairs, unusable_captions, with_words
 from modeling_tvrn.data.images import check_image, decode_image
 from modeling_tvrn.demo import Searches
 from modeling_tvrn.evaluation import SentencePairs, evaluate, evaluate_unimodal
@@ -290,6 +290,11 @@ def test_score_gives_every_other_row_its_score(model: Path, photos: Path, tmp_pa
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_that_is_not_unicode_is_found_whatever_the_processor() -> None:
+    plain = object()  # of another model, which does not look at captions itself
+    assert unusable_captions([plain], [CAPTIONS[0], "half \ud83d"]) == {1: "'half \\ud83d' is not UTF-8"}
 
 
 def test_an_index_of_captions_leaves_out_those_without_a_word() -> None:

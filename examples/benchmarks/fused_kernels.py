@@ -16,16 +16,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu
 import torch
 from origin import say_origin
-from torch import Tensor
 
-from modeling_tvrn import TVRNConfig, TVRNModel, kernels
-from modeling_tvrn.layers_tvrn import grid_boxes
+from modeling_tvrn import TVRNModel, kernels
 
 CUTS = [
     {"rows": 128, "columns": 32, "num_warps": 8, "num_stages": 3},
@@ -35,6 +33,7 @@ CUTS = [
     {"rows": 64, "columns": 32, "num_warps": 4, "num_stages": 3},
     {"rows": 64, "columns": 64, "num_warps": 8, "num_stages": 2},
 ]
+BENCH = gpu.Bench("cuda", gpu.Sizes())
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,39 +52,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.no_grad()
 def build(head: str, arguments: argparse.Namespace) -> tuple[TVRNModel, Any, Any]:
     """A model on the GPU in float32 and its encoded galleries."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 1024, "similarity_size": 256, "projection_size": 1024, "region_feature_size": 256}
-    model = TVRNModel(
-        TVRNConfig(**sizes, vocab_size=1000, similarity_head=head, use_first_stage=False, use_late_interaction=True)
-    )
-    model = model.eval().cuda()
-    low, high = arguments.words // 2, arguments.words + arguments.words // 2
-    lengths = torch.randint(low, high + 1, (arguments.captions,))
-    boxes = grid_boxes(6, 6).expand(arguments.images, -1, -1)
-    with torch.no_grad():
-        images = model.encode_images(
-            region_features=torch.rand(arguments.images, 36, 256).cuda(), region_boxes=boxes.cuda()
-        )
-        texts = model.encode_texts(
-            input_ids=torch.randint(1, 1000, (arguments.captions, high)).cuda(),
-            attention_mask=(torch.arange(high) < lengths[:, None]).cuda(),
-        )
-    return model, images, texts
-
-
-def seconds(function: Callable[[], Tensor], repeats: int) -> float:
-    """The fastest of several, after one that is not counted."""
-    function()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    model = gpu.build(1024, 256, 256, similarity_head=head, use_first_stage=False, use_late_interaction=True).cuda()
+    images = model.encode_images(**gpu.random_images(arguments.images, 6, 256, "cuda"))
+    return model, images, model.encode_texts(**gpu.random_texts(arguments.captions, arguments.words, "cuda"))
 
 
 @torch.inference_mode()
@@ -110,7 +82,7 @@ def measure_match(head: str, arguments: argparse.Namespace) -> list[dict[str, An
                 for level in ("late_interaction", "full"):
                     torch.cuda.reset_peak_memory_stats()
                     held = torch.cuda.memory_allocated()
-                    taken = seconds(
+                    taken = BENCH.seconds(
                         lambda chunk=chunk, level=level, own=galleries: model.match(*own, chunk, level),
                         arguments.repeats,
                     )
@@ -132,7 +104,9 @@ def measure_cuts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     exact = model.pair(images, block, model.attention, model.textual_refinement)
     model.to(torch.bfloat16)
     images, block = images.to(torch.bfloat16), block.to(torch.bfloat16)
-    plain = seconds(lambda: model.pair(images, block, model.attention, model.textual_refinement), arguments.repeats)
+    plain = BENCH.seconds(
+        lambda: model.pair(images, block, model.attention, model.textual_refinement), arguments.repeats
+    )
     rows: list[dict[str, Any]] = [{"cut": None, "ns": 1e9 * plain / (len(images) * 32)}]
     show(rows[0])
     default = dict(kernels.FAST)
@@ -141,7 +115,7 @@ def measure_cuts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         kernels.FAST.clear()
         kernels.FAST.update(cut)
         try:
-            taken = seconds(lambda: kernels.fused_reasoning(model, images, block), 3 * arguments.repeats)
+            taken = BENCH.seconds(lambda: kernels.fused_reasoning(model, images, block), 3 * arguments.repeats)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
         else:

@@ -3,8 +3,8 @@
     python examples/benchmarks/gpu.py --output gpu.json                    # under eight minutes on an H100
     python examples/benchmarks/gpu.py --output gpu.json --sections correctness pair_stage
 
-Random features at real sizes; needs torch (2.11 or newer), numpy and transformers (5.17 or newer) alone, nothing from
-the network and no data. Without a GPU it runs at small sizes on the CPU, which is how it is tested.
+Random features at real sizes; needs torch (2.11 or newer), numpy, pillow and transformers (5.17 or newer) alone,
+nothing from the network and no data. Without a GPU it runs at small sizes on the CPU, which is how it is tested.
 
 - `machine`: the card, versions, the rate of large matrix products in each precision, memory bandwidth;
 - `correctness`: pair logits against the NumPy float64 reference (tests/reference.py) in float32, bfloat16 and
@@ -31,7 +31,6 @@ import itertools
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -43,10 +42,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from origin import matrix_rate, say_origin
 from pair_costs import operations
 from torch import Tensor, nn
 
 from modeling_tvrn import EncodedImages, EncodedTexts, TVRNConfig, TVRNModel, kernels
+from modeling_tvrn.evaluation.provenance import commit
 from modeling_tvrn.layers_tvrn import grid_boxes
 from modeling_tvrn.metrics import retrieval_metrics
 from modeling_tvrn.scoring import rank, score_matrix, search_then_rerank
@@ -160,11 +161,9 @@ class Bench:
         return error
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Operations a second of a large matrix product, float32 without the tensor cores' shorter mantissa."""
+        """`matrix_rate`, measured once."""
         if dtype not in self.rates:
-            size = self.sizes.gemm
-            left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-            self.rates[dtype] = 4 * 2 * size**3 / self.seconds(lambda: [left @ right for _ in range(4)])
+            self.rates[dtype] = matrix_rate(self.seconds, dtype, self.device, (self.sizes.gemm,) * 3)
         return self.rates[dtype]
 
     @contextlib.contextmanager
@@ -187,9 +186,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def build(hidden: int, similarity: int, features: int, **config: Any) -> TVRNModel:
+def build(hidden: int, similarity: int, features: int, seed: int = 0, **config: Any) -> TVRNModel:
     """A model of random weights with words of its own."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     settings = {"vocab_size": 1000, "word_embedding_size": min(300, hidden), "projection_size": hidden} | config
     return TVRNModel(
         TVRNConfig(hidden_size=hidden, similarity_size=similarity, region_feature_size=features, **settings)
@@ -715,14 +714,6 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def commit() -> str:
-    """The checkout's commit, where it is known."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return "unknown"
-
-
 def _write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -730,8 +721,14 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    say_origin(arguments)
     bench = Bench(arguments.device, SMALL if arguments.device == "cpu" else Sizes())
-    result: dict[str, Any] = {"commit": commit(), "device": arguments.device, "sections": {}, "seconds": {}}
+    result: dict[str, Any] = {
+        "commit": commit() or "unknown",
+        "device": arguments.device,
+        "sections": {},
+        "seconds": {},
+    }
     failed: list[str] = []
     started = time.perf_counter()
     for name in arguments.sections:

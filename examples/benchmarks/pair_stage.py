@@ -12,7 +12,7 @@ Three ways to score the same random images and captions with the same weights:
 - `loop+projections`: the same loop with the key and query projections of the attention inside, as the authors'
   released code has them (107 MFLOP a pair that depend on one side only).
 
-It prints ms a pair, GFLOP/s (counted as in `flops_per_pair`, without padding), the share of this machine's matrix
+It prints ms a pair, GFLOP/s (counted by `pair_costs.operations`, without padding), the share of this machine's matrix
 product rate measured in the same run, the largest difference of the scores, and how much memory scoring takes beyond
 the gallery, for 1 and 4 times as many captions (Linux).
 
@@ -22,7 +22,6 @@ threads, in place of wall time: for the products, the loops and the pairs alike.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,13 +30,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gpu
 import torch
-from origin import say_origin
+from origin import matrix_rate, resident_bytes, say_origin
+from pair_costs import operations
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling_tvrn import TVRNConfig, TVRNModel
-from modeling_tvrn.layers_tvrn import grid_boxes, masked_softmax, normalize
+from modeling_tvrn import TVRNModel
+from modeling_tvrn.layers_tvrn import masked_softmax, normalize
 from modeling_tvrn.scoring.threads import keep_freed_memory, match_on_cores
 
 IMAGE_BLOCK = 100
@@ -65,37 +66,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def flops_per_pair(words: float, regions: int, size: int, similarity: int) -> float:
-    """Operations of one pair with gate and SAF: expansion 3·2WRD, alignment 2·2WRD, similarity transforms 2(W+1)DS."""
-    return 5 * 2 * words * regions * size + 2 * words * size * similarity + 2 * size * similarity
-
-
 def build(arguments: argparse.Namespace) -> TVRNModel:
-    torch.manual_seed(arguments.seed)
-    return TVRNModel(
-        TVRNConfig(
-            hidden_size=arguments.hidden_size,
-            similarity_size=arguments.similarity_size,
-            projection_size=arguments.hidden_size,
-            region_feature_size=256,
-            vocab_size=1000,
-            use_first_stage=False,
-            use_late_interaction=False,
-        )
-    ).eval()
+    config = {"use_first_stage": False, "use_late_interaction": False}
+    return gpu.build(arguments.hidden_size, arguments.similarity_size, 256, arguments.seed, **config)
 
 
 def encode(model: TVRNModel, arguments: argparse.Namespace, captions: int):
-    generator = torch.Generator().manual_seed(arguments.seed)
-    features = torch.rand(arguments.images, 36, 256, generator=generator)
-    images = model.encode_images(
-        region_features=features, region_boxes=grid_boxes(6, 6).expand(arguments.images, -1, -1)
-    )
-    low, high = arguments.words // 2, arguments.words + arguments.words // 2
-    lengths = torch.randint(low, high + 1, (captions,), generator=generator)
-    ids = torch.randint(1, 1000, (captions, high), generator=generator)
-    mask = torch.arange(high) < lengths[:, None]
-    return images, model.encode_texts(input_ids=ids, attention_mask=mask), lengths.float().mean().item()
+    images = model.encode_images(**gpu.random_images(arguments.images, 6, 256, "cpu", arguments.seed))
+    return images, model.encode_texts(**gpu.random_texts(captions, arguments.words, "cpu", arguments.seed))
 
 
 def loop_over_captions(
@@ -156,28 +134,26 @@ def median_seconds(function, repeats: int, clock: Callable[[], float]) -> tuple[
     return statistics.median(times), result
 
 
-def gemm_rate(dtype: torch.dtype, products: int, repeats: int, clock: Callable[[], float]) -> float:
-    """GFLOP/s of a 2048 × 1024 × 1024 matrix product."""
-    left, right = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    seconds, _ = median_seconds(lambda: [left @ right for _ in range(products)], repeats, clock)
-    return products * 2 * 2048 * 1024 * 1024 / seconds / 1e9
-
-
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> None:
     say_origin(arguments)
     model = build(arguments)
     keep_freed_memory()
-    images, texts, words = encode(model, arguments, arguments.captions)
+    images, texts = encode(model, arguments, arguments.captions)
     contexts, text_contexts = _contexts(model, images, texts)
     few = texts.select(slice(0, arguments.loop_captions))
     clock = (lambda: time.process_time() / arguments.threads) if arguments.cpu_time else time.perf_counter
-    precisions, effort = (torch.float32, torch.bfloat16), (arguments.products, arguments.repeats)
-    rates = {dtype: gemm_rate(dtype, *effort, clock) for dtype in precisions}
-    flops = flops_per_pair(words, 36, arguments.hidden_size, arguments.similarity_size)
-    machine = platform.processor() or platform.machine()
-    kind = "CPU seconds by threads" if arguments.cpu_time else "wall time"
-    print(f"{machine}, {arguments.threads} threads, torch {torch.__version__}, seed {arguments.seed}, {kind}")
+
+    def seconds_of(function: Callable[[], object]) -> float:
+        return median_seconds(function, arguments.repeats, clock)[0]
+
+    shape, precisions = (2048, 1024, 1024), (torch.float32, torch.bfloat16)
+    rates = {dtype: matrix_rate(seconds_of, dtype, "cpu", shape, arguments.products) / 1e9 for dtype in precisions}
+    words = texts.word_mask.sum(dim=1).double().mean().item()
+    sizes = {"words": words, "regions": 36, "hidden": arguments.hidden_size, "projection": 0}
+    sizes["similarity"] = arguments.similarity_size
+    flops = sum(operations({"refinement": "gate", "similarity_head": "saf"}, sizes).values())
+    print(f"{arguments.threads} threads, {'CPU seconds by threads' if arguments.cpu_time else 'wall time'}")
     print(
         f"{flops / 1e6:.1f} MFLOP a pair at {words:.1f} words; matrix products: "
         + ", ".join(f"{str(dtype).removeprefix('torch.')} {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
@@ -242,18 +218,13 @@ def _report_memory(arguments: argparse.Namespace) -> None:
 @torch.no_grad()
 def measure_memory(arguments: argparse.Namespace) -> None:
     model = build(arguments)
-    images, texts, _ = encode(model, arguments, arguments.memory_of)
+    images, texts = encode(model, arguments, arguments.memory_of)
     keep_freed_memory()
     match_on_cores(model, images, texts.select(slice(0, 64)))  # the matrix library's own buffers
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the encoding's
-    before = _resident_kib("VmRSS")
+    before = resident_bytes("VmRSS")
     scores = match_on_cores(model, images, texts)
-    print(json.dumps({"pairs": scores.numel(), "scoring_mib": (_resident_kib("VmHWM") - before) / 1024}))
-
-
-def _resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    print(json.dumps({"pairs": scores.numel(), "scoring_mib": (resident_bytes("VmHWM") - before) / 2**20}))
 
 
 if __name__ == "__main__":

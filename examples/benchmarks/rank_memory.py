@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from origin import say_origin
+from origin import resident_bytes, say_origin
 from pair_costs import PAPER, VARIANTS, build, encode
 
 from modeling_tvrn import TVRNModel
@@ -77,12 +77,6 @@ def limited(model: TVRNModel, seconds: float) -> list[int]:
     return scored
 
 
-def resident(field: str) -> float:
-    """Gigabytes of this process: VmRSS now, VmHWM at most since it was reset."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
-
-
 @torch.no_grad()
 def main() -> int:
     arguments = parse_arguments()
@@ -95,14 +89,14 @@ def main() -> int:
     with torch.autocast("cpu", torch.bfloat16, enabled=warm[1] == torch.bfloat16):
         model.match(images.select(slice(0, 4)), warm[0])  # the matrix library's own buffers
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the encoding's
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS") / 1e9
     scored = limited(model, arguments.seconds)
     try:
         rank(model, images, texts, rows, dtype=warm[1], memory_budget=arguments.memory_budget)
         ended = "all blocks"
     except TimeIsOver:
         ended = f"{len(scored)} blocks, {sum(scored)} pairs"
-    measured = resident("VmHWM") - before
+    measured = resident_bytes("VmHWM") / 1e9 - before
     plan = plan_blocks(images, texts, np.arange(len(texts)), arguments.memory_budget, torch.device("cpu"))
     positives = plan.blocks_of(positive_pairs(len(images), len(texts), rows))
     room = arguments.memory_budget * 1e9 / 2

@@ -26,11 +26,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import training_memory
-from origin import say_origin
+from origin import matrix_rate, say_origin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_tvrn import TVRNConfig, TVRNModel
+from modeling_tvrn.layers_tvrn import grid_boxes
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.objective import Objective
 from modeling_tvrn.training.optim import make_optimizer
@@ -75,13 +76,22 @@ class Clock:
             torch.get_device_module(self.device).synchronize()
 
 
-def gemm_rate(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of large matrix products."""
-    size = 1024 if device == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    clock = Clock(device, 5)
-    clock(lambda: left @ right)
-    return 4 * 2 * size**3 / clock(lambda: [left @ right for _ in range(4)])
+def random_batch(size: int, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    words = 21
+    lengths = torch.randint(7, words + 1, (size,), generator=generator)
+    mask = (torch.arange(words) < lengths[:, None]).long()
+    batch = {
+        "region_features": torch.rand(size, 36, 2048, generator=generator),
+        "region_boxes": grid_boxes(6, 6).expand(size, -1, -1).contiguous(),
+        "region_mask": torch.ones(size, 36, dtype=torch.bool),
+        "input_ids": torch.randint(1, 1000, (size, words), generator=generator),
+        "attention_mask": mask,
+        "word_mask": mask,
+        "image_ids": torch.arange(size),
+        "text_image_ids": torch.arange(size),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 class Step:
@@ -89,10 +99,19 @@ class Step:
 
     def __init__(self, arguments: argparse.Namespace, refinement: str, dtype: str) -> None:
         self.device, self.dtype = arguments.device, getattr(torch, dtype)
-        settings = argparse.Namespace(**{**vars(arguments), "refinement": refinement})
-        self.objective: Objective = training_memory.build(settings, arguments.chunk_size)
+        torch.manual_seed(0)
+        config = TVRNConfig(
+            hidden_size=arguments.hidden_size,
+            projection_size=arguments.hidden_size,
+            similarity_size=arguments.similarity_size,
+            refinement=refinement,
+            vocab_size=1000,
+            pair_chunk_size=arguments.chunk_size,
+            checkpoint_pair_chunks=True,
+        )
+        self.objective = Objective(TVRNModel(config).to(self.device)).train()
         self.optimizer = make_optimizer(self.objective.model, TrainingConfig())
-        self.batch = training_memory.random_batch(arguments.batch_size, arguments.device)
+        self.batch = random_batch(arguments.batch_size, arguments.device)
         self.sides = [
             {name: self.batch[name] for name in ("region_features", "region_boxes", "region_mask")},
             {name: self.batch[name] for name in ("input_ids", "attention_mask", "word_mask")},
@@ -172,7 +191,8 @@ def main() -> None:
     say_origin(arguments)
     torch.set_num_threads(arguments.threads)
     names = sorted({variant.split("-")[1] for variant in arguments.variants})
-    rates = {name: gemm_rate(getattr(torch, name), arguments.device) for name in names}
+    clock, shape = Clock(arguments.device, 5), (1024 if arguments.device == "cpu" else 8192,) * 3
+    rates = {name: matrix_rate(clock, getattr(torch, name), arguments.device, shape) for name in names}
     print("matrix products:", ", ".join(f"{name} {rate / 1e12:.3f} TFLOP/s" for name, rate in rates.items()))
     columns = ["refinement", "precision", "compiled", "s a step", "pairs/s", "TFLOP/s", "of GEMM", "pair stage"]
     columns += ["one-sided", "rest"]

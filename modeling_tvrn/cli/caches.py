@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, TrustRemoteCode, fail, progress, say
+from .common import AsJson, Device, TrustRemoteCode, fail, progress, say, tell_more
 
 if TYPE_CHECKING:
     from ..teachers import RegionCache, TeacherCache
@@ -84,7 +83,7 @@ def regions(
     ways = {"--grid-size": grid_size, "--boxes-column": boxes_column, "--detector": detector}
     if len(given := [option for option, value in ways.items() if value is not None]) > 1:
         raise fail(f"{' and '.join(given[:2])} are two ways to choose regions; give one of them")
-    _tell_more()
+    tell_more()
     from ..data import load_pairs
     from ..front_door import load_region_model
     from ..teachers import RegionCache
@@ -178,7 +177,7 @@ def teachers(
     if regions is not None and modality != "image":
         raise fail("--regions holds what was seen in photographs; give it with --modality image")
     _check_choices({"--dtype": dtype, "--compute-dtype": compute_dtype})
-    _tell_more()
+    tell_more()
     from accelerate import PartialState
     from torch.cuda import is_available
 
@@ -321,12 +320,6 @@ def _check_choices(given: dict[str, str]) -> None:
     for option, value in given.items():
         if value not in DTYPES[option]:
             raise fail(f"{option} is {value!r}; expected one of {', '.join(DTYPES[option])}")
-
-
-def _tell_more() -> None:
-    """Of work of hours one wants to see what it will take."""
-    log = logging.getLogger("modeling_tvrn")
-    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
 
 
 def _origin(data: str, split: str | None) -> dict[str, Any]:

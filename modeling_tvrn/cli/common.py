@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -15,7 +16,8 @@ import typer
 
 __all__ = [
     *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
-    *("fail", "load", "progress", "prepare_terminal", "say", "say_cut", "say_unknown", "table", "writable"),
+    *("fail", "load", "prepare_terminal", "progress", "say", "say_cut", "say_unknown", "table", "tell_more"),
+    "writable",
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
@@ -31,6 +33,12 @@ DTYPES = ("float32", "bfloat16")
 def progress() -> bool:
     """Whether somebody watches: progress bars go to a terminal alone."""
     return sys.stderr.isatty()
+
+
+def tell_more() -> None:
+    """Let the package say how it goes: of work of hours one wants to see that."""
+    log = logging.getLogger("modeling_tvrn")
+    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
 
 
 def prepare_terminal() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import logging
 import os
 import shutil
 import sys
@@ -30,6 +29,7 @@ from .common import (
     say,
     say_cut,
     say_unknown,
+    tell_more,
     writable,
 )
 
@@ -71,8 +71,7 @@ def train(
     if keys:
         return typer.echo(describe(TrainingConfig))
     settings = settings_of(config, overrides or [])
-    log = logging.getLogger("modeling_tvrn")
-    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))  # of a run of hours one wants to see how it goes
+    tell_more()
     with watching_signals(set_up=True):  # from here on: importing takes seconds
         from ..training import TrainingStopped
         from ..training import train as run
@@ -184,10 +183,17 @@ def score(
     with _file(pairs) as table:
         rows = list(read_pairs(table, image_column, caption_column))
     loaded, processor = load(model, device, dtype, trust_remote_code)
-    if threshold is not None:
-        _check_threshold(model, loaded, threshold)
+    if threshold is not None and not loaded.is_calibrated:
+        raise fail(
+            f"--threshold is {threshold:g}, but {model!r} is not calibrated: its scores rank pairs and have no value "
+            "from which on a caption fits. Leave it out and look at the ranking, or calibrate the model (tvrn "
+            "calibrate MODEL --data … --split …)"
+        )
+    from tqdm import tqdm
+
     scored = score_pairs(loaded, processor, rows, pairs.parent, image_column, caption_column, batch_size, images)
-    kept = _filtered(_watched(scored, len(rows)), threshold, below, image_column)
+    watched = tqdm(scored, total=len(rows), desc="pairs", disable=not progress())
+    kept = _filtered(watched, threshold, below, image_column)
     columns = list(rows[0])
     if output is None:
         with contextlib.suppress(AttributeError):  # a stream that is no file
@@ -214,22 +220,6 @@ def _file(path: Path) -> Iterator[Path]:
         yield copy
 
 
-def _check_threshold(name: str, model: Any, threshold: float) -> None:
-    """Refuse a threshold on scores that say which of two pairs fits better, and not whether one fits."""
-    if not model.is_calibrated:
-        raise fail(
-            f"--threshold is {threshold:g}, but {name!r} is not calibrated: its scores rank pairs and have no value "
-            "from which on a caption fits. Leave it out and look at the ranking, or calibrate the model (tvrn "
-            "calibrate MODEL --data … --split …)"
-        )
-
-
-def _watched(scored: Iterable[ScoredPair], count: int) -> Iterable[ScoredPair]:
-    from tqdm import tqdm
-
-    return tqdm(scored, total=count, desc="pairs", disable=not progress())
-
-
 def _filtered(
     scored: Iterable[ScoredPair], threshold: float | None, below: bool, image_column: str
 ) -> Iterator[ScoredPair]:
@@ -245,8 +235,10 @@ def _filtered(
 
 
 def _write_rows(kept: Iterable[ScoredPair], columns: list[str], kind: str, file: Any, as_json: bool) -> None:
-    kept_as = _free_names(columns, ("score", "score_kind"))
-    names = [kept_as.get(name, name) for name in columns]
+    names = list(columns)
+    for taken in {"score", "score_kind"} & {*columns}:  # of another model; kept under new names
+        free = (f"{taken}_{number}" for number in itertools.count(1))
+        names[columns.index(taken)] = next(name for name in free if name not in columns)
     writer = csv.DictWriter(file, [*names, "score", "score_kind"], lineterminator="\n")
     if not as_json:
         writer.writeheader()
@@ -257,12 +249,3 @@ def _write_rows(kept: Iterable[ScoredPair], columns: list[str], kind: str, file:
         else:
             score = "" if pair.score is None else f"{pair.score:.6f}"
             writer.writerow({**row, "score": score, "score_kind": kind})
-
-
-def _free_names(columns: list[str], taken: tuple[str, ...]) -> dict[str, str]:
-    """New names for those of a table's columns that are to be written anew, such as the scores of another model."""
-    return {
-        name: next(free for number in itertools.count(1) if (free := f"{name}_{number}") not in columns)
-        for name in taken
-        if name in columns
-    }

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ..data.delimited import read_delimited, text_of
-from ..data.file_kinds import is_unicode
+from ..data.delimited import read_delimited
 from ..data.images import ImageError, decode_image
 from ..data.named_files import NamedFiles
-from ..data.skipped import BROKEN_CAPTION
+from ..data.text_files import text_of
 from ..data.worded import unusable_captions
 
 __all__ = ["ScoredPair", "read_pairs", "score_pairs"]
@@ -89,20 +88,15 @@ def score_pairs(
     remaining = iter(rows)
     while batch := list(islice(remaining, batch_size)):
         pairs = [(row[image_column], row[caption_column].strip()) for row in batch]
-        unusable = _unusable(processor, [caption for _, caption in pairs])
+        captions = [caption for _, caption in pairs]
+        found = unusable_captions([processor], captions)
+        unusable = {captions[place]: f"the caption {why}" for place, why in found.items()} | {"": "empty caption"}
         usable = [pair for pair in pairs if pair[1] not in unusable]
         pictures, problems = _pictures(files, usable)
         scores = _scores(model, processor, pictures, usable)
         for row, pair in zip(batch, pairs, strict=True):
             problem = problems.get(pair[0]) or unusable.get(pair[1], "")
             yield ScoredPair(row, scores.get(pair), problem)
-
-
-def _unusable(processor: Any, captions: list[str]) -> dict[str, str]:
-    """Captions that cannot be scored, and why."""
-    found = {captions[place]: f"the caption {why}" for place, why in unusable_captions([processor], captions).items()}
-    found |= {caption: BROKEN_CAPTION for caption in captions if not is_unicode(caption)}
-    return found | {"": "empty caption"}
 
 
 def _pictures(files: NamedFiles, pairs: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .delimited import DELIMITERS, read_delimited, text_of
+from .delimited import DELIMITERS, read_delimited
 from .images import leads_out
-from .json_text import read_json
 from .schema import CAPTION_COLUMNS, FILENAME_COLUMNS, IMAGE_COLUMNS, is_caption_column, lines_of
+from .text_files import read_json_file, read_json_lines, text_of
 
 CAPTION_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
 SIDECAR_SUFFIXES = (".txt", ".caption")  # of a text file that is called as its image
@@ -75,7 +75,7 @@ def is_caption_table(path: Path) -> bool:
             names = (name.strip().strip('"') for mark in DELIMITERS for name in header.split(mark))
             return _TOKEN_LINE.match(header) is not None or any(map(is_caption_column, names))
         if path.suffix.lower() == ".json":
-            content = read_json(text_of(path), str(path))
+            content = read_json_file(path)
             rows = _table_in(content) or [{}]
             return any(map(is_caption_column, rows[0])) or (isinstance(content, Mapping) and "annotations" in content)
     except ValueError:
@@ -84,7 +84,7 @@ def is_caption_table(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> list[Row]:
-    content = read_json(text_of(path), str(path))
+    content = read_json_file(path)
     if isinstance(content, Mapping) and "images" in content and "annotations" in content:
         return _joined_coco(path, content)
     rows = _table_in(content)
@@ -134,10 +134,7 @@ def _objects_with(path: Path, content: Mapping[str, Any], part: str, key: str) -
 
 def _read_json_lines(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = read_json(line, f"{path}, line {number}")
+    for number, row in read_json_lines(path):
         if not isinstance(row, Mapping):
             raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object")
         rows.append(dict(row))

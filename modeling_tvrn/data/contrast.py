@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .delimited import read_delimited, text_of
+from .delimited import read_delimited
 from .flips import flip_of, flipped
 from .images import ImageError, decode_image
-from .json_text import read_json
 from .named_files import NamedFiles
 from .scenes import Scene, SceneRecords, paired_captions
 from .scenes.description import MAX_COUNT
+from .text_files import read_json_file, read_json_lines, text_of
 
 __all__ = ["ContrastRow", "contrast_rows", "read_contrast_rows"]
 
@@ -164,17 +164,7 @@ def _of_scene(records: SceneRecords, row: int) -> Iterator[ContrastRow]:
 def _changed(scene: Scene) -> Iterator[tuple[str, Scene]]:
     """Scenes that differ by one thing, with its name; drawable ones, so that their captions sound like others."""
     first, second = scene.first, scene.second
-    others = [
-        (
-            field,
-            Scene(
-                scene.relation,
-                replace(first, **{field: getattr(second, field)}),
-                replace(second, **{field: getattr(first, field)}),
-            ),
-        )
-        for field in ("colour", "shape", "size")
-    ]
+    others = [(field, scene.swapped(field)) for field in ("colour", "shape", "size")]
     for step in (1, -1):
         others += [
             ("count", replace(scene, first=replace(first, count=first.count + step))),
@@ -182,9 +172,7 @@ def _changed(scene: Scene) -> Iterator[tuple[str, Scene]]:
         ]
     for kind, other in others:
         counts = other.first.count, other.second.count
-        if not all(1 <= count <= MAX_COUNT for count in counts):
-            continue
-        if other != scene and other.is_drawable:
+        if all(1 <= count <= MAX_COUNT for count in counts) and other != scene and other.is_drawable:
             yield kind, other
 
 
@@ -261,17 +249,15 @@ def _read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    content = read_json(text_of(path), str(path))
+    content = read_json_file(path)
     entries = content.items() if isinstance(content, Mapping) else enumerate(content)
     for number, values in entries:
         yield f"entry {number}", _mapping(values, f"{path}, entry {number}")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(text_of(path).split("\n"), start=1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield f"line {number}", _mapping(read_json(line, place), place)
+    for number, values in read_json_lines(path):
+        yield f"line {number}", _mapping(values, f"{path}, line {number}")
 
 
 def _mapping(values: Any, place: str) -> Mapping[str, Any]:

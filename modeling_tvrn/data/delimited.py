@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from .file_kinds import HEAD, is_unicode, kind_in_place_of_text
 from .images import IMAGE_SUFFIXES
 
 DELIMITERS = ",\t|;"
 Cells = dict[str, str | None]
-
-
-def text_of(path: Path) -> str:
-    r"""A text file's letters, with `\n` for the ends of lines; UTF-16 is told by its mark, everything else is UTF-8.
-
-    Single bytes that are no UTF-8 stand as lone surrogates, as in file names: what holds them is left out by itself.
-
-    Raises:
-        ValueError: the whole file is in another encoding, or no text; the message says how to convert it.
-    """
-    content = path.read_bytes()
-    if kind := kind_in_place_of_text(content[:HEAD]):
-        raise ValueError(f"{path} is no table: it is {kind}")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            text = content.decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} begins as UTF-16 and is none ({error.reason}); save it as UTF-8") from error
-    else:
-        text = content.decode("utf-8-sig", "surrogateescape")
-    if 4 * text.count("\0") > len(text):
-        raise ValueError(
-            f"{path} is half zero bytes, as UTF-16 without a mark is: save it as UTF-8, such as by "
-            f"`iconv -f UTF-16LE -t UTF-8 {path.name}`"
-        )
-    text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
-    lines = text.split("\n")
-    broken = [number for number, line in enumerate(lines, start=1) if not is_unicode(line)]
-    if broken and not any(is_unicode(line) and not line.isascii() for line in lines):
-        raise ValueError(
-            f"{path} is not UTF-8 text (first in line {broken[0]}), and probably Latin-1 or Windows-1252: save it as "
-            f"UTF-8, such as by `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
-        )
-    return text
 
 
 def read_delimited(path: Path, text: str, known: Collection[str]) -> Iterator[Cells]:
@@ -75,7 +39,9 @@ def read_delimited(path: Path, text: str, known: Collection[str]) -> Iterator[Ce
             _check_lines(path, lines, first, reader.line_num, delimiter)
             cells = [clean(cell) for cell in cells]
             if not header:
-                header = _checked_header(path, cells)
+                header = cells
+                if twice := [name for name in header if name and header.count(name) > 1]:
+                    raise ValueError(f"{path} has the column {twice[0]!r} twice ({header}); rename one of them")
             elif cells:
                 if len(cells) > len(header):
                     raise ValueError(
@@ -97,13 +63,6 @@ def _delimiter(header: str, known: Collection[str], tabs: bool) -> str:
         return sum(name.strip().strip('"') in known for name in (header.lower() + delimiter + header).split(delimiter))
 
     return max("\t" + DELIMITERS if tabs else DELIMITERS, key=score)
-
-
-def _checked_header(path: Path, names: list[str]) -> list[str]:
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path} has the column {twice!r} twice ({names}); rename one of them")
-    return names
 
 
 def _check_lines(path: Path, lines: list[str], first: int, last: int, delimiter: str) -> None:

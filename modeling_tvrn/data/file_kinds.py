@@ -61,7 +61,10 @@ def kind_of_content(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] != b"WEBP":
         return "a video (AVI)" if head[8:12] == b"AVI " else "a RIFF file, such as sound"
     if head[4:8] == b"ftyp":
-        return _kind_of_container(head)
+        brands = _brands(head)
+        if brands & {b"avif", b"avis"}:
+            return None
+        return HEIC if brands & _HEIC_BRANDS else "a video (MP4 or QuickTime)"
     return None if _begun_format(head) else _kind_of_text(head)
 
 
@@ -97,13 +100,6 @@ def _brands(head: bytes) -> set[bytes]:
     """The brands of an ISO media file (HEIC, AVIF, MP4): its first one, and those that it also goes by."""
     end = min(int.from_bytes(head[:4], "big"), len(head))
     return {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
-
-
-def _kind_of_container(head: bytes) -> str | None:
-    brands = _brands(head)
-    if brands & {b"avif", b"avis"}:
-        return None
-    return HEIC if brands & _HEIC_BRANDS else "a video (MP4 or QuickTime)"
 
 
 def _kind_of_text(head: bytes) -> str | None:

@@ -89,11 +89,11 @@ class FlippingCollator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate items of a `CaptionDataset` with their twins behind them."""
-        turned = [(item, kind) for item in items if (kind := flip_of(item["caption"], self.kinds)) is not None]
-        batch: dict[str, Any] = self.collator([*items, *(self._twin(item, kind) for item, kind in turned)])
+        twins = []
+        for item in items:
+            if (kind := flip_of(item["caption"], self.kinds)) is not None:
+                number = item["row"] + self.image_count * (1 + list(FLIPS).index(kind))
+                caption = FLIPS[kind].caption(item["caption"])
+                twins.append({**item, "record": flipped(item["record"], kind), "caption": caption, "row": number})
+        batch: dict[str, Any] = self.collator([*items, *twins])
         return batch
-
-    def _twin(self, item: dict[str, Any], kind: str) -> dict[str, Any]:
-        number = item["row"] + self.image_count * (1 + list(FLIPS).index(kind))
-        caption = FLIPS[kind].caption(item["caption"])
-        return {**item, "record": flipped(item["record"], kind), "caption": caption, "row": number}

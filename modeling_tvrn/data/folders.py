@@ -11,7 +11,17 @@ from typing import Any
 from .caption_files import CAPTION_SUFFIXES, SIDECAR_SUFFIXES, is_caption_table, read_caption_file, read_sidecars
 from .images import IMAGE_SUFFIXES, image_files
 from .named_files import NamedFiles, size_of_file
-from .schema import LINE_COLUMNS, Layout, SourceRow, detect_layout, file_name, named_columns, read_captions, read_ids
+from .schema import (
+    LINE_COLUMNS,
+    Layout,
+    SourceRow,
+    check_extra_columns,
+    detect_layout,
+    file_name,
+    named_columns,
+    read_captions,
+    read_ids,
+)  # fmt: skip
 from .sources import Content, PairSource, joined
 from .splits import SplitChoice, choose_splits, group_by_split
 
@@ -96,6 +106,7 @@ def open_sidecars(images: Sequence[Path], root: Path, name: str, split: str | No
 def _grouped_table(
     path: Path, columns: Mapping[str, Any] | None, extra_columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Layout]:
+    """The rows of a table, those of the same file and split as one, in the order in which each file first appears."""
     table = read_caption_file(path, named_columns(columns or {}))
     seen = list(dict.fromkeys(column for row in table for column in row))
     layout = detect_layout(seen, columns, str(path), has_images=True)
@@ -105,23 +116,15 @@ def _grouped_table(
             f"{path} has no column with the images' file names; columns seen: {seen}. Expected filename, file_name, "
             "image, filepath, ..., or columns={'filename': ...}"
         )
-    for extra in extra_columns:
-        if extra not in seen:
-            raise ValueError(f"extra_columns={extra!r}: {path} has no such column; it has {seen}")
+    check_extra_columns(extra_columns, seen, str(path))
     layout = replace(layout, filename=filename, image=None, regions=())
-    return _grouped(table, layout), replace(layout, captions=("captions",), caption_ids="caption_ids")
-
-
-def _grouped(table: Sequence[Mapping[str, Any]], layout: Layout) -> list[dict[str, Any]]:
-    """Rows of the same file and split brought together, in the order in which each file first appears.
-
-    A file whose rows are of two splits is in both, so that who trains on one and validates on the other hears of it.
-    """
+    # A file whose rows are of two splits is in both: who trains on one and validates on the other is to hear of it.
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in table:
         place = tuple(str(row.get(name or "") or "") for name in (layout.folder, layout.filename, layout.split))
         groups.setdefault(place, []).append(row)
-    return [_merged(rows, layout) for rows in groups.values()]
+    merged = [_merged(rows, layout) for rows in groups.values()]
+    return merged, replace(layout, captions=("captions",), caption_ids="caption_ids")
 
 
 def _merged(rows: Sequence[Mapping[str, Any]], layout: Layout) -> dict[str, Any]:
@@ -145,12 +148,12 @@ def caption_files_in(folder: Path) -> list[Path]:
     images = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     texts = sorted(path for path in files if path.suffix.lower() in CAPTION_SUFFIXES)
     tables = [path for path in texts if not (path.suffix.lower() in SIDECAR_SUFFIXES and path.stem in images)]
-    return list(filter(is_caption_table, tables)) or _captioned_images(folder) or _tables_below(folder) or texts
-
-
-def _captioned_images(folder: Path) -> list[Path]:
-    images = sorted(image_files(folder.resolve()))
-    return images if any(path.with_suffix(ending).is_file() for path in images for ending in SIDECAR_SUFFIXES) else []
+    if found := list(filter(is_caption_table, tables)):
+        return found
+    captioned = sorted(image_files(folder.resolve()))
+    if any(path.with_suffix(ending).is_file() for path in captioned for ending in SIDECAR_SUFFIXES):
+        return captioned
+    return _tables_below(folder) or texts
 
 
 def _tables_below(folder: Path) -> list[Path]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ..redaction import redacted_text
-from .delimited import text_of
 from .images import leads_out
-from .json_text import read_json
 from .named_files import HUB_FILES, OWN_FILES, NamedFiles, bounds_of
 from .paths import near_paths
-from .schema import SourceRow
-from .sources import Content, PairSource, Rows, Shard, joined
+from .sources import PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits
 from .tables import TableOptions, TableSource, left_encoded
+from .text_files import read_json_file
 
 
 class HubSource(TableSource):
@@ -32,9 +30,8 @@ class HubSource(TableSource):
     def dataset(self) -> Any:
         return left_encoded(self._given, self.layout.image)
 
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
-        for row in self._numbered(self.dataset):
-            yield row, partial(self._content, row.values)
+    def stream(self) -> Rows:
+        return self._streamed(self.dataset)
 
     def shards(self) -> list[Shard]:
         count = int(getattr(self.dataset, "num_shards", 1))
@@ -44,9 +41,7 @@ class HubSource(TableSource):
         return [Shard(name, partial(self._shard_stream, number, count)) for number, name in enumerate(names)]
 
     def _shard_stream(self, number: int, count: int) -> Rows:
-        part = self.dataset.shard(num_shards=count, index=number)
-        for row in self._numbered(part, shard=f"{number:05d}-"):
-            yield row, partial(self._content, row.values)
+        return self._streamed(self.dataset.shard(num_shards=count, index=number), shard=f"{number:05d}-")
 
 
 def open_hub(
@@ -120,7 +115,11 @@ def open_datasets(
         ValueError: something else, a mapping that holds something else, or a stream that is not to be streamed.
     """
     options = TableOptions(columns, image_root, extra_columns, split_file)
-    parts = dict(source) if isinstance(source, Mapping) else {_own_split(source): source}
+    if isinstance(source, Mapping):
+        parts = dict(source)
+    else:  # the split that it says it is, without the rows chosen of it (`train[:10%]`)
+        own = getattr(source, "split", None)
+        parts = {None if own is None else str(own).partition("[")[0]: source}
     _check_datasets(parts)
     choice = choose_splits(list(parts), split, name)
     # Without the user's format or transform: records hold what the columns hold.
@@ -138,18 +137,14 @@ def load_saved(folder: Path) -> Any:
     import datasets
 
     try:
-        _check_saved(folder)
+        for state in folder.rglob("state.json"):
+            for file in read_json_file(state)["_data_files"]:
+                # tables that lie elsewhere would be another dataset's
+                if leads_out(state.parent / file["filename"], bounds_of(folder.resolve())):
+                    raise ValueError(f"{state} names {file['filename']!r}, which is outside of it")
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} cannot be read as save_to_disk writes it ({error}); save it again") from error
-
-
-def _check_saved(folder: Path) -> None:
-    """Refuse a saved dataset that says its tables lie elsewhere: they would be another dataset's."""
-    for state in folder.rglob("state.json"):
-        for file in read_json(text_of(state), str(state))["_data_files"]:
-            if leads_out(state.parent / file["filename"], bounds_of(folder.resolve())):
-                raise ValueError(f"{state} names {file['filename']!r}, which is outside of it")
 
 
 def is_saved(folder: Path) -> bool:
@@ -163,12 +158,6 @@ def _files_of(dataset: Any, others: NamedFiles = OWN_FILES) -> NamedFiles:
     if builder == "imagefolder":  # it names what lies in the folder that it was given
         return OWN_FILES
     return others if builder in (None, "generator") else HUB_FILES
-
-
-def _own_split(dataset: Any) -> str | None:
-    """The split that a dataset says it is, without the rows chosen of it (`train[:10%]`)."""
-    found = getattr(dataset, "split", None)
-    return None if found is None else str(found).partition("[")[0]
 
 
 def _check_datasets(parts: Mapping[Any, Any]) -> None:

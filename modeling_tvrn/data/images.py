@@ -194,7 +194,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
 
 
 def _head(encoded: EncodedImage) -> bytes:
-    content = _content(encoded)
+    content = image_content(encoded)
     if not isinstance(content, str | os.PathLike):
         return bytes(memoryview(content)[:HEAD])
     try:
@@ -204,7 +204,7 @@ def _head(encoded: EncodedImage) -> bytes:
         raise _unreadable(content, error) from error
 
 
-def _content(encoded: EncodedImage) -> Any:
+def image_content(encoded: Any) -> Any:
     """The bytes or the path that stand behind an encoded image."""
     if isinstance(encoded, Mapping):
         return encoded.get("path") if encoded.get("bytes") is None else encoded["bytes"]
@@ -212,7 +212,7 @@ def _content(encoded: EncodedImage) -> Any:
 
 
 def _as_file(encoded: EncodedImage) -> Any:
-    content = _content(encoded)
+    content = image_content(encoded)
     if content is None:
         raise ImageError(MISSING_IMAGE, "the image field is empty")
     if isinstance(content, str | os.PathLike):
@@ -228,7 +228,7 @@ def _is_whole(image_format: str | None, encoded: EncodedImage) -> bool:
     """Whether the data end as this format's data do. "No" is a suspicion only: bytes may follow the image."""
     if isinstance(encoded, PIL.Image.Image):
         return True
-    size, head, tail = _ends(_content(encoded))
+    size, head, tail = _ends(image_content(encoded))
     if image_format == "WEBP":
         return int.from_bytes(head[4:8], "little") + 8 <= size
     if image_format in ("JPEG", "MPO"):
@@ -258,7 +258,7 @@ def _corrupt(encoded: EncodedImage, error: Exception) -> ImageError:
 
 
 def _described(encoded: EncodedImage) -> str:
-    content = _content(encoded)
+    content = image_content(encoded)
     if isinstance(content, str | os.PathLike):
         return printable(content)
     if isinstance(content, PIL.Image.Image):

@@ -24,7 +24,7 @@ from .records import PairDataset, PairStream, build_dataset
 from .scan import open_scan, scan_stems
 from .skipped import OF_CAPTIONS
 from .sources import JoinedSource, PairSource, ScenesSource, joined
-from .splits import EVERY_SPLIT, SplitChoice, canonical_split, choose_splits
+from .splits import EVERY_SPLIT, SplitChoice, choose_splits
 from .tables import TableSource
 from .webdataset import TAR_SUFFIXES, open_webdataset
 
@@ -136,7 +136,7 @@ def load_pairs(
         return PairStream(opened, choice, max_pixels)
     records = build_dataset(opened, choice, verify, max_pixels)
     if name in PRESETS and not is_dataset(source):
-        _check_count(name, split, records)
+        _check_count(name, choice, records)
     return records
 
 
@@ -263,16 +263,15 @@ def _open_preset(
     return joined(name, opened), chosen
 
 
-def _check_count(name: str, split: str | None, records: PairDataset) -> None:
+def _check_count(name: str, choice: SplitChoice, records: PairDataset) -> None:
     """Refuse a benchmark whose copy has changed: figures on it would compare with nothing."""
-    images = PRESETS[name].images
-    parts = list(images) if split in (None, EVERY_SPLIT) else [canonical_split(part) for part in str(split).split("+")]
-    expected = sum(images[part] for part in parts)
+    expected = sum(PRESETS[name].images[str(part)] for part in choice.parts)
     lost = sum(count for reason, count in records.skipped.items() if reason not in OF_CAPTIONS)
     if len(records) + lost != expected:
         raise ValueError(
-            f"{name}, split {split!r}: {len(records)} images and {lost} left out, expected {expected}: the public "
-            "copy has changed. Pass revision= of an earlier state, or load it under its own id if you want it as it is"
+            f"{name}, split {'+'.join(map(str, choice.parts))!r}: {len(records)} images and {lost} left out, expected "
+            f"{expected}: the public copy has changed. Pass revision= of an earlier state, or load it under its own "
+            "id if you want it as it is"
         )
 
 

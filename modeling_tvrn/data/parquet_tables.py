@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from .named_files import NamedFiles
-from .schema import SourceRow
-from .sources import Content, PairSource, Rows, Shard, joined
+from .sources import PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
 from .tables import TableOptions, TableSource, left_encoded
 
@@ -56,10 +56,9 @@ class ParquetSource(TableSource):
             ) from error
         return left_encoded(dataset, self.layout.image)
 
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
+    def stream(self) -> Rows:
         # with pyarrow alone: the read-ahead threads of `datasets` can abort a process that stops in mid-stream
-        for row in self._numbered(self._file_rows(), self.start):
-            yield row, partial(self._content, row.values)
+        return self._streamed(itertools.chain.from_iterable(map(self._rows_of, self.files)), self.start)
 
     def shards(self) -> list[Shard]:
         """Row groups: a file is often written as several, of some hundred rows each."""
@@ -74,14 +73,9 @@ class ParquetSource(TableSource):
         return found
 
     def _group_stream(self, path: Path, group: int, start: int) -> Rows:
-        for row in self._numbered(self._rows_of(path, [group]), start):
-            yield row, partial(self._content, row.values)
+        return self._streamed(self._rows_of(path, [group]), start)
 
-    def _file_rows(self) -> Iterator[Mapping[str, Any]]:
-        for path in self.files:
-            yield from self._rows_of(path, None)
-
-    def _rows_of(self, path: Path, groups: list[int] | None) -> Iterator[Mapping[str, Any]]:
+    def _rows_of(self, path: Path, groups: list[int] | None = None) -> Iterator[Mapping[str, Any]]:
         """Rows of some row groups of a file, or of all of them."""
         import pyarrow.parquet
 

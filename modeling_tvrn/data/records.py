@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch.utils.data
 from tqdm.auto import tqdm
 
-from .images import MAX_IMAGE_PIXELS, Check, ImageError
+from .images import MAX_IMAGE_PIXELS, Check, ImageError, image_content
 from .named_files import size_of_file
 from .schema import ItemId, Pair, SourceRow, read_pair
 from .skipped import SkipReport, good_captions
@@ -137,7 +137,15 @@ class PairDataset(torch.utils.data.Dataset[Record]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         row = range(len(self))[index]  # negative ones, and IndexError past the end
-        return _record(self._decoded(row), self._table.pair(row))
+        try:
+            content = decode_content(self._source.content(self._table.source_rows[row]), self._max_pixels)
+        except ImageError as error:
+            raise ImageError(
+                error.reason,
+                f"record {row} (image id {self.image_ids[row]!r}, {self.filenames[row]}) of {self.name}: {error}. "
+                "Load with verify='full' to find such images beforehand and leave them out",
+            ) from error
+        return _record(content, self._table.pair(row))
 
     def __iter__(self) -> Iterator[Record]:
         return (self[row] for row in range(len(self)))
@@ -159,16 +167,6 @@ class PairDataset(torch.utils.data.Dataset[Record]):
     def __repr__(self) -> str:
         count = sum(map(len, self.captions))
         return f"PairDataset({self.name!r}, images={len(self)}, captions={count}, skipped={dict(self.skipped)})"
-
-    def _decoded(self, row: int) -> Record:
-        try:
-            return decode_content(self._source.content(self._table.source_rows[row]), self._max_pixels)
-        except ImageError as error:
-            raise ImageError(
-                error.reason,
-                f"record {row} (image id {self.image_ids[row]!r}, {self.filenames[row]}) of {self.name}: {error}. "
-                "Load with verify='full' to find such images beforehand and leave them out",
-            ) from error
 
 
 class PairStream(torch.utils.data.IterableDataset[Record]):
@@ -249,14 +247,13 @@ class PairStream(torch.utils.data.IterableDataset[Record]):
         for row, content in itertools.islice(self._source.stream(), first, None, step):
             loaded = self._load(row, content, seen)
             if loaded is not None:
-                encoded, pair = loaded
                 try:
-                    decoded = decode_content(encoded, self._max_pixels)
+                    record = self.decode(*loaded)
                 except ImageError as error:
-                    self.skipped.add(error.reason, f"{pair.image_id}: {error}")
+                    self.skipped.add(error.reason, f"{loaded[1].image_id}: {error}")
                     continue
                 found = True
-                yield _record(decoded, pair)
+                yield record
         self.skipped.warn(self.name)
         if not found and worker is None:
             raise _nothing_left(self.name, self._choice, seen, self.skipped)
@@ -328,8 +325,7 @@ def _check_one_file(source: PairSource, pair: Pair, first: ImageFile, second: Im
 
 
 def _encoded_size(content: Content) -> int | None:
-    image = content.get("image")
-    image = image.get("bytes") if isinstance(image, Mapping) else image
+    image = image_content(content.get("image"))
     if isinstance(image, bytes):
         return len(image)
     return size_of_file(image) if isinstance(image, Path) else None

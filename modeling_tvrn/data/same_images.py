@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
 
+from .images import image_content
 from .records import PairDataset
 
 __all__ = ["equal_content", "shared_images"]
@@ -26,7 +26,11 @@ def shared_images(training: PairDataset, validation: PairDataset) -> list[tuple[
     row_of = {str(name): row for row, name in enumerate(training.image_ids)}
     for row, name in enumerate(validation.image_ids):
         same = row_of.get(str(name))
-        if same is not None and not _differ((training, same), (validation, row)):
+        if same is None:
+            continue
+        first, second = (training, same), (validation, row)
+        known = _size(first) is not None and _size(second) is not None
+        if not (known and any(key(first) != key(second) for key in (_size, _tail, _digest))):
             found[row] = same
     others = [(validation, row) for row in range(len(validation)) if row not in found]
     sizes = {_size(item) for item in others}
@@ -46,12 +50,6 @@ def equal_content(items: Iterable[Item]) -> list[list[Item]]:
     for key in (_size, _tail, _digest):
         groups = [part for group in groups for part in _parted(group, key)]
     return groups
-
-
-def _differ(first: Item, second: Item) -> bool:
-    """Whether two records' images are known not to be the same bytes."""
-    known = all(_size(item) is not None for item in (first, second))
-    return known and any(key(first) != key(second) for key in (_size, _tail, _digest))
 
 
 def _parted(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
@@ -79,9 +77,7 @@ def _digest(item: Item) -> bytes | None:
 def _read(item: Item, last: int = 0) -> bytes | None:
     """A record's encoded image, or so many of its last bytes; None where it is not to be had."""
     records, row = item
-    encoded: Any = records.encoded_image(row)
-    if isinstance(encoded, Mapping):
-        encoded = encoded.get("path") if encoded.get("bytes") is None else encoded["bytes"]
+    encoded = image_content(records.encoded_image(row))
     if isinstance(encoded, bytes):
         return encoded[-last:]
     if not isinstance(encoded, str | os.PathLike):

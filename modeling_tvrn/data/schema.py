@@ -14,7 +14,6 @@ import numpy as np
 
 from .file_kinds import is_unicode, printable
 from .images import IMAGE_SUFFIXES
-from .json_text import read_json
 from .skipped import (
     BAD_ID,
     BAD_NAME,
@@ -27,6 +26,7 @@ from .skipped import (
     Unusable,
 )  # fmt: skip
 from .splits import EVERY_SPLIT, canonical_split
+from .text_files import read_json
 
 ItemId = int | str
 
@@ -168,6 +168,17 @@ def _check_chosen(chosen: Mapping[str, Any], columns: Sequence[str], source: str
     return chosen
 
 
+def check_extra_columns(extra: Iterable[str], columns: Sequence[str], source: str) -> None:
+    """Refuse columns to keep that are not there.
+
+    Raises:
+        ValueError: as it says.
+    """
+    for name in extra:
+        if name not in columns:
+            raise ValueError(f"extra_columns={name!r}: {source} has no such column; it has {list(columns)}")
+
+
 def _caption_columns(columns: Sequence[str], source: str) -> list[str]:
     single = _first(CAPTION_COLUMNS, columns)
     numbered = [(int(match[2]), name) for name in columns if (match := _NUMBERED.match(name))]
@@ -258,11 +269,8 @@ def caption_fault(text: Any) -> str | None:
 
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: blanks, control and format characters, marks and variation selectors."""
-    return not any(letter not in _BLANK_LETTERS and _shows(unicodedata.category(letter)) for letter in text)
-
-
-def _shows(category: str) -> bool:
-    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs")
+    categories = (unicodedata.category(letter) for letter in text if letter not in _BLANK_LETTERS)
+    return all(category[0] in "ZM" or category in ("Cc", "Cf", "Cs") for category in categories)
 
 
 def read_captions(values: Sequence[Any], per_line: bool = False) -> list[Any]:

@@ -63,7 +63,7 @@ class PairSource(ABC):
         """Bytes of one row's encoded image, where they are known without reading it."""
         return None
 
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
+    def stream(self) -> Rows:
         """Rows in one pass from front to back, each with a function for its content (rows left out never call it)."""
         for number, row in enumerate(self.rows()):
             yield row, partial(self.content, number)
@@ -103,7 +103,7 @@ class JoinedSource(PairSource):
         number = bisect.bisect_right(self._starts, row) - 1
         return self.parts[number], row - self._starts[number]
 
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
+    def stream(self) -> Rows:
         for part in self.parts:
             yield from part.stream()
 

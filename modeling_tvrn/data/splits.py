@@ -98,7 +98,9 @@ def choose_splits(available: Sequence[str | None], split: str | None, source: st
         )
     if split is None or split == EVERY_SPLIT:
         return SplitChoice(tuple(available), several=split == EVERY_SPLIT)
-    wanted = _wanted(split)
+    wanted = [canonical_split(part) for part in split.split("+")]
+    if not all(wanted):
+        raise ValueError(f"split={split!r} holds an empty name; write it as 'train', 'train+restval' or 'all'")
     chosen = [part for name in wanted for part in named if canonical_split(part) == name]
     if len(chosen) == len(wanted):
         # files named "train" commonly hold Karpathy's restval too, each row saying which it is
@@ -109,13 +111,6 @@ def choose_splits(available: Sequence[str | None], split: str | None, source: st
     missing = [name for name in wanted if name not in map(canonical_split, named)]
     text = f"{source} has no split {_listed(missing)}; it has {_listed(named)}: pass one of these, or 'all'"
     raise NoSuchSplit(text, named)
-
-
-def _wanted(split: str) -> list[str]:
-    wanted = [canonical_split(part) for part in split.split("+")]
-    if not all(wanted):
-        raise ValueError(f"split={split!r} holds an empty name; write it as 'train', 'train+restval' or 'all'")
-    return wanted
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from .caption_files import read_splits
 from .named_files import NamedFiles, size_of_file
-from .schema import Layout, SourceRow, detect_layout, file_name
-from .sources import Content, PairSource
+from .schema import Layout, SourceRow, check_extra_columns, detect_layout, file_name
+from .sources import Content, PairSource, Rows
 from .splits import EVERY_SPLIT
 
 _SPLIT_OF_FILE = "split in split_file"  # a column that is added
@@ -42,9 +42,7 @@ class TableOptions:
         Raises:
             ValueError: the columns are not understood, or do not serve these options.
         """
-        for extra in self.extra_columns:
-            if extra not in seen:
-                raise ValueError(f"extra_columns={extra!r}: {name} has no such column; it has {list(seen)}")
+        check_extra_columns(self.extra_columns, seen, name)
         layout = detect_layout(seen, self.columns, name, has_images=self.image_root is not None)
         if layout.filename is None and (self.split_file or not (layout.image or layout.regions)):
             raise ValueError(
@@ -133,6 +131,10 @@ class TableSource(PairSource):
                 found = self.split_of.get(str(values[self.layout.filename or ""]), _UNLISTED)
                 values = {**values, _SPLIT_OF_FILE: found}
             yield SourceRow(values, self.split, f"{self.split or EVERY_SPLIT}/{shard}{number:06d}")
+
+    def _streamed(self, rows: Iterable[Mapping[str, Any]], start: int = 0, shard: str = "") -> Rows:
+        for row in self._numbered(rows, start, shard):
+            yield row, partial(self._content, row.values)
 
     def _content(self, values: Mapping[str, Any]) -> Content:
         content: Content = {name: values[name] for name in self.extra_columns}

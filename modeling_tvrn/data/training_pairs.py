@@ -73,18 +73,15 @@ class CaptionDataset(torch.utils.data.Dataset[Item]):
         """Several items; data loaders call it with a batch, so that an image is decoded once a batch."""
         places = [range(len(self))[index] for index in indices]
         records = {row: self.records[row] for row in dict.fromkeys(self._rows[places].tolist())}
-        return [self._item(place, records) for place in places]
-
-    def _item(self, place: int, records: Mapping[int, Record]) -> Item:
-        row = int(self._rows[place])
-        number = place - int(self._starts[row])
-        record = records[row]
-        return {
-            "record": record,
-            "caption": record["captions"][number],
-            "caption_number": number,
-            "row": int(self._numbers[row]),
-        }
+        items = []
+        for place in places:
+            row = int(self._rows[place])
+            record, number = records[row], place - int(self._starts[row])
+            caption = record["captions"][number]
+            items.append(
+                {"record": record, "caption": caption, "caption_number": number, "row": int(self._numbers[row])}
+            )
+        return items
 
 
 class CaptionStream(torch.utils.data.IterableDataset[Item]):

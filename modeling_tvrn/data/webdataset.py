@@ -5,18 +5,18 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from .file_kinds import printable
-from .json_text import read_json
 from .schema import IMAGE_COLUMNS, SourceRow, detect_layout, read_captions
 from .skipped import BAD_METADATA, Unusable
 from .sources import Content, PairSource, Rows, Shard, joined
 from .splits import SplitChoice, choose_splits, group_by_split
+from .text_files import read_json
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SEEN_SAMPLES = 20  # of the first shard, from which the layout is told: one of them may lack a member
@@ -57,7 +57,7 @@ class TarSource(PairSource):
         place = self._index[row][2]
         return None if place is None else place[1]
 
-    def stream(self) -> Iterator[tuple[SourceRow, Callable[[], Content]]]:
+    def stream(self) -> Rows:
         for shard in self._tars:
             yield from self._shard_stream(shard)
 

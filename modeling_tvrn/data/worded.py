@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from .file_kinds import is_unicode
 from .records import PairStream, Record
 from .schema import ItemId, is_blank
 from .skipped import SkipReport, good_captions
@@ -15,8 +16,10 @@ FindProblems = Callable[[Sequence[Any]], Mapping[int, str]]
 
 def unusable_captions(processors: Sequence[Any], captions: Sequence[Any]) -> dict[int, str]:
     """Why captions cannot be used by one of the processors, by their place; good ones are not in it."""
-    blank = [i for i, text in enumerate(captions) if isinstance(text, str) and is_blank(text)]
-    found = {i: f"{captions[i]!r:.80} is blank" for i in blank}
+    found = {}
+    for i, text in enumerate(captions):
+        if isinstance(text, str) and (is_blank(text) or not is_unicode(text)):
+            found[i] = f"{text!r:.80} is {'blank' if is_blank(text) else 'not UTF-8'}"
     for processor in processors:
         # not of every processor: one that came with an older checkpoint, or of another model
         find = getattr(processor, "caption_problems", None)

@@ -113,22 +113,8 @@ def _start(checkpoint: Path, workplace: Path, name: str, package: str | None) ->
     settings = {"checkpoint": str(checkpoint.resolve()), "package": package, "sys_path": search}
     (job / "job.json").write_text(json.dumps(settings), encoding="utf-8")
     # Isolated (-I): no PYTHONPATH, no folder of the script. No token, no network, no caches of the user.
-    with (job / "messages.txt").open("w", encoding="utf-8") as messages:
-        return subprocess.Popen(
-            [sys.executable, "-I", probe.__file__, str(job)],
-            cwd=job / "cwd",
-            env=_environment(job),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=messages,
-            text=True,
-        )
-
-
-def _environment(job: Path) -> dict[str, str]:
     dropped = ("PYTHON", "HF_", "HUGGING", "TRANSFORMERS_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)} | {
         "HF_HOME": str(job / "hf"),
         "HF_MODULES_CACHE": str(job / "modules"),
         "HF_HUB_OFFLINE": "1",
@@ -137,6 +123,16 @@ def _environment(job: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums in the same order
     }
+    with (job / "messages.txt").open("w", encoding="utf-8") as messages:
+        return subprocess.Popen(
+            [sys.executable, "-I", probe.__file__, str(job)],
+            cwd=job / "cwd",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=messages,
+            text=True,
+        )
 
 
 def _finish(process: subprocess.Popen[str], job: Path, timeout: float) -> Outcome:

@@ -56,7 +56,17 @@ def doctor(
         FileNotFoundError, PermissionError, ConnectionError: the repository cannot be read; the message says why.
     """
     if isinstance(model_id_or_path, torch.nn.Module):
-        return _examine_in_memory(model_id_or_path, processor, timeout)
+        if processor is None:
+            raise ValueError("a model in memory needs its processor beside it: doctor(model, processor)")
+        memory: tuple[Any, Any] = model_id_or_path, processor
+        with tempfile.TemporaryDirectory(prefix="tvrn-doctor-") as temporary:
+            folder = Path(temporary)
+            for part in memory:
+                part.save_pretrained(folder)
+            names = [path.name for path in folder.iterdir()]
+            return examine_folder(
+                folder, names, "model in memory", trust_remote_code=True, timeout=timeout, memory=memory
+            )
     if processor is not None:
         raise ValueError("processor goes with a model in memory; a folder or Hub id brings its own")
     name = os.fspath(model_id_or_path)
@@ -69,19 +79,6 @@ def doctor(
             f"{name!r} is no folder; expected the folder of a saved model, or a Hub id such as 'me/my-tvrn'"
         )
     return _examine_repository(name, revision, token, endpoint, trust_remote_code, timeout)
-
-
-def _examine_in_memory(model: Any, processor: Any, timeout: float) -> DoctorReport:
-    if processor is None:
-        raise ValueError("a model in memory needs its processor beside it: doctor(model, processor)")
-    with tempfile.TemporaryDirectory(prefix="tvrn-doctor-") as temporary:
-        folder = Path(temporary)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        names = [path.name for path in folder.iterdir()]
-        return examine_folder(
-            folder, names, "model in memory", trust_remote_code=True, timeout=timeout, memory=(model, processor)
-        )
 
 
 def _examine_repository(

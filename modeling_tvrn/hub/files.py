@@ -112,7 +112,7 @@ def foreign_code(folder: Path) -> list[str]:
 
 
 def _code_problems(folder: Path) -> Iterator[str]:
-    seen: set[str] = set()
+    seen: dict[str, ast.Module | None] = {}
     for auto_class, file in AUTO_CLASSES.items():
         target = read_json(folder / file).get("auto_map", {}).get(auto_class)
         if target is None:
@@ -122,21 +122,23 @@ def _code_problems(folder: Path) -> Iterator[str]:
         else:
             module, _, name = target.rpartition(".")
             yield from _module_problems(folder, module, seen)
-            if (folder / f"{module}.py").is_file() and name not in _classes(folder / f"{module}.py"):
+            tree = seen[module]
+            classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)] if tree else []
+            if (folder / f"{module}.py").is_file() and name not in classes:
                 yield f"{module}.py has no class {name}, which {auto_class} needs"
 
 
-def _module_problems(folder: Path, module: str, seen: set[str]) -> Iterator[str]:
+def _module_problems(folder: Path, module: str, seen: dict[str, ast.Module | None]) -> Iterator[str]:
     """What hinders a module of the folder, or one that it imports, from being loaded elsewhere."""
     if module in seen:
         return
-    seen.add(module)
+    seen[module] = None
     path = folder / f"{module}.py"
     if not path.is_file():
         yield f"{path.name} is missing"
         return
     try:
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = seen[module] = ast.parse(path.read_text("utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
         yield f"{path.name} is no Python ({error})"
         return
@@ -148,11 +150,3 @@ def _module_problems(folder: Path, module: str, seen: set[str]) -> Iterator[str]
             tops = {name.partition(".")[0] for name in names}
             for top in sorted(tops - LOADS_MODELS - set(sys.stdlib_module_names)):
                 yield f"{path.name} imports {top}, which a user of the Hub may not have"
-
-
-def _classes(path: Path) -> set[str]:
-    try:
-        tree = ast.parse(path.read_text("utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return set()
-    return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -227,15 +227,11 @@ class _Encoder:
         try:
             check_name(item)
             loaded = item.load()
-            self._check_caption(item, loaded.content)
         except Unusable as error:
             return error
+        if isinstance(loaded.content, str) and (found := unusable_captions([self.processor], [loaded.content])):
+            return Unusable(WORDLESS_CAPTION, f"{item.id}: {found[0]}")
         return loaded
-
-    def _check_caption(self, item: Item, content: Any) -> None:
-        problems = unusable_captions([self.processor], [content]) if isinstance(content, str) else {}
-        if problems:
-            raise Unusable(WORDLESS_CAPTION, f"{item.id}: {problems[0]}")
 
     def _add(self, loaded: Loaded) -> None:
         if loaded.key in self.earlier:

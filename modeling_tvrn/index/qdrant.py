@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
-import torch
 from safetensors.torch import load, save
 
 from ..encoded_tvrn import EncodedItems
 from ..storage.files import FORMATS, StorageError
 from ..storage.tables import values_of
-from .segments import SIDES
+from .segments import SIDES, widened
 from .sources import RESERVED, folder_names
 from .versions import FORMAT
 
@@ -151,7 +150,7 @@ class QdrantBackend:
         by_id = {point.id: point.payload[FEATURES] for point in points}
         parts = []
         for place in places:
-            tensors = {key: _float(value) for key, value in load(base64.b64decode(by_id[place.id])).items()}
+            tensors = widened(load(base64.b64decode(by_id[place.id])))
             parts.append(SIDES[self.manifest["side"]](**tensors, model_fingerprint=self.manifest["model_fingerprint"]))
         return SIDES[self.manifest["side"]].cat(parts)
 
@@ -181,8 +180,9 @@ def _point(index: FolderBackend, row: int, point: str) -> Any:
     if isinstance(meta.get("folder"), str):
         payload[FOLDERS] = folder_names(meta["folder"])
     if index.manifest["features"]:
-        tensors = {name: _half(value) for name, value in index.features([row]).tensors().items()}
-        payload[FEATURES] = base64.b64encode(save(tensors)).decode()
+        tensors = index.features([row]).tensors()
+        half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        payload[FEATURES] = base64.b64encode(save({name: value.contiguous() for name, value in half.items()})).decode()
     return models.PointStruct(id=point, vector={VECTOR: index.search.vectors[row].tolist()}, payload=payload)
 
 
@@ -248,11 +248,3 @@ def _condition(key: str, value: Any) -> Any:
     if isinstance(value, float):
         return models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))
     return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-
-
-def _half(value: torch.Tensor) -> torch.Tensor:
-    return value.half().contiguous() if value.is_floating_point() else value.contiguous()
-
-
-def _float(value: torch.Tensor) -> torch.Tensor:
-    return value.float() if value.dtype == torch.float16 else value

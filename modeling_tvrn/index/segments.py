@@ -78,7 +78,10 @@ class Segments:
 
     def write(self, keys: Sequence[str], encoded: EncodedItems) -> None:
         """A new segment; it has its name only once it is whole on the disk."""
-        self._write(keys, {name: _array(value) for name, value in encoded.tensors().items()})
+        # NumPy has no bfloat16.
+        tensors = {name: value.detach().cpu() for name, value in encoded.tensors().items()}
+        wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in tensors.items()}
+        self._write(keys, {name: value.numpy() for name, value in wide.items()})
 
     def _write(self, keys: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
         self._take(write_shard(self.directory / f"{uuid4().hex}.safetensors", keys, self.build, arrays))
@@ -128,7 +131,8 @@ class Segments:
         parts = []
         for key in keys:
             name, row = self.place[key]
-            tensors = {field: _tensor(array[row : row + 1]) for field, array in self._arrays(name).items()}
+            copies = {field: np.array(array[row : row + 1]) for field, array in self._arrays(name).items()}
+            tensors = widened({field: torch.from_numpy(array) for field, array in copies.items()})
             parts.append(SIDES[self.side](**tensors, model_fingerprint=model_fingerprint))
         return SIDES[self.side].cat(parts)
 
@@ -147,11 +151,6 @@ def _stacked(items: Sequence[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _array(value: torch.Tensor) -> np.ndarray:
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no bfloat16
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(np.array(array))
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+def widened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stored features as they are computed with: half precision becomes float32."""
+    return {name: value.float() if value.dtype == torch.float16 else value for name, value in tensors.items()}

@@ -83,7 +83,7 @@ def paired_bootstrap(
                 f"The systems have {len(ranks)} and {len(other)} {way} queries; expected the same gallery in the same"
                 " order."
             )
-        gains[way] = _gains(ranks, other)
+        gains[way] = np.stack([(ranks <= k).astype(np.int64) - (other <= k) for k in RECALL_AT], axis=1)
     generator = np.random.default_rng(seed)
     if caption_image_rows is None:
         means = [_resampled_means(values, resamples, generator) for values in gains.values()]
@@ -105,11 +105,6 @@ def paired_bootstrap(
         confidence=confidence,
         resamples=resamples,
     )
-
-
-def _gains(ranks: np.ndarray, other: np.ndarray) -> np.ndarray:
-    columns = [(ranks <= k).astype(np.int64) - (other <= k) for k in RECALL_AT]
-    return np.stack(columns, axis=1)
 
 
 def _resampled_means(gains: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..metrics.ranking import check_scores
-from .models import AveragedModel, Gallery, PairModel, at_hand, match
+from .models import AveragedModel, Gallery, PairModel, at_hand, match, models_of
 from .processes import Processes
 from .threads import cores_for, each_on_a_core
 
@@ -73,7 +73,7 @@ def score_pairs(
     found = np.full(len(pairs), -np.inf)
     doubled = False
     with processes.together():
-        if _can_align(model):
+        if all(hasattr(each, "match_aligned") for each in models_of(model)):
             blocks = _aligned(model, images, texts, pairs, chunk_size, dtype, processes)
         else:
             blocks = _image_by_image(model, images, texts, pairs, chunk_size, processes)
@@ -108,11 +108,6 @@ def _image_by_image(
         captions = texts.select(torch.from_numpy(pairs.columns[start:end]))
         image = images.select(slice(row, row + 1))
         yield np.arange(start, end), match(model, image, captions, chunk_size)[0]
-
-
-def _can_align(model: PairModel) -> bool:
-    models = model.models if isinstance(model, AveragedModel) else [model]
-    return all(hasattr(each, "match_aligned") for each in models)
 
 
 def _aligned(

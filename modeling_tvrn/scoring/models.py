@@ -91,6 +91,11 @@ class AveragedModel:
         return torch.stack([each.to(scores[0].device) for each in scores]).sum(dim=0) / len(scores)
 
 
+def models_of(model: Any) -> list[Any]:
+    """The models whose scores are averaged; of one that is no average, itself."""
+    return list(model.models) if isinstance(model, AveragedModel) else [model]
+
+
 def average(
     systems: Sequence[tuple[PairModel, Gallery, Gallery]],
 ) -> tuple[PairModel, Gallery, Gallery]:
@@ -131,9 +136,8 @@ def at_hand(model: PairModel, gallery: Any, dtype: torch.dtype | None = None) ->
 
 def model_device(model: Any) -> torch.device | None:
     """Where a model's weights are, the first one's of several; None for what has none."""
-    if isinstance(model, AveragedModel):
-        return model_device(model.models[0])
-    first = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    scorer = models_of(model)[0]
+    first = next(scorer.parameters(), None) if isinstance(scorer, torch.nn.Module) else None
     return None if first is None else first.device
 
 
@@ -146,8 +150,12 @@ def precision(model: Any, dtype: torch.dtype | None, device: torch.device) -> It
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16, or None for the model's own.")
-    models = model.models if isinstance(model, AveragedModel) else [model]
-    weights = {str(value.dtype) for each in models if isinstance(each, torch.nn.Module) for value in each.parameters()}
+    weights = {
+        str(value.dtype)
+        for each in models_of(model)
+        if isinstance(each, torch.nn.Module)
+        for value in each.parameters()
+    }
     half = weights & {"torch.bfloat16", "torch.float16"}
     if dtype == torch.float32 and half:
         raise ValueError(
@@ -185,9 +193,8 @@ def check_models(model: Any, images: Any, texts: Any) -> None:
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """No gradients, and no dropout: a model that is training is put into evaluation mode and back."""
-    models = model.models if isinstance(model, AveragedModel) else [model]
-    training = [each for each in models if isinstance(each, torch.nn.Module) and each.training]
-    for each in models:
+    training = [each for each in models_of(model) if isinstance(each, torch.nn.Module) and each.training]
+    for each in models_of(model):
         kernels.enable(each)  # fused programs, on a CUDA device with Triton
     try:
         for each in training:

@@ -99,7 +99,7 @@ class RaggedTexts:
             return self.parts[0].select([])
         order = np.argsort(np.concatenate(asked))
         together = EncodedTexts.cat(chosen)
-        return together if _is_range(order) else together.select(torch.from_numpy(order))
+        return together if (np.diff(order) == 1).all() else together.select(torch.from_numpy(order))
 
     def to(self, *args: Any, **kwargs: Any) -> RaggedTexts:
         """As `EncodedTexts.to`, part by part."""
@@ -108,7 +108,3 @@ class RaggedTexts:
         ragged.parts = [part.to(*args, **kwargs) for part in self.parts]
         ragged.embeds = self.embeds.to(ragged.parts[0].embeds.device)
         return ragged
-
-
-def _is_range(order: np.ndarray) -> bool:
-    return bool((order[1:] == order[:-1] + 1).all()) and order[0] == 0

@@ -8,14 +8,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from ..redaction import redacted
-from .files import StorageError, make_folder, read_json, sweep, write_json
+from .files import BUILD_LOCK, StorageError, locked, make_folder, read_json, sweep, write_json
 from .fingerprints import ItemId, check_fingerprint, digest, items_fingerprint, plain_id
 from .ids import IdIndex
 from .tensors import MappedFile, TensorFile, write_tensors
@@ -295,6 +295,20 @@ class StoreWriter:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
+    def check_resumable(self, wanted: Sequence[ItemId], noun: str = "item") -> None:
+        """Refuse to continue unless the data begin with what is stored.
+
+        Raises:
+            ValueError: they do not; names the first place where they differ, with both ids.
+        """
+        for row, old in enumerate(self.ids):
+            new = repr(wanted[row]) if row < len(wanted) else "nothing more"
+            if repr(old) != new:
+                raise ValueError(
+                    f"the unfinished cache in {str(self.directory)!r} has {noun} {old!r} at place {row} where the "
+                    f"data have {new}: continue with the data it was begun with, or build with overwrite=True"
+                )
+
     def append(self, ids: Iterable[ItemId], arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) -> None:
         """Add items; full shards are written at once.
 
@@ -396,6 +410,33 @@ def finished_store(directory: str | os.PathLike, fingerprint: Mapping[str, Any])
     except StorageError as error:
         logger.warning("%s. Building what is missing", error)
         return None
+
+
+def built_once(
+    directory: str | os.PathLike,
+    fingerprint: Mapping[str, Any],
+    shard_size: int,
+    overwrite: bool,
+    fill: Callable[[StoreWriter], Mapping[str, Any]],
+) -> ArrayStore:
+    """The finished store in a folder, or the one that `fill` makes: a process builds it, others wait for it.
+
+    Args:
+        directory, fingerprint, shard_size, overwrite: As of `StoreWriter`.
+        fill: Appends what the writer lacks, and gives the store's `info`.
+    """
+
+    def finished() -> ArrayStore | None:
+        # Of a stream, whose items nobody knows before, a store can't be known to be whole.
+        return None if overwrite or "data" not in fingerprint else finished_store(directory, fingerprint)
+
+    if (store := finished()) is not None:
+        return store
+    with locked(Path(directory) / BUILD_LOCK, wait=True):
+        if (store := finished()) is not None:  # another process built it meanwhile
+            return store
+        writer = StoreWriter(directory, fingerprint, shard_size, overwrite)
+        return writer.finish(fill(writer))
 
 
 def check_space(directory: str | os.PathLike, needed: float) -> None:

@@ -80,9 +80,9 @@ class CaptionCache(StoredCache):
         wanted = sorted(set(captions), key=lambda caption: (len(caption), caption))
         with locked(Path(directory) / BUILD_LOCK, wait=True), evaluating(model):
             finished = finished_store(directory, made_from)
-            if finished is not None and not (missing := _missing(finished, wanted)):
-                return cls(finished)
             if finished is not None:
+                if not (missing := cls(finished).missing(wanted)):
+                    return cls(finished)
                 counts = f"{len(missing)} of this run's {len(wanted)} captions"
                 logger.info("%s: the cache lacks %s, which are added", os.fspath(directory), counts)
             writer = StoreWriter(directory, made_from, shard_size)
@@ -94,11 +94,14 @@ class CaptionCache(StoredCache):
                     batch = new[start : start + batch_size]
                     writer.append(batch, _outputs(model, processor, batch))
                     bar.update(len(batch))
-            return cls(writer.finish({"tower": _tower(model).config.name_or_path, "computed_in": _computed_in(model)}))
+            device = model.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+            computed_in = f"{str(dtype).removeprefix('torch.')} on {device}"
+            return cls(writer.finish({"tower": _tower(model).config.name_or_path, "computed_in": computed_in}))
 
     def missing(self, captions: Sequence[str]) -> list[str]:
         """Those of the captions that are not in the cache."""
-        return _missing(self.store, captions)
+        return [captions[place] for place in np.flatnonzero(~self.store.has(captions)).tolist()]
 
     def __contains__(self, caption: object) -> bool:
         return isinstance(caption, str) and caption in self.store
@@ -150,12 +153,6 @@ def _tower(model: Any) -> Any:
     return model.text_model if model.dual_encoder is None else model.dual_encoder
 
 
-def _computed_in(model: Any) -> str:
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return f"{str(dtype).removeprefix('torch.')} on {device}"
-
-
 def _check_frozen(model: Any) -> None:
     tower = model.config.text_tower_config
     if tower is None or not model.config.keeps("text"):
@@ -164,10 +161,6 @@ def _check_frozen(model: Any) -> None:
             f"{'none' if tower is None else 'one that learns'}: set text=… and model.freeze_text=true (over a "
             "dual encoder model.freeze_first_stage=true as well)"
         )
-
-
-def _missing(store: ArrayStore, captions: Sequence[str]) -> list[str]:
-    return [captions[place] for place in np.flatnonzero(~store.has(captions)).tolist()]
 
 
 def _check_space(model: Any, processor: Any, captions: Sequence[str], directory: str | os.PathLike) -> None:

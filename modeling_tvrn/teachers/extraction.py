@@ -145,28 +145,26 @@ class RegionExtraction:
                 f"the weights of a bare {type(self.model).__name__} cannot be read: pass a model or nn.Module, or "
                 "fingerprint= with what identifies it"
             )
-        regions: dict[str, Any] = {"boxes": "grid", "grid_size": self._grid_size()}
         config = getattr(self.model, "config", None)
+        grid_size = getattr(config, "vision_grid_size", None)
+        regions: dict[str, Any] = {"boxes": "grid", "grid_size": "as the backbone's map"}
+        if grid_size is not None:
+            regions["grid_size"] = int(grid_size)
         if getattr(config, "detector_config", None) is not None:
             named = ("max_regions", "region_source", "nms_iou")
             regions = {"boxes": "detector"} | {name: getattr(config, name) for name in named}
         if self.boxes_column is not None:
             regions = {"boxes": f"column {self.boxes_column!r}", "max_regions": self.max_regions}
+        preprocessing = preprocessor_fingerprint(self.processor)
+        detector = getattr(self.processor, "detector_image_processor", None)
+        if detector is not None:
+            preprocessing["detector"] = preprocessor_fingerprint(detector)
         return {
             "backbone": module_fingerprint(self.backbone),
-            "preprocessing": self._preprocessing(),
+            "preprocessing": preprocessing,
             "regions": regions,
             "numbers": {"dtype": self.dtype, "compute_dtype": self.compute_dtype},
         }
-
-    def _preprocessing(self) -> dict[str, Any]:
-        detects = getattr(self.processor, "detector_image_processor", None)
-        found = preprocessor_fingerprint(self.processor)
-        return found if detects is None else found | {"detector": preprocessor_fingerprint(detects)}
-
-    def _grid_size(self) -> int | str:
-        size = getattr(getattr(self.model, "config", None), "vision_grid_size", None)
-        return "as the backbone's map" if size is None else int(size)
 
     @torch.inference_mode()
     def extract(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -179,7 +177,8 @@ class RegionExtraction:
         Raises:
             ValueError: If an image's features are NaN or infinite, or too large for `dtype`; names the image.
         """
-        with self._autocast():
+        dtype = getattr(torch, self.compute_dtype)
+        with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
             features, boxes, mask, embeds = self._regions(batch)
         mask = mask.bool()
         features = features.float().masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -215,11 +214,6 @@ class RegionExtraction:
         weights = iter(self.backbone.parameters()) if self.backbone is not None else iter(())
         first = next(weights, None)
         return torch.device("cpu") if first is None else first.device
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.compute_dtype))
 
     def _check_finite(self, ids: Sequence[ItemId], features: Tensor, stored: Tensor) -> None:
         for values, problem in (

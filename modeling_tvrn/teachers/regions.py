@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, check_space, finished_store
-from ..storage.files import BUILD_LOCK, locked
+from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, built_once, check_space
 from ..storage.fingerprints import ItemId, items_fingerprint, plain_id
 from .extraction import ImagePreparation, RegionExtraction
 
@@ -83,13 +81,8 @@ class RegionCache(StoredCache):
         ids = image_ids_of(records)
         if ids is not None:
             made_from["data"] = items_fingerprint(ids)
-        # Of a stream, whose images nobody knows before, a cache can't be known to be whole.
-        if not overwrite and ids is not None and (finished := finished_store(directory, made_from)) is not None:
-            return cls(finished)
-        with locked(Path(directory) / BUILD_LOCK, wait=True):
-            if not overwrite and ids is not None and (finished := finished_store(directory, made_from)) is not None:
-                return cls(finished)  # another process built it meanwhile
-            writer = StoreWriter(directory, made_from, shard_size, overwrite)
+
+        def fill(writer: StoreWriter) -> dict[str, Any]:
             facts = _origin(extraction) | {"resumed_after": len(writer.ids)}
             started = time.monotonic()
             cut = _fill(writer, extraction, records, ids, batch_size, num_workers, progress)
@@ -98,7 +91,9 @@ class RegionCache(StoredCache):
                     "%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions
                 )
             facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
-            return cls(writer.finish(facts | dict(info or {})))
+            return facts | dict(info or {})
+
+        return cls(built_once(directory, made_from, shard_size, overwrite, fill))
 
     @property
     def ids(self) -> tuple[ItemId, ...]:
@@ -152,27 +147,25 @@ def _fill(
     progress: bool,
 ) -> int:
     """Extract what the writer lacks; returns how many images had more boxes than are kept."""
-    done = list(writer.ids)
+    done = len(writer.ids)
     batches: Iterable[dict[str, Any]]
     if ids is None:
         if num_workers:
             raise ValueError(f"num_workers is {num_workers}, but a stream is read here: use 0, or map-style records")
-        batches = _stream_batches(extraction, records, done, batch_size, writer.directory)
+        batches = _stream_batches(extraction.preparation(), records, writer, batch_size)
     else:
-        _check_resumable(done, ids, writer.directory)
-        prepared = _PreparedBatches(extraction.preparation(), records, len(done), batch_size)
+        writer.check_resumable(ids, "image")
+        prepared = PreparedBatches(extraction.preparation(), records, done, batch_size)
         batches = DataLoader(prepared, batch_size=None, num_workers=num_workers)
     total = None if ids is None else len(ids)
     cut, is_first = 0, True
-    bar = tqdm(
-        total=total, initial=len(done), unit="image", desc="extracting regions", disable=None if progress else True
-    )
+    bar = tqdm(total=total, initial=done, unit="image", desc="extracting regions", disable=None if progress else True)
     with bar, extraction.evaluating():
         for batch in batches:
             arrays = extraction.extract(batch)
             if is_first and total is not None:
                 item = sum(array[0].nbytes for array in arrays.values())
-                check_space(writer.directory, item * (total - len(done)))
+                check_space(writer.directory, item * (total - done))
             is_first = False
             writer.append(batch["image_ids"], arrays)
             cut += batch.get("cut", 0)
@@ -180,41 +173,28 @@ def _fill(
     return cut
 
 
-def _check_resumable(stored: Sequence[ItemId], wanted: Sequence[ItemId], directory: Path) -> None:
-    """Refuse to continue unless the data begin with what is stored."""
-    for row, old in enumerate(stored):
-        new = repr(wanted[row]) if row < len(wanted) else "nothing more"
-        if repr(old) != new:
-            raise ValueError(
-                f"the unfinished cache in {str(directory)!r} has image {old!r} at place {row} where the data have "
-                f"{new}: continue with the data it was begun with, or build with overwrite=True"
-            )
+class PreparedBatches(Dataset[Any]):
+    """Batches of decoded records from a place on, and what is made of each, for the workers of a loader."""
 
-
-class _PreparedBatches(Dataset[dict[str, Any]]):
-    """Batches of decoded and preprocessed records, for the workers of a loader."""
-
-    def __init__(self, prepare: ImagePreparation, records: Any, start: int, batch_size: int) -> None:
+    def __init__(self, prepare: Callable[[Sequence[Any]], Any], records: Any, start: int, batch_size: int) -> None:
         self.prepare = prepare
         self.records = records
-        self.rows = [
-            range(first, min(first + batch_size, len(records))) for first in range(start, len(records), batch_size)
-        ]
+        starts = range(start, len(records), batch_size)
+        self.rows = [range(first, min(first + batch_size, len(records))) for first in starts]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Any:
         return self.prepare([self.records[row] for row in self.rows[number]])
 
 
 def _stream_batches(
-    extraction: RegionExtraction, records: Iterable[Any], done: Sequence[ItemId], batch_size: int, directory: Path
+    prepare: ImagePreparation, records: Iterable[Any], writer: StoreWriter, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    prepare = extraction.preparation()
     stream = iter(records)
-    passed = [plain_id(record["image_id"]) for record in itertools.islice(stream, len(done))]
-    _check_resumable(done, passed, directory)
+    passed = [plain_id(record["image_id"]) for record in itertools.islice(stream, len(writer.ids))]
+    writer.check_resumable(passed, "image")
     while waiting := list(itertools.islice(stream, batch_size)):
         yield prepare(waiting)
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from transformers.utils import cached_file
 from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import module_fingerprint, preprocessor_fingerprint, tokenizer_digest
 from ..trust_tvrn import MODEL_CODE, PICTURE_CODE, TOKENIZER_CODE, explained, without_code
-from .vector_pooling import POOLINGS, choose_pooling, pool, prefix_tokens
+from .extraction import COMPUTE_DTYPES
+from .vector_pooling import POOLINGS, ReadFile, choose_pooling, pool, prefix_tokens
 
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("image", "text")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 # Trained on captions padded to the full length, without a mask: padded shorter they give other vectors.
 PADDED_TO_THE_FULL = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
 _LARGEST_LENGTH = 100_000  # a tokenizer without a limit says 1e30
@@ -161,7 +162,7 @@ class Teacher:
         where = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
         name = os.fspath(name)
         model, missing = _load_model(name, dtype, where)
-        read_file = _Repository(name, revision)
+        read_file = partial(_small_file, name, revision)
         pooling = pooling or choose_pooling(model, modality, read_file)
         _check_complete(name, model, missing, pooling)
         prepare = _preparation(name, modality, model.config, read_file, max_length, where)
@@ -182,7 +183,11 @@ class Teacher:
     @torch.no_grad()  # not inference_mode: a live teacher's vectors take part in the student's loss
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Vectors (n, D) in float32 of what `prepare` made, on the network's device."""
-        moved = {key: self._moved(value) for key, value in inputs.items() if key in self._accepted}
+        moved = {
+            key: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+            if key in self._accepted
+        }
         # The ambient autocast belongs to the student.
         with torch.autocast(self.device.type, enabled=False):
             output = self._run(**moved)
@@ -219,28 +224,20 @@ class Teacher:
             "compute_dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def _moved(self, value: Tensor) -> Tensor:
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
-
     def __repr__(self) -> str:
         return f"Teacher({self.name!r}, modality={self.modality!r}, pooling={self.pooling!r})"
 
 
-class _Repository:
-    """Reads small files of a model's folder or Hub repository."""
-
-    def __init__(self, name: str, revision: str | None) -> None:
-        self.name, self.revision = name, revision
-
-    def __call__(self, file: str) -> str | None:
-        if os.path.isdir(self.name):
-            path = Path(self.name) / file
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        found = cached_file(
-            self.name, file, revision=self.revision, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        return None if found is None else Path(found).read_text(encoding="utf-8")
+def _small_file(name: str, revision: str | None, file: str) -> str | None:
+    """A file of a model's folder or Hub repository; None where there is none."""
+    if os.path.isdir(name):
+        path = Path(name) / file
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    found = cached_file(
+        name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if found is None else Path(found).read_text(encoding="utf-8")
 
 
 def _load_model(name: str, dtype: str, where: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -283,7 +280,7 @@ def _part(auto_class: Any, name: str, code: Mapping[str, tuple[str, ...]], where
 
 
 def _preparation(
-    name: str, modality: str, config: Any, read_file: _Repository, max_length: int | None, where: dict[str, Any]
+    name: str, modality: str, config: Any, read_file: ReadFile, max_length: int | None, where: dict[str, Any]
 ) -> TextPreparation | ImagePreparation:
     if modality == "image":
         return ImagePreparation(_part(AutoImageProcessor, name, PICTURE_CODE, where))

@@ -1,6 +1,5 @@
 """A teacher's vectors of a data set: computed once, kept on disk in half precision, read by image or caption id."""
 
-import contextlib
 import logging
 import os
 import shutil
@@ -12,16 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, finished_store, read_manifest, shard_name
-from ..storage.files import BUILD_LOCK, locked
+from ..storage.arrays import (
+    ArrayStore,
+    StoredCache,
+    StoreWriter,
+    built_once,
+    finished_store,
+    read_manifest,
+    shard_name,
+)  # fmt: skip
 from ..storage.fingerprints import ItemId, StaleStoreError, items_fingerprint
+from .extraction import STORED_DTYPES
 from .regions import RegionCache
 from .teacher import Teacher
 from .teacher_items import check_contents, compare_contents, fill, fill_from_regions, item_ids, items_of
 
 logger = logging.getLogger(__name__)
 
-STORED_DTYPES = ("float16", "float32")
 _PART = "part-{process:05d}-of-{processes:05d}"
 
 
@@ -128,24 +134,20 @@ class TeacherCache(StoredCache):
         made_from["numbers"] = {"dtype": dtype, "compute_dtype": made_from.pop("compute_dtype")}
         ids = item_ids(dataset, teacher.modality)
         whole = dict(made_from) if ids is None else made_from | {"data": items_fingerprint(ids)}
-        # Of a stream, whose items nobody knows before, a cache can't be known to be whole.
-        if not overwrite and ids is not None and (finished := finished_store(directory, whole)) is not None:
-            return cls(finished)
         if processes > 1:
             if ids is None:
                 raise ValueError("a stream has no parts for several processes: use map-style records, or one process")
+            if not overwrite and (finished := finished_store(directory, whole)) is not None:
+                return cls(finished)
             rows = np.array_split(np.arange(len(dataset)), processes)[process]  # type: ignore[arg-type]
             dataset = dataset.select(rows.tolist())  # type: ignore[attr-defined]
             directory = Path(directory) / _PART.format(process=process, processes=processes)
             whole = made_from | {"data": items_fingerprint(item_ids(dataset, teacher.modality) or ())}
-            if not overwrite and (finished := finished_store(directory, whole)) is not None:
-                return cls(finished)
-        with locked(Path(directory) / BUILD_LOCK, wait=True):
-            if not overwrite and ids is not None and (finished := finished_store(directory, whole)) is not None:
-                return cls(finished)  # another process built it meanwhile
-            writer = StoreWriter(directory, whole, shard_size, overwrite)
-            facts = fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress)
-            return cls(writer.finish(facts | dict(info or {})))
+
+        def facts(writer: StoreWriter) -> dict[str, Any]:
+            return fill(writer, teacher, dataset, batch_size, dtype, num_workers, progress) | dict(info or {})
+
+        return cls(built_once(directory, whole, shard_size, overwrite, facts))
 
     @classmethod
     def from_regions(
@@ -181,13 +183,12 @@ class TeacherCache(StoredCache):
             "numbers": {"dtype": dtype, "regions": regions.fingerprint["numbers"]},
             "data": items_fingerprint(ids),
         }
-        if not overwrite and (finished := finished_store(directory, made_from)) is not None:
-            return cls(finished)
-        writer = StoreWriter(directory, made_from, shard_size, overwrite)
-        fill_from_regions(writer, regions, dataset, ids, dtype, progress)
-        return cls(
-            writer.finish({"teacher": regions.info.get("backbone", ""), "regions": str(regions.store.directory)})
-        )
+
+        def facts(writer: StoreWriter) -> dict[str, Any]:
+            fill_from_regions(writer, regions, dataset, ids, dtype, progress)
+            return {"teacher": regions.info.get("backbone", ""), "regions": str(regions.store.directory)}
+
+        return cls(built_once(directory, made_from, shard_size, overwrite, facts))
 
     @classmethod
     def join(cls, directory: str | os.PathLike) -> "TeacherCache":
@@ -208,7 +209,10 @@ class TeacherCache(StoredCache):
         number = 0
         for part in parts:
             for path in part.paths:
-                _link(path, directory / shard_name(number))
+                try:  # a second name for the file: a kill while parts are joined loses nothing
+                    os.link(path, directory / shard_name(number))
+                except OSError:
+                    shutil.copyfile(path, directory / shard_name(number))
                 number += 1
         del writer
         facts = {"parts": [part.info for part in parts]}
@@ -279,11 +283,3 @@ def _parts(directory: Path) -> list[ArrayStore]:
         raise FileNotFoundError(f"no parts in {str(directory)!r}: build them first, with process= and processes=")
     processes = int(found[0].name.rsplit("-", 1)[1])
     return [ArrayStore.load(directory / _PART.format(process=k, processes=processes)) for k in range(processes)]
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file: a kill while parts are joined loses nothing."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)

@@ -5,19 +5,20 @@ import importlib.metadata
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.fingerprints import ItemId, StaleStoreError, plain_id
-from .regions import RegionCache
-from .teacher import ImagePreparation, Teacher, TextPreparation
+from .regions import PreparedBatches, RegionCache, image_ids_of
+from .teacher import Teacher, TextPreparation
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,9 @@ Digests = dict[str, np.ndarray]
 
 def item_ids(dataset: Any, modality: str) -> list[ItemId] | None:
     """Ids of all items of map-style records, without decoding an image; None for a stream."""
-    if not hasattr(dataset, "image_ids") or not hasattr(dataset, "__getitem__"):
-        return None
-    if modality == "image":
-        return [plain_id(image_id) for image_id in dataset.image_ids]
+    ids = image_ids_of(dataset)
+    if modality == "image" or ids is None:
+        return ids
     return [plain_id(caption_id) for ids in dataset.caption_ids for caption_id in ids]
 
 
@@ -120,13 +120,13 @@ def fill(
     started, done = time.monotonic(), list(writer.ids)
     ids = item_ids(dataset, teacher.modality)
     if ids is not None:
-        check_resumable(done, ids, writer)
+        writer.check_resumable(ids)
     noun = "image" if teacher.modality == "image" else "caption"
     total = None if ids is None else len(ids)
     bar = tqdm(total=total, initial=len(done), unit=noun, desc="teacher", disable=None if progress else True)
     cut = 0
     with bar:
-        for block, vectors, long in _blocks(teacher, dataset, done, ids is None, batch_size, num_workers, writer):
+        for block, vectors, long in _blocks(teacher, dataset, ids is None, batch_size, num_workers, writer):
             names = [name for name, *_ in block], [first for *_, first, _ in block], [second for *_, second in block]
             writer.append(names[0], _checked(vectors, names[0], dtype, repr(teacher)) | _digests(names[1], names[2]))
             cut += long
@@ -149,7 +149,7 @@ def fill_from_regions(
 ) -> None:
     """Write the mean of each image's regions, for those that the writer lacks."""
     done = list(writer.ids)
-    check_resumable(done, ids, writer)
+    writer.check_resumable(ids)
     firsts, seconds = contents_of(dataset, "image")
     bar = tqdm(total=len(ids), initial=len(done), unit="image", desc="teacher", disable=None if progress else True)
     with bar:
@@ -161,21 +161,6 @@ def fill_from_regions(
             embeds = _checked(means, ids[rows], dtype, "the mean of its regions")
             writer.append(ids[rows], embeds | _digests(firsts[rows], seconds[rows]))
             bar.update(len(ids[rows]))
-
-
-def check_resumable(stored: Sequence[ItemId], wanted: Sequence[ItemId], writer: StoreWriter) -> None:
-    """Refuse to continue unless the data begin with what is stored.
-
-    Raises:
-        ValueError: they do not; names the first place where they differ, with both ids.
-    """
-    for row, old in enumerate(stored):
-        new = repr(wanted[row]) if row < len(wanted) else "nothing more"
-        if repr(old) != new:
-            raise ValueError(
-                f"the unfinished cache in {str(writer.directory)!r} has item {old!r} at place {row} where the data "
-                f"have {new}: continue with the data it was begun with, or build with overwrite=True"
-            )
 
 
 def _digests(firsts: Sequence[str], seconds: Sequence[str]) -> Digests:
@@ -198,33 +183,27 @@ def _checked(vectors: Tensor, ids: Sequence[ItemId], dtype: str, teacher: str) -
 def _blocks(
     teacher: Teacher,
     dataset: Any,
-    done: list[ItemId],
     stream: bool,
     batch_size: int,
     workers: int,
     writer: StoreWriter,
 ) -> Iterator[tuple[list[Item], Tensor, int]]:
-    """Items, their vectors, and how many of them were cut."""
+    """Items that the writer lacks, their vectors, and how many of them were cut."""
+    done = len(writer.ids)
     if stream:
         if workers:
             raise ValueError(f"num_workers is {workers}, but a stream is read here: use 0, or map-style records")
-        yield from _stream_blocks(teacher, dataset, done, batch_size, writer)
+        passing = (item for record in dataset for item in items_of(record, teacher.modality))
+        writer.check_resumable([item[0] for item in itertools.islice(passing, done)])
+        yield from _embedded(teacher, passing, batch_size)
     elif teacher.modality == "image":
-        batches = _Images(teacher.prepare, dataset, len(done), batch_size)
+        batches = PreparedBatches(partial(_prepared, teacher.prepare), dataset, done, batch_size)
         for items, inputs in DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is):
             yield items, teacher.embed(inputs), 0
     else:
         pairs = zip(item_ids(dataset, "text") or (), contents_of(dataset, "text")[0], strict=True)
-        items = ((caption_id, caption, caption, caption) for caption_id, caption in pairs)
-        yield from _embedded(teacher, itertools.islice(items, len(done), None), batch_size)
-
-
-def _stream_blocks(
-    teacher: Teacher, records: Iterable[Any], done: list[ItemId], batch_size: int, writer: StoreWriter
-) -> Iterator[tuple[list[Item], Tensor, int]]:
-    items = (item for record in records for item in items_of(record, teacher.modality))
-    check_resumable(done, [item[0] for item in itertools.islice(items, len(done))], writer)
-    yield from _embedded(teacher, items, batch_size)
+        texts: Iterator[Item] = ((caption_id, caption, caption, caption) for caption_id, caption in pairs)
+        yield from _embedded(teacher, itertools.islice(texts, done, None), batch_size)
 
 
 def _embedded(teacher: Teacher, items: Iterator[Item], batch_size: int) -> Iterator[tuple[list[Item], Tensor, int]]:
@@ -245,21 +224,11 @@ def count_cut(prepare: TextPreparation, texts: Sequence[str]) -> int:
     return sum(len(ids) > prepare.max_length for ids in tokens)
 
 
-class _Images(Dataset[tuple[list[Item], dict[str, Tensor]]]):
-    """Batches of decoded and preprocessed photographs, for the workers of a loader."""
-
-    def __init__(self, prepare: ImagePreparation | TextPreparation, records: Any, start: int, size: int) -> None:
-        self.prepare = prepare
-        self.records = records
-        self.rows = [range(first, min(first + size, len(records))) for first in range(start, len(records), size)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> tuple[list[Item], dict[str, Tensor]]:
-        found = [item for row in self.rows[number] for item in items_of(self.records[row], "image")]
-        inputs = self.prepare([image for _, image, *_ in found])
-        return [(item_id, None, first, second) for item_id, _, first, second in found], inputs
+def _prepared(prepare: Callable[[Sequence[Any]], Any], records: Sequence[Mapping[str, Any]]) -> Any:
+    """Items of some records, without the photographs, and an image teacher's input."""
+    found = [item for record in records for item in items_of(record, "image")]
+    inputs = prepare([image for _, image, *_ in found])
+    return [(item_id, None, first, second) for item_id, _, first, second in found], inputs
 
 
 def _as_is(batch: Any) -> Any:

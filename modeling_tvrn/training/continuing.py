@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..configuration_tvrn import TVRNConfig
 from ..front_door import check_exists, is_dual_encoder, kind_of, read_config
 from ..modeling_tvrn import TVRNModel
 
@@ -59,7 +58,15 @@ def continued(
     )
     changed = {name: value for name, value in fields.items() if not _same(value, getattr(model.config, name))}
     for name, value in changed.items():
-        _check_field(path, name, value, model.config)
+        if name in FREE_FIELDS or name.endswith(FREE_ENDINGS) or (name == HEADS and value):
+            continue
+        own = getattr(model.config, name)
+        shown = f"a {own.model_type}" if hasattr(own, "model_type") else repr(own)
+        raise ValueError(
+            f"model.{name} = {value!r}, but start_from = {path!r} was trained with {shown}: its parts, sizes and "
+            f"words are settled. Leave model.{name} out; a run may change what is frozen, dropouts, losses, rates and "
+            "phases"
+        )
     return _with_fields(model, changed) if changed else model
 
 
@@ -69,17 +76,6 @@ def _same(given: Any, own: Any) -> bool:
         mine = own.to_dict()
         return all(mine.get(name) == value for name, value in given.items())
     return bool(given == own)
-
-
-def _check_field(path: str, name: str, value: Any, config: TVRNConfig) -> None:
-    if name in FREE_FIELDS or name.endswith(FREE_ENDINGS) or (name == HEADS and value):
-        return
-    own = getattr(config, name)
-    shown = f"a {own.model_type}" if hasattr(own, "model_type") else repr(own)
-    raise ValueError(
-        f"model.{name} = {value!r}, but start_from = {path!r} was trained with {shown}: its parts, sizes and words "
-        f"are settled. Leave model.{name} out; a run may change what is frozen, dropouts, losses, rates and phases"
-    )
 
 
 def _with_fields(model: TVRNModel, changed: dict[str, Any]) -> TVRNModel:

@@ -104,16 +104,11 @@ class DivergenceGuard:
             )
         self._collapsed = self._collapsed + 1 if spread < LEAST_SPREAD else 0
         if self._collapsed >= PATIENCE and step.logits is not None:
-            self._stop_collapsed(step)
-
-    def _stop_collapsed(self, step: _Step) -> None:
-        assert step.logits is not None
-        try:
-            check_score_spread(_scores(step.logits), LEAST_SPREAD)
-        except RuntimeError as error:
-            raise TrainingStopped(
-                f"{error} Seen at step {step.number} and the {PATIENCE - 1} before it; {self.shown(step.image_rows)}."
-            ) from error
+            try:
+                check_score_spread(_scores(step.logits), LEAST_SPREAD)
+            except RuntimeError as error:
+                when = f"Seen at step {step.number} and the {PATIENCE - 1} before it"
+                raise TrainingStopped(f"{error} {when}; {self.shown(step.image_rows)}.") from error
 
     def shown(self, image_rows: Tensor) -> str:
         """The images of a batch in words, the first few by id."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -55,7 +55,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def _start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere where there is no folder
-    keys = {name: _flat(value) for name, value in redacted(config.as_dict()).items()}
+    plain = (int, float, str)  # what a tracker takes
+    settings = redacted(config.as_dict())
+    keys = {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
     place = {"wandb": {"dir": config.output_dir, "name": Path(config.output_dir).name}}
     try:
         accelerator.init_trackers("tvrn", config=keys, init_kwargs=place)
@@ -130,7 +132,3 @@ def leave_group(accelerator: Accelerator) -> None:
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
-
-
-def _flat(value: Any) -> int | float | str | bool:
-    return value if isinstance(value, int | float | str | bool) else str(value)

@@ -66,10 +66,8 @@ class Training(Run):
 
     def __init__(self, config: TrainingConfig, data: Any = None, model_class: type[TVRNModel] = TVRNModel) -> None:
         super().__init__(config, data, model_class)
-        if not resume(self):
-            self._warn_of_former_run()
-
-    def _warn_of_former_run(self) -> None:
+        if resume(self):
+            return
         self.best.warn()
         if steps := self.snapshots.steps():
             logger.warning(
@@ -95,18 +93,15 @@ class Training(Run):
                     self._evaluate()
             self.guard.check()
         except TrainingStopped:
-            self._say_what_is_kept()
+            if self.best.step:
+                logger.error("stopped; the best model so far, of step %d, is in %s", self.best.step, self.best.folder)
+            if self.snapshots.own:
+                kept = self.snapshots.path(self.snapshots.own[-1])
+                logger.error("the last good checkpoint is %s (resume=auto goes on from it)", kept)
             raise
         finally:
             self.interrupt.forget()
             self.progress.close()
-
-    def _say_what_is_kept(self) -> None:
-        if self.best.step:
-            logger.error("stopped; the best model so far, of step %d, is in %s", self.best.step, self.best.folder)
-        if self.snapshots.own:
-            kept = self.snapshots.path(self.snapshots.own[-1])
-            logger.error("the last good checkpoint is %s (resume=auto goes on from it)", kept)
 
     def _run_phase(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """A phase's steps, what is left of them."""
@@ -127,16 +122,17 @@ class Training(Run):
         """Let learn what the phase trains, and keep the rest as it is."""
         self.accelerator.unwrap_model(self.objective).enter(phase.config)
         learning = self.learning_in(phase)
+
+        def let_learn() -> None:
+            for name, weight in self.model.named_parameters():
+                weight.requires_grad_(name in learning)
+
         if any(weight.requires_grad != (name in learning) for name, weight in self.model.named_parameters()):
-            change_trained(self.objective, lambda: self._let_learn(learning))
+            change_trained(self.objective, let_learn)
         if len(self.phases) > 1:
             place, named = (self.phase_number + 1, len(self.phases)), ", ".join(phase.config.train)
             size = phase.config.batch_size
             self.progress.say("phase %d of %d trains %s: %d steps of %d captions", *place, named, phase.steps, size)
-
-    def _let_learn(self, weights: set[str]) -> None:
-        for name, weight in self.model.named_parameters():
-            weight.requires_grad_(name in weights)
 
     def _run_epoch(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """The batches of an epoch that are left, in groups that make a step each."""
@@ -172,8 +168,11 @@ class Training(Run):
 
     def _run_batch(self, batch: dict[str, Any], group: int = 1, complete: bool = True) -> None:
         """Forward, backward and, where the step's group of batches is complete, the optimizer's step."""
-        with self._named_batch(batch):
+        try:
             output = self._forward_backward(batch, group, complete)
+        except ValueError as error:  # the model refuses the batch, or its scores are NaN already
+            shown = self.guard.shown(batch["image_ids"])
+            raise TrainingStopped(f"{error} (at step {self.step + 1}; {shown})") from error
         self.gradient_norm = self._update() if complete else None
         loss, parts, images = output["loss"].detach(), output["parts"], output["image_ids"]
         # fp16's scaler skips steps with infinite gradients by itself
@@ -220,15 +219,6 @@ class Training(Run):
             self.cusa.clamp_temperatures()
         return norm
 
-    @contextlib.contextmanager
-    def _named_batch(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Say the step and the images where the model refuses a batch, or its scores are NaN already."""
-        try:
-            yield
-        except ValueError as error:
-            shown = self.guard.shown(batch["image_ids"])
-            raise TrainingStopped(f"{error} (at step {self.step + 1}; {shown})") from error
-
     def _finish_step(self, phase: Phase) -> None:
         """Count an optimizer step, move the rates, and evaluate and save where it is time to."""
         self.step += 1
@@ -261,18 +251,15 @@ class Training(Run):
     def _save(self) -> bool:
         """Write a checkpoint, of good weights only; whether there is one now."""
         self.guard.check()
-        self._check_weights()
-        state, tensors = capture(self)
-        saved = not self.accelerator.is_main_process or self.snapshots.save(self.step, state, tensors)
-        return bool(broadcast_json(saved, self.accelerator.device))
-
-    def _check_weights(self) -> None:
-        """Refuse weights that are no numbers: the step before this one may have broken them unseen."""
+        # The step before this one may have broken the weights unseen.
         finite = torch.stack([own_part(weight).isfinite().all() for weight in self.model.parameters()]).all()
         if not everywhere(finite):
             raise TrainingStopped(
                 f"weights are NaN or infinite after step {self.step}; lower the learning rate, or set max_grad_norm"
             )
+        state, tensors = capture(self)
+        saved = not self.accelerator.is_main_process or self.snapshots.save(self.step, state, tensors)
+        return bool(broadcast_json(saved, self.accelerator.device))
 
     def _leave(self, saved: bool) -> None:
         """End the run as its scheduler asked, with everything saved.

@@ -28,25 +28,22 @@ def add_adapters(model: Any, config: TrainingConfig) -> int:
     """
     count = 0
     for side, rank in (("vision", config.vision_lora_rank), ("text", config.text_lora_rank)):
-        if rank is not None:
-            count += _adapt(model.tower(side), side, rank)
+        if rank is None:
+            continue
+        key, tower = f"{side}_lora_rank", model.tower(side)
+        if tower is None:
+            raise ValueError(f"{key} = {rank}, but this model has no {side}_model; name a tower, or set {key}=null")
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError(f"{key} = {rank} needs peft, which is not installed; pip install peft")
+        from peft import LoraConfig, inject_adapter_in_model
+
+        linear = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"{key} = {rank}, but the {side}_model has no linear layer to adapt; set {key}=null")
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
+        inject_adapter_in_model(adapter, tower)  # which also freezes the tower's own weights
+        count += len(_adapted(tower))
     return count
-
-
-def _adapt(tower: nn.Module | None, side: str, rank: int) -> int:
-    key = f"{side}_lora_rank"
-    if tower is None:
-        raise ValueError(f"{key} = {rank}, but this model has no {side}_model; name a tower, or set {key}=null")
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{key} = {rank} needs peft, which is not installed; pip install peft")
-    from peft import LoraConfig, inject_adapter_in_model
-
-    linear = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"{key} = {rank}, but the {side}_model has no linear layer to adapt; set {key}=null")
-    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
-    inject_adapter_in_model(adapter, tower)  # which also freezes the tower's own weights
-    return len(_adapted(tower))
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

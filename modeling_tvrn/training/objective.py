@@ -230,7 +230,10 @@ class _Cached:
         parts = []
         with torch.no_grad():
             for rows in self._slices():
-                self._states.append(_random_states(self.device))
+                states = [torch.get_rng_state()]
+                if self.device.type == "cuda":
+                    states.append(torch.cuda.get_rng_state(self.device))
+                self._states.append(states)
                 parts.append(self.encode(self._rows(rows)))
         joined = type(parts[0]).cat(parts)
         self.items = joined._map(lambda value: value.detach().requires_grad_() if value.is_floating_point() else value)
@@ -241,7 +244,9 @@ class _Cached:
         gradients = {name: value.grad for name, value in self.items.tensors().items() if value.grad is not None}
         with torch.random.fork_rng(devices):
             for rows, states in zip(self._slices(), self._states, strict=True):
-                _set_random_states(states, self.device)
+                torch.set_rng_state(states[0])
+                if self.device.type == "cuda":
+                    torch.cuda.set_rng_state(states[1], self.device)
                 tensors = self.encode(self._rows(rows)).tensors()
                 chosen = [name for name in gradients if tensors[name].requires_grad]
                 if chosen:
@@ -261,13 +266,3 @@ class _Cached:
 def _part(gradient: Tensor, shape: torch.Size) -> Tensor:
     """Without the padding that a part got when it was joined with longer ones."""
     return gradient[tuple(slice(0, size) for size in shape)]
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

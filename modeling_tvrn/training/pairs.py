@@ -68,7 +68,12 @@ def load_training_pairs(config: TrainingConfig, data: Any = None) -> TrainingPai
     try:
         validation = _read(config, data, config.validation_split)
     except NoSuchSplit as error:
-        _check_may_set_aside(config, error)
+        if canonical_split(config.validation_split) != _default(config, "validation_split"):  # one that is meant
+            raise ValueError(
+                f"validation_split = {config.validation_split!r}, but {config.data} has {_listed(error.available)}; "
+                f"name one that is not trained on, or leave validation_split out: {100 * SHARE:.0f} % of the training "
+                "images are then set aside"
+            ) from error
         about["set_aside"] = {"share": SHARE, "seed": config.seed, "of": len(train)}
         train, validation = _set_aside(train, config.seed)
     if config.max_train_images is not None:
@@ -151,23 +156,16 @@ def _default(config: TrainingConfig, name: str) -> Any:
     return type(config).model_fields[name].default
 
 
-def _check_may_set_aside(config: TrainingConfig, error: NoSuchSplit) -> None:
-    """Somebody who names a validation split means one that is there."""
-    if canonical_split(config.validation_split) != _default(config, "validation_split"):
-        raise ValueError(
-            f"validation_split = {config.validation_split!r}, but {config.data} has {_listed(error.available)}; name "
-            f"one that is not trained on, or leave validation_split out: {100 * SHARE:.0f} % of the training images "
-            "are then set aside"
-        ) from error
-
-
 def _set_aside(records: PairDataset, seed: int) -> tuple[PairDataset, PairDataset]:
     """Records to train on and a share of the images to validate on, drawn by the seed; copies of a file stay together.
 
     Raises:
         ValueError: there are too few images.
     """
-    units = _units(records)
+    # Rows that must not be parted: those of the same image, each other one alone.
+    units = [[row for _, row in group] for group in equal_content((records, row) for row in range(len(records)))]
+    bound = {row for rows in units for row in rows}
+    units += [[row] for row in range(len(records)) if row not in bound]
     count = max(LEAST, round(SHARE * len(records)))
     chosen: set[int] = set()
     for number in np.random.default_rng([seed, len(units)]).permutation(len(units)):
@@ -187,13 +185,6 @@ def _set_aside(records: PairDataset, seed: int) -> tuple[PairDataset, PairDatase
         records.name, len(validation), len(records), seed, len(train),
     )  # fmt: skip
     return train, validation
-
-
-def _units(records: PairDataset) -> list[list[int]]:
-    """Rows that must not be parted: those of the same image, each other one alone."""
-    together = [[row for _, row in group] for group in equal_content((records, row) for row in range(len(records)))]
-    bound = {row for rows in together for row in rows}
-    return together + [[row] for row in range(len(records)) if row not in bound]
 
 
 def _overlap(config: TrainingConfig, train: Any, validation: Any) -> dict[str, Any] | None:

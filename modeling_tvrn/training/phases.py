@@ -16,7 +16,8 @@ __all__ = [
 ]
 
 EXAMPLE = "phases=[{train: [embeddings, late_interaction], epochs: 5, batch_size: 128}, {train: reasoning, epochs: 1}]"
-LEVELS = ("embeddings", "late_interaction", "full")  # how much of the pair score: each holds the ones before it
+# How much of the pair score: each holds the ones before it. As `encoded_tvrn` names them, which would import torch.
+LEVELS = ("embeddings", "late_interaction", "full")
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,11 @@ class Progress:
         shown |= {"rate": f"{values.get('learning_rate', 0.0):.1e}", "pairs/s": f"{event['pairs_per_second']:,.0f}"}
         if self._bar.disable:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            logger.info("step %d/%d  epoch %.2f  %s  ETA %s", number, self.total_steps, epoch, text, self._eta(number))
+            left = self.seconds()["training"] / number * (self.total_steps - number)
+            eta = tqdm.format_interval(left)
+            logger.info("step %d/%d  epoch %.2f  %s  ETA %s", number, self.total_steps, epoch, text, eta)
         else:
             self._bar.set_postfix(shown, refresh=False)
-
-    def _eta(self, number: int) -> str:
-        elapsed = time.perf_counter() - self._started - self._paused
-        return tqdm.format_interval(elapsed / number * (self.total_steps - number))
 
     def evaluated(self, number: int, epoch: float, metrics: dict[str, float], seconds: float) -> None:
         """Add an evaluation to history and trackers; its time does not count as training."""

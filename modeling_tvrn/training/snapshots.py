@@ -123,15 +123,11 @@ class Snapshots:
             logger.error("the checkpoint of step %d could not be written (%s); %s", step, error, kept)
             return False
         self.own = [*(other for other in self.own if other != step), step][-self.keep :]
-        self._remove([other for other in self.steps() if other not in self.own])
-        return True
-
-    def _remove(self, steps: list[int]) -> None:
-        for step in steps:
+        for path in (self.path(other) for other in self.steps() if other not in self.own):
             # Renamed first: a kill in the middle of deleting leaves no half checkpoint under a checkpoint's name.
-            path = self.path(step)
             os.rename(path, path.with_name(OLD + path.name))
         self._sweep()
+        return True
 
     def _sweep(self) -> None:
         """Delete what a killed run left half written or half removed."""

@@ -58,6 +58,11 @@ class Scene:
             return fits and second.count == 1 and first.colour != second.colour
         return True
 
+    def swapped(self, field: str) -> Scene:
+        """The scene with one attribute of its two groups exchanged."""
+        first, second = getattr(self.first, field), getattr(self.second, field)
+        return Scene(self.relation, replace(self.first, **{field: second}), replace(self.second, **{field: first}))
+
 
 def _sorted_pair(one: str, other: str) -> tuple[str, str]:
     return (one, other) if one <= other else (other, one)
@@ -67,12 +72,7 @@ def look_alikes(scene: Scene) -> list[Scene]:
     """Every drawable scene of the same colours and shapes that differs by one swap, one count, or the relation."""
     first, second = scene.first, scene.second
     candidates = [replace(scene, first=second, second=first)]
-    for field in ("count", "size", "colour", "shape"):
-        swapped = (
-            replace(first, **{field: getattr(second, field)}),
-            replace(second, **{field: getattr(first, field)}),
-        )
-        candidates.append(Scene(scene.relation, *swapped))
+    candidates += map(scene.swapped, ("count", "size", "colour", "shape"))
     candidates += [replace(scene, relation=relation) for relation in RELATIONS]
     for count in range(1, MAX_COUNT + 1):
         candidates.append(replace(scene, first=replace(first, count=count)))
