@@ -286,7 +286,7 @@ def _described(path: Path, folder: Path) -> tuple[str, int, int]:
 
 
 def _checksum(values: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+    return zlib.crc32(np.ascontiguousarray(values).data.cast("B"))
 
 
 @contextlib.contextmanager

@@ -317,7 +317,7 @@ class ImageTextIndex:
         return Hits(fitting, seconds, f"{begin} has a probability of {missed:.3f}, below {min_score:g}.")
 
     def _check_min_score(self, min_score: Any, across: bool) -> None:
-        if not isinstance(min_score, Real) or isinstance(min_score, bool) or not 0 <= min_score <= 1:
+        if not isinstance(min_score, Real) or isinstance(min_score, bool) or not 0 <= float(min_score) <= 1:
             raise ValueError(f"min_score is {min_score!r}; expected a probability from 0 to 1")
         if not self.model.has_probabilities:
             raise ValueError(

@@ -159,5 +159,5 @@ def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         value.backward()
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return found.detach()
