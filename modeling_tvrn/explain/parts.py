@@ -153,7 +153,8 @@ def _images_without_a_region(model: Any, inputs: dict[str, Tensor]) -> Iterator[
 class _Reasoning:
     """What the reasoning weighs in one pair: regions for each word, words, regions."""
 
-    def __init__(self, model: Any, images: EncodedImages, texts: EncodedTexts):
+    # Any: at the full level no field is None that a model with reasoning has.
+    def __init__(self, model: Any, images: Any, texts: Any):
         stage = model.pair
         refined, norm = stage.refine(images, texts, model.attention, model.textual_refinement)
         attention, saliency = stage.attend(images, refined, norm, stage.text_tokens(texts)[0])
