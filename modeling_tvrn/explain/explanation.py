@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 
 TOGETHER = "(together)"
+ROUNDING = 1e-3  # of the logit: what float32, or a score that reads no regions, may leave
 FAINT = 0.1  # of the most that a region does for any word: below that nothing is shown
 
 
@@ -106,7 +107,8 @@ class ExplanationData:
             return None
         most = float(by_region.max())
         of_words = [float(word.by_region.max()) for word in self.words if word.by_region is not None]
-        return by_region.clip(min=0) / most if most > FAINT * max(0.0, *of_words, most) else None
+        least = max(FAINT * max(most, *of_words), ROUNDING * max(1.0, abs(self.logit)))
+        return by_region.clip(min=0) / most if most > least else None
 
     @property
     def attention(self) -> np.ndarray | None:

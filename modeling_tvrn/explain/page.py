@@ -25,9 +25,10 @@ STYLE = """
 .tvrn-explanation figcaption,.tvrn-note{font-size:.85rem;opacity:.75;margin:.3rem 0}
 .tvrn-words{flex:1 1 17rem;min-width:0}
 .tvrn-words table{border-collapse:collapse;width:100%;font-size:.95rem}
-.tvrn-words td,.tvrn-words th{padding:1px 4px;border:0;text-align:left;font-weight:400}
+.tvrn-words td,.tvrn-words th{padding:1px 4px;border:0!important;text-align:left;font-weight:400}
+.tvrn-words tr{border:0!important}
 .tvrn-words td:last-child{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.tvrn-words tr.total>*{border-top:1px solid currentColor;font-weight:600}
+.tvrn-words tr.total>*{border-top:1px solid currentColor!important;font-weight:600}
 .tvrn-words button{font:inherit;color:inherit;background:none;border:0;border-radius:4px;padding:2px 6px;
 cursor:pointer;text-align:left;text-decoration:underline dotted}
 .tvrn-words button[aria-pressed=true]{outline:2px solid currentColor;text-decoration:none}
