@@ -158,11 +158,11 @@ def _usable(
     images: dict[Hashable, Record] = {}
     for row in rows:
         captions = [caption for caption in (row.caption, row.other_caption) if caption is not None]
-        if problems := unusable_captions([processor], captions):
-            skipped.add(WORDLESS_CAPTION, next(iter(problems.values())))
-            continue
         if not all(map(is_unicode, captions)):
             skipped.add(BROKEN_CAPTION, row.kind)
+            continue
+        if problems := unusable_captions([processor], captions):
+            skipped.add(WORDLESS_CAPTION, next(iter(problems.values())))
             continue
         try:
             if not images.keys() >= set(row.image_keys()):
