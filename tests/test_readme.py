@@ -142,7 +142,7 @@ def test_the_verbs_that_pages_run_have_these_options_and_keys() -> None:
 def test_what_pages_read_from_runs_is_written_by_one_of_their_commands_or_recipes() -> None:
     recipes = "".join(path.read_text("utf-8") for path in (ROOT / "examples" / "configs").glob("*.yaml"))
     everything = "".join(PAGES.values())
-    written = set(re.findall(r"output_dir[:=] ?(runs/[\w-]+)", everything + recipes))
+    written = set(re.findall(r"""(?:output_dir[:=] ?|save_pretrained\(")(runs/[\w-]+)""", everything + recipes))
     assert set(re.findall(r"runs/[\w-]+", everything)) - written == set()
 
 

@@ -201,10 +201,14 @@ def _model_source() -> tuple[dict[str, Any], dict[str, Any], str]:
     module = ast.parse((Path(__file__).resolve().parents[1] / "configuration_tvrn.py").read_text("utf-8"))
     config = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TVRNConfig")
     outside, inside = (
-        {ast.unparse(node.target): node.value for node in body if isinstance(node, ast.AnnAssign) and node.value}
+        {
+            ast.unparse(node.target): node.value
+            for node in body
+            if isinstance(node, ast.AnnAssign) and node.value and "ClassVar" not in ast.unparse(node.annotation)
+        }
         for body in (module.body, config.body)
     )
-    fields = {name: ast.literal_eval(value) for name, value in inside.items() if name != "sub_configs"}
+    fields = {name: ast.literal_eval(value) for name, value in inside.items()}
     return ast.literal_eval(outside["BY_FIRST_STAGE"]), fields, ast.get_docstring(config) or ""
 
 
