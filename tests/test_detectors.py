@@ -96,6 +96,7 @@ def test_a_pictures_regions_are_its_own_whatever_shares_its_batch(
             assert_close(mine[0], whole[row], atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [each for each in QUICK_FIRST if each != "owlv2"])
 def test_the_boxes_are_those_of_transformers_own_post_processing(
     kind: str, hub: Callable[[str], Path], pictures: list[PIL.Image.Image]

@@ -170,6 +170,7 @@ def miniature(monkeypatch, name: str) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_coco_takes_the_first_five_captions(processor: TVRNProcessor, monkeypatch) -> None:
     """COCO's 5K test has 25,010 captions; the protocol has 25,000."""
     count, model = miniature(monkeypatch, "coco-5k"), tiny()
@@ -181,6 +182,7 @@ def test_coco_takes_the_first_five_captions(processor: TVRNProcessor, monkeypatc
     assert report.gallery_fingerprint == evaluate(model, processor, first_five, progress=False).gallery_fingerprint
 
 
+@pytest.mark.slow
 def test_coco_1k_is_the_mean_of_five_consecutive_folds(processor: TVRNProcessor, monkeypatch) -> None:
     count, model = miniature(monkeypatch, "coco-1k"), tiny()
     records = region_records(count, 5)
@@ -303,6 +305,7 @@ def checkpoints(tmp_path_factory) -> list[str]:
 SCENES = ["--data", "scenes", "--split", "validation", "--data-option", "count=12", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_script_evaluates_searches_and_compares(checkpoints, tmp_path) -> None:
     """One command: an average of two models against one of them, with a shortlist, as a table and as JSON."""
     output = tmp_path / "deep" / "report.json"
@@ -368,6 +371,7 @@ def test_the_script_grades_pairs_and_keeps_finished_blocks(checkpoints, tmp_path
         assert message in run(checkpoints[0], *SCENES, *wrong, code=2).stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_explained_before_a_model_is_loaded(checkpoints) -> None:
     assert "1000 images" in run(checkpoints[0], *SCENES, "--protocol", "flickr8k-1k", code=2).stderr
     assert "no/such/model" in run("no/such/model", *SCENES, code=2).stderr

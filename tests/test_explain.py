@@ -128,6 +128,7 @@ def test_pieces_of_a_word_are_one_word(minilm: Path) -> None:
     assert [caption[slice(*word.span)] for word in found.words] == [word.text for word in found.words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("crop", "seen"), [(True, (0.28125, 0.0625, 0.71875, 0.9375)), (False, (0.0, 0.0, 1.0, 1.0))])
 def test_a_photograph_keeps_its_shape_and_its_boxes_lie_on_what_the_model_saw(
     mobilenet: Path, crop: bool, seen: tuple[float, ...]
@@ -164,6 +165,7 @@ def test_picture_page_and_json_need_nothing_else(processor: TVRNProcessor, tmp_p
     assert all(word.text in found.table() for word in found.words)
 
 
+@pytest.mark.slow
 def test_without_boxes_or_picture_the_numbers_are_still_there(processor: TVRNProcessor, tmp_path: Path) -> None:
     model = tiny_model(use_geometric_context=False)
     found = explain(model, processor, {"region_features": torch.randn(5, FEATURES)}, "dogs")

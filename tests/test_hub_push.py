@@ -124,6 +124,7 @@ class TestPush:
         assert "curve.png" in card.text and "query.png" not in card.text
         assert pushed.report["card"].status == "ok", str(pushed.report)
 
+    @pytest.mark.slow
     def test_a_dry_run_shows_what_would_be_pushed_and_asks_no_hub(self, hub: HubServer, tmp_path: Path) -> None:
         folder = save(tmp_path / "run", *region_model())
         (folder / "results.json").write_text(json.dumps(results()))
@@ -134,6 +135,7 @@ class TestPush:
         assert dry.files == pushed.files == {name: len(files[name]) for name in pushed.files}
         assert dry.card == pushed.card == files["README.md"].decode()
 
+    @pytest.mark.slow
     def test_figures_of_a_split_that_was_trained_on_are_refused(self, hub: HubServer, tmp_path: Path) -> None:
         """Of a stream nobody counts the images that both splits hold; the splits' names are enough."""
         folder = save(tmp_path / "run", *region_model())
@@ -297,6 +299,7 @@ class TestPush:
         with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9 broke"):
             push_to_hub(*region_model(), "org/x", token="hf_x", endpoint="http://127.0.0.1:9")
 
+    @pytest.mark.slow
     def test_no_code_of_a_folder_is_run(self, hub: HubServer, tmp_path: Path) -> None:
         """What is pushed is the installed package's code, whatever lies in the folder."""
         folder = save(tmp_path / "run", *region_model())

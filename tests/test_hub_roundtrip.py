@@ -334,6 +334,7 @@ class TestPrecisionAndPlacement:
             score(AutoModel.from_pretrained(tmp_path), processor, raw_inputs(inputs)), checkpoints[1]["vit_bert"]
         )
 
+    @pytest.mark.slow
     def test_loaded_ready_to_score(self, checkpoints):
         """Dropout off after loading; frozen towers stay frozen, and in evaluation mode, when training goes on."""
         model = AutoModel.from_pretrained(checkpoints[0] / "vit_bert_gru_sgr_frozen")

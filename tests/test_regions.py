@@ -114,6 +114,7 @@ def all_pixels(records, processor) -> torch.Tensor:
 # -- the same regions -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid_size", [None, 2])
 @pytest.mark.parametrize("name", TOWERS)
 def test_scores_from_the_cache_are_scores_from_the_pixels(towers, records, tmp_path, name, grid_size):
@@ -194,6 +195,7 @@ def test_bfloat16_computes_in_bfloat16_and_says_so(towers, records, tmp_path):
 # -- stale ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_same_tower_finds_its_cache(towers, records, tmp_path):
     """Saved and loaded again, in half precision even: it is the same tower."""
     cache = build(towers, records, tmp_path / "cache", vision_grid_size=2)
@@ -452,6 +454,7 @@ def with_boxes(towers: Path, photographs: Path, folder: Path, records=None, **se
     return RegionCache.build(model, processor, records, folder, **settings)
 
 
+@pytest.mark.slow
 def test_a_column_of_boxes_makes_the_regions(towers, photographs, records, tmp_path):
     cache = with_boxes(towers, photographs, tmp_path, dtype="float32")
     stored = cache[[53, 56]]
@@ -653,6 +656,7 @@ def test_of_two_towers_that_are_no_dual_encoder_the_verb_takes_the_regions_and_s
     assert "image_embeds" not in RegionCache.load(tmp_path / "cache").store.layout, said.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence_and_code_2(towers, photographs, tmp_path):
     cnn = ["--features", towers / "cnn", "-o", tmp_path / "cache", "--device", "cpu"]
     text = tmp_path / "text"
@@ -676,6 +680,7 @@ def test_mistakes_are_one_sentence_and_code_2(towers, photographs, tmp_path):
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(towers, records, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=900))
     with pytest.raises(OSError, match="no room for a cache of .* free: free some"):

@@ -88,6 +88,7 @@ def test_score_matrix_is_the_matrix(block_shape) -> None:
     assert torch.equal(found, images.vectors @ texts.vectors.T)
 
 
+@pytest.mark.slow
 def test_rank_with_several_images_a_caption(block_shape) -> None:
     """Positives all over the matrix: blocks that the memory cannot keep are scored again, to the same result."""
     images, texts, rows = galleries(2)

@@ -513,6 +513,7 @@ def test_the_verb_takes_the_means_of_regions(hub: Path, photographs: Path, tmp_p
     assert "--regions is of other data" in tvrn(*arguments, "-o", tmp_path / "other-means", code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_verb_s_mistakes_are_one_sentence_and_code_2(hub: Path, photographs: Path, tmp_path: Path) -> None:
     tvrn("teachers", photographs, hub / "bert", "--modality", "text", "-o", tmp_path / "bert", "--device", "cpu")
     text = ["--modality", "text", "-o", tmp_path / "cache", "--device", "cpu"]

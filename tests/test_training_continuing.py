@@ -108,6 +108,7 @@ class TestStartFrom:
         with pytest.raises(ValueError, match=message):
             TrainingConfig.from_mapping({"start_from": "x", **keys})
 
+    @pytest.mark.slow
     def test_phases_are_checked_against_the_model(self, finished: Path, other: Path, tmp_path: Path) -> None:
         phases = [{"train": "embeddings", "epochs": 1}]
         silent = {"contrastive_loss_weight": 0.0}

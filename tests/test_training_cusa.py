@@ -185,6 +185,7 @@ def test_kept_embeddings_get_no_labels_in_the_pair_phase(data: Path, caches: dic
     assert "cusa_reasoning_loss" in events[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0)])
 def test_one_part_alone(data: Path, caches: dict, tmp_path: Path, alpha: float, beta: float) -> None:
     run = Training(config(data, caches, tmp_path, epochs=1, cusa_alpha=alpha, cusa_beta=beta, logging_steps=1))
@@ -233,6 +234,7 @@ def test_two_processes_have_the_gradients_of_one(
         torch.testing.assert_close(found[name], value, atol=5e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_temperatures(data: Path, caches: dict, tmp_path: Path) -> None:
     keys = {"max_steps": 6, "save_steps": 3, "evaluation_steps": 100, "learning_rate": 2e-2, "keep_checkpoints": 5}
     whole = Training(config(data, caches, tmp_path / "a", **keys))

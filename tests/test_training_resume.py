@@ -182,6 +182,7 @@ def test_the_newest_are_kept_and_a_former_run_s_go(
     assert snapshots.steps() == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(configure: Callable[..., TrainingConfig]) -> None:
     first = fit(configure(max_steps=4))
     again = fit(configure(max_steps=4, resume="auto"))
@@ -222,6 +223,7 @@ def test_another_phase_is_named_by_its_place_and_key(configure: Callable[..., Tr
     assert run.step == STEPS + 4
 
 
+@pytest.mark.slow
 def test_other_settings_are_named_and_refused_unless_meant(configure: Callable[..., TrainingConfig]) -> None:
     fit(configure(max_steps=4))
     changed = {"learning_rate": 1e-3, "batch_size": 9, "model": {"margin": 0.3}, "logging_steps": 5, "resume": "auto"}
@@ -233,6 +235,7 @@ def test_other_settings_are_named_and_refused_unless_meant(configure: Callable[.
     assert run.step == 6
 
 
+@pytest.mark.slow
 def test_another_model_or_data_is_refused(configure: Callable[..., TrainingConfig]) -> None:
     fit(configure(max_steps=2))
     with pytest.raises(ValueError, match="holds another model: .* differ in name or shape"):
@@ -406,6 +409,7 @@ def test_a_signal_while_the_run_is_set_up_ends_all_processes_with_code_0(
     assert not (Path(config.output_dir) / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_is_noted_from_the_first_import_on_and_by_the_next_run_forgotten(
     configure: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
