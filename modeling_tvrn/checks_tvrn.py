@@ -198,7 +198,8 @@ def check_segments(token_type_ids: Tensor | None) -> None:
 def check_weights(model: nn.Module, name: str) -> None:
     """Raise a `ValueError` for a loaded model with a NaN or infinity among its weights: every score would be NaN."""
     for weight, value in model.state_dict().items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+        # torchao's tensors say that they are floats, and are codes that can't be summed.
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point() or value.is_meta:
             continue
         if not torch.isfinite(value.sum(dtype=torch.float64)):  # one pass, see _refuse_nonfinite
             raise ValueError(

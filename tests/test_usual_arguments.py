@@ -14,13 +14,16 @@ from dual_encoder_makers import save_dual_encoder
 from hub_makers import CAPTIONS, pixel_model, region_model, save
 from model_makers import SIZES, regions, tiny_model, words
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.generic import PaddingStrategy
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modeling_tvrn import TVRNModel, TVRNProcessor
+from modeling_tvrn.checks_tvrn import check_weights
 from modeling_tvrn.data import CaptionDataset, PairCollator, load_pairs
+from modeling_tvrn.storage.fingerprints import weights_digest
 
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
 LONG = "two dogs , one cat ! the cat sleeps"  # 9 words
@@ -373,3 +376,16 @@ def test_a_data_set_in_place_of_records_says_what_to_do() -> None:
 def test_rows_of_something_else_are_a_sentence(pixels: Any, items: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         PairCollator(pixels[1])(items)
+
+
+def test_weights_made_of_other_tensors_have_a_digest() -> None:
+    """torchao's: a subclass that says it is a float, of codes and scales."""
+
+    def layer(*values: float) -> nn.Module:
+        found = nn.Linear(2, 2, bias=False)
+        found.weight = nn.Parameter(TwoTensor(*(torch.full((2, 2), value) for value in values)))
+        return found
+
+    check_weights(layer(1.0, 2.0), "a model")
+    digests = [weights_digest(layer(*values)) for values in ((1.0, 2.0), (1.0, 3.0), (1.0, 2.0))]
+    assert digests[0] != digests[1] and digests[0] == digests[2]

@@ -86,7 +86,7 @@ def weights_digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
         ValueError: If a weight is on the meta device and so has no value.
     """
     total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in _plain_tensors(sorted(module.state_dict().items())):
         if name.startswith(without):
             continue
         if value.is_meta:
@@ -97,6 +97,16 @@ def weights_digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
         total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         total.update(value.contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def _plain_tensors(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name; those that are made of others, as torchao's of codes and scales, taken apart."""
+    for name, value in values:
+        if hasattr(value, "__tensor_flatten__"):
+            parts, _ = value.__tensor_flatten__()
+            yield from _plain_tensors((f"{name}.{part}", getattr(value, part)) for part in sorted(parts))
+        else:
+            yield name, value
 
 
 def module_fingerprint(module: nn.Module, without: tuple[str, ...] = (), defaults: bool = False) -> dict[str, Any]:
