@@ -62,7 +62,8 @@ class TVRNProcessor(ProcessorMixin):
             models that read region features.
         tokenizer: a Hub tokenizer, or the word tokenizer of `from_captions`; None for image-only use.
         max_text_length: longest caption in tokens, special tokens included; longer ones are cut, reported once, and
-            counted in `truncated_captions` (of this object: a data loader's workers each count their own).
+            counted in `truncated_captions` (of this object: a data loader's workers each count their own); not where
+            `truncation=True` asks for that.
         text_padding: "longest" of a batch, or "max_length", see `tokenize`.
         dual_encoder_processor: class of transformers that a dual encoder's own processor has.
         detector_image_processor: a detector's, where `image_processor` is a vision tower's.
@@ -222,13 +223,16 @@ class TVRNProcessor(ProcessorMixin):
             )
         inputs, lengths = tokenize(tokenizer, captions, limit, self.text_padding)
         cut = np.flatnonzero(lengths > limit)
-        if cut.size and getattr(truncation, "value", truncation) in (False, "do_not_truncate"):
+        truncation = getattr(truncation, "value", truncation)
+        if cut.size and truncation in (False, "do_not_truncate"):
             raise ValueError(
                 f"text[{cut[0]}] has {lengths[cut[0]]} tokens, over {limit}, and truncation={truncation!r}: "
                 "shorten it, or let it be cut"
             )
         if padding is not None and self.text_padding == "longest":
             inputs = _padded_as_asked(inputs, padding, limit, tokenizer.pad_token_id)
+        if truncation is not None:  # whoever asks for it knows
+            return inputs
         if cut.size and not self.truncated_captions:
             more = (
                 "the model reads no more"

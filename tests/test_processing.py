@@ -267,6 +267,7 @@ class TestCaptions:
             assert processor.truncated_captions == 0
             cut = processor(text=["a dog runs a dog", "a cat", "cat cat cat cat"])
             processor(text=["a dog a dog a dog"])
+            processor(text=["a dog a dog a dog"], truncation=True)  # asked for, so nobody is told
         assert whole["input_ids"].tolist()[0] == [2, 5, 6, 7, 3]
         assert cut["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 5, 8, 3, 0], [2, 8, 8, 8, 3]]
         assert processor.truncated_captions == 3

@@ -64,22 +64,30 @@ def encode_images(
 
 
 def encode_captions(
-    model: Any, processor: Any, captions: Sequence[str], batch_size: int = 64, progress: bool = True
+    model: Any,
+    processor: Any,
+    captions: Sequence[str],
+    batch_size: int = 64,
+    progress: bool = True,
+    truncation: bool | None = None,
 ) -> RaggedTexts:
-    """Encode captions, in their order and without padding: one long caption does not widen all others."""
+    """Encode captions, in their order and without padding: one long caption does not widen all others.
+
+    With `truncation=True` nobody is told of those that are cut: of made-up texts.
+    """
     with evaluating(model), _bar(len(captions), "captions", progress) as bar:
-        return RaggedTexts.collect(_encoded_captions(model, processor, captions, batch_size, bar))
+        return RaggedTexts.collect(_encoded_captions(model, processor, captions, batch_size, truncation, bar))
 
 
 def _encoded_captions(
-    model: Any, processor: Any, captions: Sequence[str], batch_size: int, bar: Any
+    model: Any, processor: Any, captions: Sequence[str], batch_size: int, truncation: bool | None, bar: Any
 ) -> Iterator[tuple[EncodedTexts, list[int]]]:
     window = batch_size * WINDOW_BATCHES
     for start in range(0, len(captions), window):
         places = sorted(range(start, min(start + window, len(captions))), key=lambda place: len(captions[place]))
         for first in range(0, len(places), batch_size):
             numbers = places[first : first + batch_size]
-            inputs = processor(text=[captions[place] for place in numbers], return_tensors="pt")
+            inputs = processor(text=[captions[place] for place in numbers], truncation=truncation, return_tensors="pt")
             yield model.encode_texts(**to_device(inputs, model)), numbers
             bar.update(len(numbers))
 

@@ -143,7 +143,9 @@ def evaluate_fits(model: Any, processor: Any, records: Any, batch_size: int = 64
     captions = [caption for each in records.captions for caption in each]
     some = [*captions[:: max(1, 2 * len(captions) // JUNK)], *phrases(captions)]
     junk, foreign = (
-        _best(model, gallery, encode_captions(model, processor, queries, batch_size, progress).select(slice(None)))
+        _best(
+            model, gallery, encode_captions(model, processor, queries, batch_size, progress, True).select(slice(None))
+        )
         for queries in (gibberish(some[:JUNK], seed=1), FOREIGN_WORDS)
     )
     top = best.values.cpu()

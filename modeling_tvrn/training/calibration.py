@@ -89,7 +89,7 @@ def calibrate(model: Any, processor: Any, records: Any) -> int:
     problems = processor.caption_problems(queries)  # of a phrase that is a number sign
     queries = [query for place, query in enumerate(queries) if place not in problems]
     junk = gibberish(queries)
-    read = encode_captions(model, processor, queries + junk, progress=False).select(slice(None))
+    read = encode_captions(model, processor, queries + junk, progress=False, truncation=True).select(slice(None))
     reader = fit_query_reader(read.embeds.cpu(), torch.arange(len(read)) < len(queries))
     readable = torch.sigmoid(texts.embeds.cpu().double() @ reader[:-1] + reader[-1])
 
