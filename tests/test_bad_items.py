@@ -281,7 +281,7 @@ def test_score_gives_every_other_row_its_score(model: Path, photos: Path, tmp_pa
         scored = [row["image"] for row in csv.DictReader(file) if row["score"]]
     assert scored == ["a.png", "c.avif", "e.jpg", "caf\udce9.png"]
     count = len(names) - 3 + len(WORDLESS) + 1
-    assert outcome.stderr.splitlines()[-1] == f"tvrn: {count} rows without a score"
+    assert f"tvrn: {count} rows without a score" in outcome.stderr.splitlines()
     for said in ("row 2: no score for 'pipe.jpg'", "a named pipe", "an HTML page", "pillow-heif", "row 11: no score"):
         assert said in outcome.stderr
     assert len(tvrn("score", model, table).stdout.splitlines()) == len(rows) + 3

@@ -152,7 +152,7 @@ class TestCommands:
         assert results["data"]["train"]["images"] == 22 and results["data"]["validation"]["images"] == 2
         card = (own / "run" / "README.md").read_text("utf-8")
         assert "split validation (2 of 24 images, set aside by seed 0), 2 images and 4 captions" in card
-        assert "trained on too" not in card and "model-index" in card
+        assert "were trained on" not in card and "model-index" in card
         assert (own / "run" / "model.safetensors").is_file()
 
     @pytest.mark.slow
@@ -164,8 +164,8 @@ class TestCommands:
         overlap = json.loads((own / "run" / "results.json").read_text())["data"]["overlap"]
         assert overlap == {"images": 12, "example": {"train": "photos/0.png", "validation": "photos/0.png"}}
         card = (own / "run" / "README.md").read_text("utf-8")
-        assert "**12 of the validation images were trained on too**" in card
-        assert "model-index" not in card, "the Hub must not rank by figures of images that were trained on"
+        assert "**12 images of the split validation were trained on**" in card
+        assert "model-index:" not in card, "the Hub must not rank by figures of images that were trained on"
 
     @pytest.mark.slow
     def test_a_dataset_in_python(self, own: Path) -> None:

@@ -138,6 +138,15 @@ class OnnxModel:
         scale, shift = self.manifest["calibration"]
         return 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift)))
 
+    def fits(self, logits: np.ndarray, gallery_size: int, texts: Arrays) -> np.ndarray | None:
+        """Probabilities that images fit the texts, of logits (I, T), where the model has them: as `TVRNModel.fits`."""
+        query = self.manifest["calibration_query"]
+        if query is None:
+            return None
+        scale, shift = self.manifest["calibration"]
+        found = 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift - np.log(gallery_size))))
+        return np.asarray(found / (1 + np.exp(-(texts["texts.embeds"] @ np.array(query[:-1]) + query[-1]))))
+
     def match(self, images: Arrays, texts: Arrays, pairs_at_once: int = 256) -> np.ndarray:
         """Logits (I, T) of every image with every caption; `scores` makes matching scores of them.
 

@@ -42,7 +42,7 @@ class Hit:
 
     Attributes:
         rank: From 1.
-        score: A matching score in (0, 1), or a cosine: see score_kind.
+        score: A probability, a matching score in (0, 1), or a cosine: see score_kind.
         path: Below the folder.
         cosine: Of the embeddings.
         logit: Of the pair score; None without reranking.
@@ -142,14 +142,21 @@ class PhotoIndex:
         embeds = np.stack([self._arrays[chunk][EMBEDS][row] for *_, chunk, row in self._items])
         cosines = embeds @ query["texts.embeds"][0]
         order = np.argsort(-cosines, kind="stable")[: max(limit, shortlist_size) if rerank else limit]
-        logits: np.ndarray | None = None
-        if rerank:
-            candidates = cat([self._features(self._items[place]) for place in order])
-            logits = self.model.match(candidates, query)[:, 0]
-            best = np.argsort(-logits, kind="stable")
-            order, logits = order[best], logits[best]
-        kind = str(self.model.manifest["score_kind"]) if rerank else "cosine"
-        scores = cosines[order] if logits is None or kind == "cosine" else self.model.scores(logits)
+        if not rerank:
+            return self._hits(order[:limit], cosines, None, cosines[order], "cosine")
+        candidates = cat([self._features(self._items[place]) for place in order])
+        logits = self.model.match(candidates, query)
+        best = np.argsort(-logits[:, 0], kind="stable")[:limit]
+        order, logits = order[best], logits[best]
+        scores, kind = self.model.fits(logits, len(self), query), "probability"
+        if scores is None:
+            kind = str(self.model.manifest["score_kind"])
+            scores = cosines[order][:, None] if kind == "cosine" else self.model.scores(logits)
+        return self._hits(order, cosines, logits[:, 0], scores[:, 0], kind)
+
+    def _hits(
+        self, places: np.ndarray, cosines: np.ndarray, logits: np.ndarray | None, scores: np.ndarray, kind: str
+    ) -> list[Hit]:
         return [
             Hit(
                 rank=k + 1,
@@ -159,7 +166,7 @@ class PhotoIndex:
                 logit=None if logits is None else float(logits[k]),
                 score_kind=kind,
             )
-            for k, place in enumerate(order[:limit])
+            for k, place in enumerate(places)
         ]
 
     def _open(self, verify: bool) -> None:

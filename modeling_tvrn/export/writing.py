@@ -102,6 +102,8 @@ def export_onnx(
         manifest = _write_graphs(copied, pixel_shape, text_length, whole)
         manifest["score_kind"] = model.score_kind
         manifest["calibration"] = [float(model.calibration_scale), float(model.calibration_shift)]
+        # What `fits` reads of a text's embedding; none without fitted probabilities.
+        manifest["calibration_query"] = model.calibration_query.tolist() if model.has_probabilities else None
         manifest |= {"pixels": _pixel_recipe(processor, pixel_shape), "tokens": _token_recipe(processor)}
         _write_beside(whole, processor, manifest)
         exported = OnnxModel(whole)
