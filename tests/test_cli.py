@@ -454,6 +454,7 @@ def test_unknown_words_are_named(model: Path, pairs: Path, tmp_path: Path, caplo
     assert "does not know" not in caplog.text
 
 
+@pytest.mark.slow
 def test_unknown_words_are_named_with_scores_and_explanations(model: Path, pairs: Path, tmp_path: Path) -> None:
     table = tmp_path / "unknown.csv"
     table.write_text("image,caption\na.png,a dog blorb\nb.png,a dog xyzzy blorb\n")

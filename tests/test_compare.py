@@ -88,6 +88,7 @@ def test_the_verb_compares_a_tvrn_with_a_dual_encoder(checkpoints, tmp_path) -> 
     assert f"{clip}, embeddings" in table and f"{clip}, pair score" not in table and "kFLOP a pair" in table
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_a_sentence(checkpoints, tmp_path) -> None:  # noqa: F811
     model = tiny()
     for part in (model, TVRNProcessor.from_captions(["a red dog"])):

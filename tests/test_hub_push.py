@@ -101,6 +101,7 @@ def test_a_stranger_loads_what_was_pushed(hub: HubServer, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("quick")
 class TestPush:
+    @pytest.mark.slow
     def test_the_card_carries_the_run(self, hub: HubServer, tmp_path: Path) -> None:
         folder = save(tmp_path / "run", *region_model())
         (folder / "results.json").write_text(json.dumps(results()))
@@ -202,6 +203,7 @@ class TestPush:
             push_to_hub(*given[0], "org/tvrn-test", token=hub.token, endpoint=hub.url, **given[1])
         assert not hub.repos
 
+    @pytest.mark.slow
     def test_links_within_the_folder_and_of_weights_are(self, hub: HubServer, tmp_path: Path) -> None:
         folder = save(tmp_path / "run", *region_model())
         (folder / "results.json").write_text(json.dumps(results()))

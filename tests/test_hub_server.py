@@ -61,6 +61,7 @@ def test_ranges_of_a_data_file(hub: HubServer, tmp_path: Path) -> None:
         fetch(url, "bytes=100-")
 
 
+@pytest.mark.slow
 def test_a_dropped_download_is_tried_again_by_the_client(hub: HubServer, tmp_path: Path) -> None:
     content = bytes(i % 251 for i in range(60_000))
     hub.add_repo("org/data", {"big.bin": content}, repo_type="dataset")

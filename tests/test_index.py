@@ -415,6 +415,7 @@ def _build_slowly(folder: Path, home: Path, seeing: Any) -> None:
     build(*seeing, folder, home, segment_size=2, batch_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="starts its builder by forking")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_kill_9_loses_nothing_that_was_finished(seeing: Any, tmp_path: Path) -> None:

@@ -285,6 +285,7 @@ def test_bootstrap_of_a_system_with_itself_finds_nothing() -> None:
     assert set(found.difference.values()) == {0.0} and set(found.p_value.values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_bootstrap_agrees_with_drawing_the_queries_one_by_one() -> None:
     """The interval of the plain algorithm: draw queries with replacement, recompute, take the difference."""
     generator = np.random.default_rng(5)

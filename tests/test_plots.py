@@ -40,6 +40,7 @@ def framed_columns(picture: np.ndarray) -> np.ndarray:
     return np.flatnonzero((np.abs(picture - FRAME).max(-1) < 4).sum(0) > 100)
 
 
+@pytest.mark.slow
 def test_curve_has_a_panel_for_losses_and_one_for_rsum(tmp_path: Path) -> None:
     both = pixels(plot_training_curve(HISTORY, tmp_path / "new" / "both.png", chance=11.0))
     losses = pixels(plot_training_curve([event for event in HISTORY if "rsum" not in event], tmp_path / "losses.png"))

@@ -473,6 +473,7 @@ def test_a_column_of_boxes_makes_the_regions(towers, photographs, records, tmp_p
     assert "image" not in record and record["captions"] == records.captions[1]
 
 
+@pytest.mark.slow
 def test_fractions_and_pixels_are_the_same_boxes(towers, photographs, tmp_path):
     pixels = with_boxes(towers, photographs, tmp_path / "pixels")
     relative = [dict(record) for record in load_pairs(photographs, extra_columns=["boxes"])]
@@ -581,6 +582,7 @@ def test_streams_get_regions_as_they_come(towers, photographs, records, tmp_path
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_verb_makes_the_cache_that_the_model_expects(towers, photographs, records, tmp_path, caplog):
     arguments = ["regions", photographs, "--features", towers / "patches", "--batch-size", 4, "--device", "cpu"]
     made = tvrn(*arguments, "--grid-size", 2, "--output", tmp_path)

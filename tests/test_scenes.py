@@ -163,6 +163,7 @@ def test_all_colours_shapes_sizes_counts_and_relations_occur_in_every_split() ->
         assert set(relations) == {"left of", "above", "inside", "between"} and min(relations.values()) > 20
 
 
+@pytest.mark.slow
 def test_splits_share_no_scene_and_no_caption_even_under_other_seeds() -> None:
     drawn = {(split, seed): generate_scenes(split, count=500, seed=seed) for split in SPLITS for seed in (0, 1)}
     for one, other in combinations(drawn, 2):

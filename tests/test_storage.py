@@ -295,6 +295,7 @@ def test_a_broken_shard_is_made_anew_by_what_its_message_says(tmp_path: Path) ->
     np.testing.assert_array_equal(writer.finish()[[4, 0]]["boxes"], expected)
 
 
+@pytest.mark.slow
 def test_the_commands_name_each_broken_file_and_end_with_1(tmp_path: Path, caplog: Any) -> None:
     from typer.testing import CliRunner
 

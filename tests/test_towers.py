@@ -183,6 +183,7 @@ class TestFromBackbones:
             assert all(parameter.requires_grad for parameter in tower.parameters())
         model(pixel_values=torch.randn(2, 3, 16, 16), **words(2), return_loss=True).loss.backward()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "config"), [(CLIPModel, CLIPConfig), (SiglipModel, SiglipConfig)])
     def test_halves_of_a_two_tower_model(self, tmp_path, kind, config):
         """CLIP and SigLIP checkpoints hold both towers; each side takes its own."""

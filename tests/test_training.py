@@ -92,6 +92,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 # -- what a run leaves -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_so(finished: tuple[Path, dict[str, Any]]) -> None:
     _, result = finished
     assert result["metrics"]["rsum"] > 1.5 * result["chance"]["rsum"]
@@ -101,6 +102,7 @@ def test_a_run_learns_and_says_so(finished: tuple[Path, dict[str, Any]]) -> None
     assert re.search(r"pair score +\|.*\n\| embeddings alone +\|.*\n\| chance", result["table"])
 
 
+@pytest.mark.slow
 def test_results_hold_what_is_needed_to_repeat_and_to_compare(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, result = finished
     stored = json.loads((folder / "results.json").read_text())
@@ -122,6 +124,7 @@ def test_results_hold_what_is_needed_to_repeat_and_to_compare(finished: tuple[Pa
     assert "matching_loss" not in logged[0] and "matching_loss" in logged[-1]
 
 
+@pytest.mark.slow
 def test_the_folder_loads_and_scores_as_reported(finished: tuple[Path, dict[str, Any]], data: Path) -> None:
     folder, result = finished
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -151,6 +154,7 @@ def test_the_folder_loads_and_scores_as_reported(finished: tuple[Path, dict[str,
     assert (folder / "calibration.png").is_file() and "Does anything fit?" in (folder / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_card_has_the_hub_s_metadata_and_its_code_runs(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +291,7 @@ def test_equal_runs_give_equal_weights_and_another_seed_gives_others(configure: 
     assert not torch.equal(first["region_projection.weight"], other["region_projection.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_tower_stays_as_it_was_and_another_learns(configure: Configure, frozen: bool) -> None:
     run = Training(configure(model={"text_config": TINY_BERT, "freeze_text": frozen}, epochs=1))
@@ -350,6 +355,7 @@ def moved_in_each_phase(run: Training) -> list[set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_each_phase_has_its_own_batches_and_rate(configure: Configure) -> None:
     phases = [
         {"train": "embeddings", "epochs": 1, "batch_size": 50, "learning_rate": 9e-3},
@@ -509,6 +515,7 @@ def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configu
 # -- how it stops ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_naming_the_step_and_keeps_the_best_model(configure: Configure) -> None:
     run = Training(configure(epochs=3, max_grad_norm=None))
     good = run._finish_step

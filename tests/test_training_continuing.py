@@ -67,16 +67,19 @@ class TestStartFrom:
         after = TVRNModel.from_pretrained(tmp_path / "run").state_dict()
         assert any(not torch.equal(value, before[name]) for name, value in after.items())
 
+    @pytest.mark.slow
     def test_a_recipe_that_says_what_the_model_is_contradicts_nothing(
         self, finished: Path, other: Path, tmp_path: Path
     ) -> None:
         Training(onward(finished, other, tmp_path, model={"hidden_size": 10, "similarity_size": 6}))
 
+    @pytest.mark.slow
     def test_heads_for_cusa_are_added(self, finished: Path, other: Path, tmp_path: Path) -> None:
         model = Training(onward(finished, other, tmp_path, model={"use_unimodal_heads": True})).model
         assert model.unimodal_text_head.linear.weight.std() > 0
         assert torch.equal(model.logit_scale, TVRNModel.from_pretrained(finished).logit_scale)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
@@ -117,6 +120,7 @@ class TestStartFrom:
         taught = [{"train": "distilled_embeddings", "epochs": 1}]  # by what the finished model has learned
         train(onward(finished, other, tmp_path, epochs=None, phases=taught, model={"distillation_loss_weight": 1.0}))
 
+    @pytest.mark.slow
     def test_what_is_no_finished_model_is_refused(self, finished: Path, other: Path, tmp_path: Path) -> None:
         clip = save_dual_encoder(tmp_path / "clip")
         with pytest.raises(

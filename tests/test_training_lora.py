@@ -53,6 +53,7 @@ def test_the_saved_model_scores_as_the_trained_one_without_peft(data: Path, tmp_
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_goes_on_with_the_same_bits(data: Path, tmp_path: Path) -> None:
     keys = {"epochs": 2, "keep_checkpoints": 10}
     whole = Training(configure(data, tmp_path / "whole", **keys))

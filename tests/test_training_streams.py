@@ -102,6 +102,7 @@ def test_a_killed_stream_goes_on_with_the_same_bits(
     assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
 
 
+@pytest.mark.slow
 def test_a_stream_trains_a_bigru_on_the_words_of_a_text_model(data: Path, text_tower: Path, tmp_path: Path) -> None:
     keys = {"text": None, "word_embeddings": str(text_tower)}
     config = configure(data, tmp_path / "run", text_tower, **keys)
@@ -115,6 +116,7 @@ def test_a_stream_trains_a_bigru_on_the_words_of_a_text_model(data: Path, text_t
     assert run.processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(text_tower).get_vocab()
 
 
+@pytest.mark.slow
 def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     data: Path, text_tower: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +141,7 @@ def test_the_phases_of_a_stream_read_on_where_the_one_before_ended(
     assert run.step == STEPS and run.best.rsum is not None
 
 
+@pytest.mark.slow
 def test_a_stream_learns_the_soft_labels_of_its_own_captions(
     data: Path, text_tower: Path, teachers: dict, tmp_path: Path
 ) -> None:

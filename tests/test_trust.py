@@ -127,6 +127,7 @@ def entries(value: Any, folder: Path) -> Any:
 
 
 class TestAModelsFolder:
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", NEEDLESS)
     def test_what_is_not_needed_is_not_run(self, case: str, planted: Callable[..., Path], marker: Path) -> None:
         file, asking = NEEDLESS[case]
