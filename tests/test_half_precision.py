@@ -35,7 +35,9 @@ EMBEDS = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 LOGITS = {torch.float16: 0.04, torch.bfloat16: 0.3}
 # The reasoning's own loss sees its logits unscaled, next to equal for all pairs of a tiny model: their digits count.
 GRADIENTS = {torch.float16: 0.25, torch.bfloat16: 0.65}
-DTYPES = pytest.mark.parametrize("dtype", LOGITS, ids=["float16", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=["float16", "bfloat16"]
+)
 CNN = MobileNetV2Config(depth_multiplier=0.05, image_size=32, finegrained_output=True)
 BERT = BertConfig(vocab_size=31, hidden_size=10, num_attention_heads=2, num_hidden_layers=1, intermediate_size=17)
 # The usual start of 0.02 leaves all patches of a tiny tower alike: the gradient is then made of their last digits.
