@@ -17,7 +17,8 @@ from typing import Any
 
 import PIL.Image
 
-from .data.images import IMAGE_SUFFIXES, ImageError, decode_image, image_files, leads_out
+from .data.image_folder import IMAGE_SUFFIXES, image_files, leads_out
+from .data.images import ImageError, decode_image
 from .explain import explain
 from .explain.page import SCRIPT as EXPLANATION_SCRIPT
 from .explain.page import STYLE as EXPLANATION_STYLE

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,12 +71,10 @@ def say_cut(processor: Any) -> None:
 def say_unknown(processor: Any, captions: Iterable[str]) -> None:
     """The words that the model reads as its unknown token, the most frequent first, where there are any."""
     from ..data.file_kinds import is_unicode
-    from ..data.worded import unknown_words
+    from ..data.worded import about_unknown_words
 
-    found = Counter(word for text in captions if is_unicode(text) for word in unknown_words(processor, text))
-    if found:
-        named = ", ".join(word for word, _ in found.most_common(10)) + (", …" if len(found) > 10 else "")
-        typer.echo(f"tvrn: the model does not know {named}: each is <unk> to it, as any other", err=True)
+    if said := about_unknown_words(processor, filter(is_unicode, captions)):
+        typer.echo(f"tvrn: {said}", err=True)
 
 
 def as_json_text(value: Any, indent: int | None = None) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, TrustRemoteCode, fail, progress, say, writable
-from .evaluate import Checkpoints, read_records
+from .common import AsJson, Device, Dtype, TrustRemoteCode, progress, say, writable
+from .evaluate import Checkpoints, read_records, with_caches
 
 
 def compare(
@@ -47,9 +47,7 @@ def compare(
       tvrn compare runs/flickr8k runs/flickr8k-bigru --data flickr8k --split validation --regions regions/validation
       tvrn compare runs/coco google/siglip2-base-patch16-224 --data coco --split test --shortlist-size 64 --json
     """
-    caches = list(regions or [])
-    if len(caches) not in (0, 1, len(models)):
-        raise fail(f"--regions names {len(caches)} caches for {len(models)} models; one, or one for each")
+    chosen = with_caches(models, regions)
     if output is not None:
         writable(output)  # before the work
     from ..evaluation import check_names
@@ -60,9 +58,7 @@ def compare(
     for name in models:
         check_exists(name)
     checkpoints = Checkpoints(read_records(data, split, data_option or []), device, dtype, trust_remote_code)
-    by_model = caches if len(caches) == len(models) else [next(iter(caches), None)] * len(models)
-    loaded = [checkpoints.load(name, cache) for name, cache in zip(models, by_model, strict=True)]
-    networks, processors, records = zip(*loaded, strict=True)
+    networks, processors, records = zip(*(checkpoints.load(name, cache) for name, cache in chosen), strict=True)
     report = measure(
         networks, processors, records, models, protocol, shortlist_size=shortlist_size, batch_size=batch_size,
         num_workers=num_workers, data=data, progress=progress(),

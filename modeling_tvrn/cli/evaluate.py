@@ -117,19 +117,12 @@ def evaluate(
     if compare and protocol not in PROTOCOLS:
         raise fail(f"--compare goes with protocols of recall, not with {protocol}")
     others = compare or []
-    caches = list(regions or [])
-    if len(caches) not in (0, 1, len(models) + len(others)):
-        raise fail(
-            f"--regions names {len(caches)} caches for {len(models) + len(others)} models; one, or one for each"
-        )
+    chosen = with_caches([*models, *others], regions)
     from_file = protocol == CONTRAST and Path(str(data)).suffix.lower() in READERS
-    if from_file and caches:
+    if from_file and regions:
         raise fail(f"--regions goes with data of load_pairs, and {data!r} is a file of contrast rows; leave it out")
     if images is not None and not from_file:
         raise fail(f"--images goes with a file of contrast rows ({', '.join(READERS)}), and --data is {data!r}")
-    names = [*models, *others]
-    by_model: list[Path | None] = [*caches] if len(caches) > 1 else [next(iter(caches), None)] * len(names)
-    chosen = list(zip(names, by_model, strict=True))
     if output is not None:
         writable(output)  # before the work
     with _processes() as speaks:
@@ -193,6 +186,15 @@ def read_records(
 
 Chosen = list[tuple[str, Path | None]]  # names of checkpoints, each with its region cache
 Found = tuple[Any, str]  # a report for scripts, and for people
+
+
+def with_caches(names: Sequence[str], regions: Sequence[Path] | None) -> Chosen:
+    """Each model with its region cache: one for all, one for each, or none."""
+    caches = list(regions or [])
+    if len(caches) not in (0, 1, len(names)):
+        raise fail(f"--regions names {len(caches)} caches for {len(names)} models; one, or one for each")
+    by_model: list[Path | None] = [*caches] if len(caches) > 1 else [next(iter(caches), None)] * len(names)
+    return list(zip(names, by_model, strict=True))
 
 
 @dataclass

@@ -32,6 +32,7 @@ from .common import (
     tell_more,
     writable,
 )
+from .evaluate import Checkpoints
 
 if TYPE_CHECKING:
     from .pairs import ScoredPair
@@ -123,12 +124,9 @@ def calibrate(
     from ..training.best_model import save_model
     from ..training.calibration import calibrate_and_measure
 
-    loaded, processor = load(model, device, trust_remote_code=trust_remote_code)
-    records = with_words(load_pairs(data, split), processor)
-    if regions is not None:
-        from ..teachers import with_checked_regions
-
-        records = with_checked_regions(records, regions, loaded, processor)
+    checkpoints = Checkpoints(load_pairs(data, split), device, "float32", trust_remote_code)
+    loaded, processor, records = checkpoints.load(model, regions)
+    records = with_words(records, processor)
     report = calibrate_and_measure(loaded, processor, records, progress())
     save_model(folder, loaded, processor)
     if report is not None and picture is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .delimited import DELIMITERS, read_delimited
-from .images import leads_out
+from .image_folder import leads_out
 from .schema import CAPTION_COLUMNS, FILENAME_COLUMNS, IMAGE_COLUMNS, is_caption_column, lines_of
 from .text_files import read_json_file, read_json_lines, text_of
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from .images import IMAGE_SUFFIXES
+from .image_folder import IMAGE_SUFFIXES
 
 DELIMITERS = ",\t|;"
 Cells = dict[str, str | None]

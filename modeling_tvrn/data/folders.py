@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .caption_files import CAPTION_SUFFIXES, SIDECAR_SUFFIXES, is_caption_table, read_caption_file, read_sidecars
-from .images import IMAGE_SUFFIXES, image_files
+from .image_folder import IMAGE_SUFFIXES, image_files
 from .named_files import NamedFiles, size_of_file
 from .schema import (
     LINE_COLUMNS,

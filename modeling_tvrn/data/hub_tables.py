@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..redaction import redacted_text
-from .images import leads_out
+from .image_folder import leads_out
 from .named_files import HUB_FILES, OWN_FILES, NamedFiles, bounds_of
 from .paths import near_paths
 from .sources import PairSource, Rows, Shard, joined

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,10 +18,6 @@ from .skipped import CORRUPT_IMAGE, HUGE_IMAGE, MISSING_IMAGE, NO_IMAGE, UNREADA
 Check = Literal["header", "full", False]
 
 KEPT_BLOCKS = 64
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
-)  # fmt: skip
 _TAIL = 64  # bytes at the end of a file in which its end marker is looked for
 
 # encoded bytes, a file, what `datasets` makes of an image that it does not decode, or a picture
@@ -152,39 +147,6 @@ def check_image_file(path: str | os.PathLike[str]) -> None:
         raise _unreadable(path, error) from error
     if kind is not None:
         raise ImageError(UNREADABLE_FILE, f"{printable(path)}: {kind}", kind)
-
-
-def image_files(folder: Path, onerror: Callable[[OSError], Any] | None = None) -> Iterator[Path]:
-    """The images of a folder by their names' ends, at any depth; hidden files and folders, and links that lead out of
-    it, are left out.
-
-    Args:
-        folder: resolved.
-        onerror: told of folders that may not be read, and of files and folders that links lead out to.
-    """
-    for root, folders, names in os.walk(folder, onerror=onerror):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [path for path in (Path(root, name) for name in folders) if path.is_symlink()]
-        linked = [path for path in links if leads_out(path, folder)]
-        for name in names:
-            path = Path(root, name)
-            if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-                continue
-            if path.is_symlink() and leads_out(path, folder):
-                linked.append(path)
-            else:
-                yield path
-        if onerror is not None:
-            for path in linked:
-                onerror(OSError(errno.EXDEV, "a link that leads out of the folder, which is not followed", str(path)))
-
-
-def leads_out(path: str | os.PathLike[str], folder: Path) -> bool:
-    """Whether a path leads out of a (resolved) folder by links; one that leads nowhere stays in it."""
-    try:
-        return not Path(path).resolve().is_relative_to(folder)
-    except (OSError, RuntimeError, ValueError):  # links in a circle, or a name that no file can have
-        return False
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 from .caption_files import CAPTION_SUFFIXES
 from .folders import caption_files_in, is_hidden, open_folder, open_sidecars
 from .hub_tables import is_dataset, is_saved, load_saved, name_of, open_datasets, open_hub
-from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, Check, leads_out
+from .image_folder import IMAGE_SUFFIXES, leads_out
+from .images import MAX_IMAGE_PIXELS, Check
 from .named_files import NamedFiles
 from .parquet_tables import open_parquet
 from .paths import is_local, missing_path

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from .file_kinds import printable
-from .images import ImageError, leads_out
+from .image_folder import leads_out
+from .images import ImageError
 from .skipped import AMBIGUOUS_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE
 
 __all__ = ["HUB_FILES", "OWN_FILES", "NamedFiles", "bounds_of", "size_of_file"]

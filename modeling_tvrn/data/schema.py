@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .file_kinds import is_unicode, printable
-from .images import IMAGE_SUFFIXES
+from .image_folder import IMAGE_SUFFIXES
 from .skipped import (
     BAD_ID,
     BAD_NAME,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -10,6 +11,8 @@ from .file_kinds import is_unicode
 from .records import PairStream, Record
 from .schema import ItemId, is_blank
 from .skipped import SkipReport, good_captions
+
+NAMED = 10  # unknown words, at most
 
 FindProblems = Callable[[Sequence[Any]], Mapping[int, str]]
 
@@ -37,6 +40,15 @@ def unknown_words(processor: Any, text: str) -> list[str]:
     read = tokenizer(text, return_offsets_mapping=True)
     places = [place for place, token in enumerate(read["input_ids"]) if token == tokenizer.unk_token_id]
     return list(dict.fromkeys(text[slice(*read["offset_mapping"][place])] for place in places))
+
+
+def about_unknown_words(processor: Any, texts: Iterable[str]) -> str:
+    """A sentence that names the unknown words of some texts, the most frequent first; empty where there are none."""
+    found = Counter(word for text in texts for word in unknown_words(processor, text))
+    if not found:
+        return ""
+    named = ", ".join(word for word, _ in found.most_common(NAMED)) + (", …" if len(found) > NAMED else "")
+    return f"the model does not know {named}: each is <unk> to it, as any other"
 
 
 def with_words(records: Any, *processors: Any) -> Any:

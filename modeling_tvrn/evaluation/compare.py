@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.training_pairs import image_inputs
@@ -21,9 +20,8 @@ from ..scoring.models import evaluating, match
 from .captions import CaptionTable
 from .encoding import to_device
 from .protocols import find_protocol
-from .provenance import command, commit, versions
 from .report import RESAMPLES, EvaluatedModel, JsonReport
-from .run import Measure, System, describe_model, encode_galleries, pair_up
+from .run import Measure, System, describe_model, encode_galleries, origin, pair_up
 
 TIMED_QUERIES = 20
 COUNTED_IMAGES, COUNTED_CAPTIONS = 4, 32  # few enough for the plain path: no counter sees into a fused program
@@ -199,23 +197,11 @@ def compare(
             scores.append(ComparedScore(name, score, metrics, *costs, gain))
         del system  # one encoded gallery in memory, not this one beside the next
     assert gallery is not None
-    device = next(models[0].parameters()).device
     return ComparisonReport(
-        protocol=chosen.name,
-        data=data if data is not None else str(getattr(inputs[0][2], "name", "")),
-        split=split if split is not None else "+".join(dict.fromkeys(gallery.splits)),
-        image_count=gallery.image_count,
-        caption_count=gallery.caption_count,
-        gallery_fingerprint=gallery.fingerprint,
+        **origin(chosen, gallery, inputs, truncated, data, split),
         scores=scores,
         models=[describe_model(model, None) for model in models],
         shortlist_size=shortlist_size,
-        skipped=dict(getattr(inputs[0][2], "skipped", {})),
-        truncated_captions=truncated,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        commit=commit(),
-        command=command(),
-        versions=versions(),
     )
 
 

@@ -118,15 +118,9 @@ def evaluate(
     singles = [measure.ranked(each, f"model-{n}") if several else None for n, each in enumerate(systems, start=1)]
     own = measure.embeddings(average(systems)) if embeddings else None
     found = zip(inputs, singles, strict=True)
-    device = next(inputs[0][0].parameters()).device
     return EvaluationReport(
-        protocol=chosen.name,
-        data=data if data is not None else str(getattr(inputs[0][2], "name", "")),
-        split=split if split is not None else "+".join(dict.fromkeys(gallery.splits)),
-        image_count=gallery.image_count,
-        caption_count=gallery.caption_count,
+        **origin(chosen, gallery, inputs, truncated, data, split),
         fold_count=chosen.folds,
-        gallery_fingerprint=gallery.fingerprint,
         metrics=metrics,
         embedding_metrics=own,
         caption_image_rows=gallery.caption_image_rows,
@@ -135,14 +129,35 @@ def evaluate(
         chance=measure.chance(),
         models=[describe_model(each, single) for (each, _, _), single in found],
         seeds=list(seeds),
-        skipped=dict(getattr(inputs[0][2], "skipped", {})),
-        truncated_captions=truncated,
         seconds={"encoding": encoded - started, "scoring": time.perf_counter() - encoded},
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        commit=commit(),
-        command=command(),
-        versions=versions(),
     )
+
+
+def origin(
+    protocol: Protocol,
+    gallery: CaptionTable,
+    inputs: list[tuple[Any, Any, Any]],
+    truncated: int,
+    data: str | None,
+    split: str | None,
+) -> dict[str, Any]:
+    """What every report of a gallery says of where its numbers come from."""
+    model, _, records = inputs[0]
+    device = next(model.parameters()).device
+    return {
+        "protocol": protocol.name,
+        "data": data if data is not None else str(getattr(records, "name", "")),
+        "split": split if split is not None else "+".join(dict.fromkeys(gallery.splits)),
+        "image_count": gallery.image_count,
+        "caption_count": gallery.caption_count,
+        "gallery_fingerprint": gallery.fingerprint,
+        "skipped": dict(getattr(records, "skipped", {})),
+        "truncated_captions": truncated,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "commit": commit(),
+        "command": command(),
+        "versions": versions(),
+    }
 
 
 def pair_up(model: Any, processor: Any, dataset: Any) -> list[tuple[Any, Any, Any]]:

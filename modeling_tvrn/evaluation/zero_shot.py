@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import ImageError, decode_image, image_files
+from ..data.image_folder import image_files
+from ..data.images import ImageError, decode_image
 from ..data.skipped import SkipReport
 from ..scoring.models import evaluating
 

@@ -136,7 +136,7 @@ class OnnxModel:
         a dual encoder alone nearly all are 1, so look at the cosine of the embeddings.
         """
         scale, shift = self.manifest["calibration"]
-        return 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift)))
+        return _sigmoid(scale * logits.astype(np.float64) + shift)
 
     def fits(self, logits: np.ndarray, gallery_size: int, texts: Arrays) -> np.ndarray | None:
         """Probabilities that images fit the texts, of logits (I, T), where the model has them: as `TVRNModel.fits`."""
@@ -144,8 +144,8 @@ class OnnxModel:
         if query is None:
             return None
         scale, shift = self.manifest["calibration"]
-        found = 1 / (1 + np.exp(-(scale * logits.astype(np.float64) + shift - np.log(gallery_size))))
-        return np.asarray(found / (1 + np.exp(-(texts["texts.embeds"] @ np.array(query[:-1]) + query[-1]))))
+        found = _sigmoid(scale * logits.astype(np.float64) + shift - np.log(gallery_size))
+        return found * _sigmoid(texts["texts.embeds"] @ np.array(query[:-1]) + query[-1])
 
     def match(self, images: Arrays, texts: Arrays, pairs_at_once: int = 256) -> np.ndarray:
         """Logits (I, T) of every image with every caption; `scores` makes matching scores of them.
@@ -301,6 +301,10 @@ def _checked(about: Mapping[str, Any], value: np.ndarray) -> np.ndarray:
     if limit is not None and (value.min() < 0 or value.max() >= limit):
         raise ValueError(f"{name} holds {value.min()} to {value.max()}; expected 0 to {limit - 1}.")
     return np.ascontiguousarray(value, dtype=about["dtype"])
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-values)))
 
 
 def _length(items: Mapping[str, np.ndarray]) -> int:

@@ -25,15 +25,12 @@ from uuid import uuid4
 import numpy as np
 import PIL.Image
 
+from ..data.image_folder import image_files
 from ..pixels_tvrn import rgb_images
 from .tvrn_onnx import Arrays, OnnxModel, cat
 
 INDEX, FORMAT, EMBEDS = "index.json", "tvrn-search-1", "images.embeds"
 CHUNK = 64  # images encoded before they are on the disk
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".avif", ".jp2", ".j2k", ".jpx", ".heic", ".heif", ".hif",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class PhotoIndex:
         with _lock(self.directory):
             self._open(verify)
             known = {item[:3]: item for item in self._items}
-            found = [_described(path, self.folder) for path in _photographs(self.folder)]
+            found = [_described(path, self.folder) for path in sorted(image_files(self.folder, onerror=_say_skipped))]
             kept, new = [known[key] for key in found if key in known], [key for key in found if key not in known]
             self._items, self.skipped = kept, {}
             encoded = 0
@@ -272,18 +269,6 @@ class PhotoIndex:
         temporary.replace(self.directory / INDEX)
 
 
-def _photographs(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(root, name) for name in sorted(names)):
-            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(folder):
-                _say(f"skipped: {path} is a link that leads out of the folder")
-            else:
-                yield path
-
-
 def _described(path: Path, folder: Path) -> tuple[str, int, int]:
     try:
         about = path.stat()
@@ -310,6 +295,10 @@ def _lock(directory: Path) -> Iterator[None]:
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done}/{total} photographs", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _say_skipped(error: OSError) -> None:
+    _say(f"skipped: {error.filename}: {error.strerror}")
 
 
 def _say(message: str) -> None:

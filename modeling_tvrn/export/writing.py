@@ -53,7 +53,7 @@ dependencies = ["onnxruntime>=1.23", "numpy>=2.0", "pillow>=11.3", "tokenizers>=
 scripts = {{ tvrn-search = "tvrn_search:main" }}
 
 [tool.setuptools]
-py-modules = ["tvrn_search", "tvrn_onnx", "pixels_tvrn"]
+py-modules = ["tvrn_search", "tvrn_onnx", "pixels_tvrn", "image_folder"]
 """
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
@@ -356,7 +356,8 @@ def _write_beside(folder: Path, processor: Any, manifest: dict[str, Any]) -> Non
 def _copy_code(name: str, folder: Path) -> None:
     """A module of the package; beside the graphs there is none, and what it imports from ours lies next to it."""
     code = resources.files("modeling_tvrn").joinpath(name).read_text("utf-8")
-    (folder / Path(name).name).write_text(re.sub(r"^from \.+(?=\w)", "from ", code, flags=re.MULTILINE), "utf-8")
+    code = re.sub(r"^from \.+(?:\w+\.)*(?=\w+ import)", "from ", code, flags=re.MULTILINE)
+    (folder / Path(name).name).write_text(code, "utf-8")
 
 
 def _write_search(folder: Path, manifest: dict[str, Any]) -> None:
@@ -366,7 +367,8 @@ def _write_search(folder: Path, manifest: dict[str, Any]) -> None:
             f"This export reads no {missing} by itself, and a search needs both pictures and captions; export it "
             "without search, and give OnnxModel its inputs."
         )
-    _copy_code("export/tvrn_search.py", folder)
+    for name in ("export/tvrn_search.py", "data/image_folder.py"):
+        _copy_code(name, folder)
     (folder / "pyproject.toml").write_text(
         SEARCH_PROJECT.format(version=manifest["made_with"]["modeling_tvrn"]), "utf-8"
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..data.worded import unknown_words
+from ..data.worded import about_unknown_words
 from ..encoded_tvrn import EncodedItems
 from ..explain.scene import read_scene
 from ..scoring.models import evaluating
@@ -300,8 +300,8 @@ class ImageTextIndex:
         started = time.perf_counter()
         with evaluating(self.model):
             query = self._encode(text, image)
-            if text is not None and (unknown := unknown_words(self.processor, text)):
-                logger.warning("the model does not know %s: each is <unk> to it, as any other", ", ".join(unknown))
+            if text is not None and (unknown := about_unknown_words(self.processor, [text])):
+                logger.warning(unknown)
             encoded = time.perf_counter()
             vector = query.tensors()["embeds"][0].float().cpu().numpy()
             found = self.backend.nearest(vector, max(limit, shortlist_size) if across else limit, where)
@@ -360,23 +360,25 @@ class ImageTextIndex:
         scored = [(place, cosine, None if logits is None else logits[k]) for k, (place, cosine) in enumerate(found)]
         if logits is not None:
             scored.sort(key=lambda each: -float(each[2] or 0.0))
+        scored = scored[:limit]
+        scores, kind = [cosine for _, cosine, _ in scored], "cosine"
+        if logits is not None:
+            scores, kind = self._readable([float(logit or 0.0) for *_, logit in scored], query)
         hits = []
-        for rank, (place, cosine, logit) in enumerate(scored[:limit], start=1):
+        for rank, ((place, cosine, logit), score) in enumerate(zip(scored, scores, strict=True), start=1):
             item = self.backend.item(place)
-            score, kind = cosine, "cosine"
-            if logit is not None:
-                score, kind = self._readable(logit, query)
             metadata = {name: value for name, value in item.items() if name not in RESERVED}
             found_at = (item.get("path"), item.get("text"))
             hits.append(Hit(rank, item["id"], score, logit, cosine, *found_at, metadata, kind))
         return hits
 
-    def _readable(self, logit: float, query: EncodedItems) -> tuple[float, str]:
-        """A pair logit as a number to show, and what that is."""
-        value = torch.tensor([[logit]], dtype=torch.float64)
+    def _readable(self, logits: list[float], query: EncodedItems) -> tuple[list[float], str]:
+        """Pair logits as numbers to show, and what these are."""
+        values = torch.tensor(logits, dtype=torch.float64)
         if not self.model.has_probabilities:
-            return float(self.model.readable_scores(value)), self.model.score_kind
-        return float(self.model.fits(value, len(self), query if self.side == "images" else None)), "probability"
+            return self.model.readable_scores(values).tolist(), self.model.score_kind
+        text = query if self.side == "images" else None
+        return self.model.fits(values.unsqueeze(1), len(self), text)[:, 0].tolist(), "probability"
 
 
 def _unit_vector(vector: Any) -> np.ndarray:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..data.file_kinds import is_unicode, printable, why_unreadable
-from ..data.images import ImageError, decode_image, image_files, read_image_file
+from ..data.image_folder import image_files
+from ..data.images import ImageError, decode_image, read_image_file
 from ..data.skipped import BAD_NAME, BROKEN_CAPTION, UNREADABLE_FILE, WORDLESS_CAPTION, Unusable
 from ..encoded_tvrn import EncodedItems
 
