@@ -19,6 +19,7 @@ import PIL.Image
 
 from .data.image_folder import IMAGE_SUFFIXES, image_files, leads_out
 from .data.images import ImageError, decode_image
+from .data.worded import about_unknown_words
 from .explain import explain
 from .explain.page import SCRIPT as EXPLANATION_SCRIPT
 from .explain.page import STYLE as EXPLANATION_STYLE
@@ -136,7 +137,7 @@ class Searches:
         self, query: str, limit: int = 12
     ) -> tuple[list[tuple[PIL.Image.Image, str]], list[dict[str, Any]], str]:
         """Gallery, its state, and a line of text."""
-        note = self._cut_note(query)
+        note = self._note(query)
         query = (query or "").strip()[:MAX_QUERY]
         if not query:
             return [], [], "Type what the photograph shows."
@@ -200,7 +201,7 @@ class Searches:
         """HTML that explains a hit; one found by photograph, or not searched for, with a text typed since then."""
         if not 0 <= number < len(state):
             return ""
-        note = self._cut_note(state[number]["query"] or query)
+        note = self._note(state[number]["query"] or query)
         text = (state[number]["query"] or (query or "")).strip()[:MAX_QUERY]
         try:
             with self._one_photograph:
@@ -228,7 +229,7 @@ class Searches:
 
     def score(self, upload: Any, caption: str) -> str:
         """HTML with the score of an uploaded pair."""
-        note = self._cut_note(caption)
+        note = self._note(caption)
         caption = (caption or "").strip()[:MAX_QUERY]
         if upload is None or not caption:
             return "<p>Choose a photograph and type a caption.</p>"
@@ -246,16 +247,19 @@ class Searches:
         about = f"<p>“{html.escape(text)}”: {found.score_kind} {found.score:.3f}</p>"
         return f"{_heading(name)}{about}{html_body(found)}"
 
-    def _cut_note(self, text: str | None) -> str:
-        """What to say of a text that is longer than what is read of it; else nothing."""
+    def _note(self, text: str | None) -> str:
+        """What to say of a text that is longer than what is read of it or has unknown words; else nothing."""
         text = (text or "").strip()
         if not text:
             return ""
         limit = check_length(self.processor.max_text_length, self.processor.tokenizer)
+        unknown = about_unknown_words(self.processor, [text[:MAX_QUERY]])
+        note = f" Note: {unknown}." if unknown else ""
         if len(text) <= MAX_QUERY and int(encode(self.processor.tokenizer, [text], limit)[1][0]) <= limit:
-            return ""
+            return note
         return (
             f" The text is too long: at most {MAX_QUERY} characters and {limit} tokens are read, its end was left out."
+            f"{note}"
         )
 
 

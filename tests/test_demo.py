@@ -49,6 +49,15 @@ def test_before_anything_is_asked_there_are_photographs_and_queries_to_try(searc
     assert searches.examples() == [], "this model knows few words"
 
 
+def test_unknown_words_are_named(searches: Searches, tmp_path: Path) -> None:
+    _, state, said = searches.by_text("dogs xyzzy run", 2)
+    assert "the model does not know xyzzy: each is <unk>" in said
+    assert "does not know" not in searches.by_text("dogs run", 2)[2]
+    assert "the model does not know xyzzy" in searches.why(state, 0)
+    (tmp_path / "good.png").write_bytes(encoded(3))
+    assert "the model does not know xyzzy" in searches.score(tmp_path / "good.png", "dogs xyzzy")
+
+
 def test_an_upload_is_shown_at_once_or_named(searches: Searches, tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(encoded(3))
     (tmp_path / "page.png").write_bytes(b"<html>")
