@@ -39,7 +39,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in two processes, unless -n says otherwise, and a file named alone in one: importing is
     most of its time. The tests of a file stay together, as its runs are trained once."""
     alone = hasattr(config, "workerinput") or config.option.collectonly or config.option.usepdb
-    if config.option.numprocesses is None and config.args == config.getini("testpaths") and not alone:
+    if getattr(config.option, "numprocesses", 0) is None and config.args == config.getini("testpaths") and not alone:
         config.option.numprocesses = min(2, os.cpu_count() or 1)
         config.option.dist = "loadfile"
 

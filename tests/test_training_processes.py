@@ -291,7 +291,8 @@ def trained(config: TrainingConfig) -> dict[str, Any]:
     end_group, left = torch.distributed.destroy_process_group, []
 
     def look_and_end(*arguments: Any) -> None:
-        left.extend(type(each).__name__ for each in gc.get_objects() if isinstance(each, DistributedDataParallel))
+        # By type: isinstance asks objects for their __class__, and torch has one that warns when it is asked.
+        left.extend("wrapper" for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__)
         end_group(*arguments)
 
     torch.distributed.destroy_process_group = look_and_end
