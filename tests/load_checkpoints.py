@@ -26,7 +26,7 @@ class NotInstalled:
 
 def raw_inputs(inputs: Path) -> tuple[list[PIL.Image.Image], dict[str, list[np.ndarray]], list[str]]:
     """Photographs of several sizes, regions of several counts, captions."""
-    images = [PIL.Image.open(path) for path in sorted(inputs.glob("*.png"))]
+    images = [PIL.Image.open(path).copy() for path in sorted(inputs.glob("*.png"))]  # copies hold no files
     arrays = np.load(inputs / "regions.npz")
     regions = {
         f"region_{kind}": [arrays[name] for name in sorted(arrays.files) if name.startswith(kind)]
