@@ -445,6 +445,14 @@ def test_a_picture_of_hits_without_files_is_a_sentence_after_the_hits(
     assert "a.png" in outcome.stdout and "--picture needs hits with files" in outcome.stderr
 
 
+def test_an_index_without_its_pointer_is_not_taken_for_photographs(model: Path, pairs: Path, tmp_path: Path) -> None:
+    tvrn("index", model, pairs.parent, tmp_path / "index")
+    (tmp_path / "index" / "current.json").unlink()
+    said = tvrn("search", model, tmp_path / "index", "a dog", code=2).stderr
+    assert "holds an index without its current.json" in said and "Run `tvrn index MODEL SOURCE`" in said
+    assert json.loads(tvrn("index", model, pairs.parent, tmp_path / "index", "--json").stdout)["reused"] == 3
+
+
 def test_unknown_words_are_named(model: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = ("--index", tmp_path / "index", "-n", 1)
     tvrn("search", model, pairs.parent, "A dog, xyzzy blorb xyzzy", *options)
@@ -473,6 +481,8 @@ class TestTerminals:
         given = CliRunner().invoke(app, ["score", str(model), "-", "-o", "-"], input=pairs.read_bytes())
         assert given.exit_code == 0 and given.stdout == tvrn("score", model, pairs).stdout
         assert not Path("-").exists()
+        wrong = CliRunner().invoke(app, ["score", str(model), "-"], input="a,b\n1,2\n")
+        assert wrong.exit_code == 2 and wrong.stderr.startswith("tvrn: standard input has the columns ['a', 'b']")
         mistaken = CliRunner().invoke(app, ["train", "-c", "-"], input="seed: -1")
         assert mistaken.exit_code == 2 and "seed = -1" in mistaken.stderr
 

@@ -106,6 +106,11 @@ def test_what_cannot_be_compared_is_a_sentence(checkpoints, tmp_path) -> None:  
         assert message in stderr and len(stderr.splitlines()) == 1, stderr
 
 
+def test_equal_weights_under_two_names_are_named(processor, caplog) -> None:  # noqa: F811
+    compare([tiny(0), tiny(1), tiny(0)], [processor] * 3, region_records(4, 2), ["a", "b", "c"], progress=False)
+    assert "a and c have the same weights" in caplog.text
+
+
 def test_different_galleries_are_refused(processor) -> None:  # noqa: F811
     galleries = (region_records(6, 2), region_records(7, 2))
     with pytest.raises(ValueError, match="'a' and 'b' have different galleries: 6 images .* 7 with"):

@@ -200,6 +200,8 @@ class TestFolder:
             ("a.csv", "filename,caption\n", "holds no rows"),
             ("a.json", '{"images": [', "not valid JSON"),
             ("a.jsonl", '{"filename": "a.png", "caption": "x"}\nnonsense\n', "line 2 is not valid JSON"),
+            ("a.json", '{"a.png": ["A dog"], "a.png": ["A cat"]}', r"the key 'a\.png' occurs twice in \{\"a.png\": "),
+            ("a.jsonl", '{"filename": "a.png", "caption": "x", "caption": "y"}', "line 1 .*'caption' occurs twice"),
             ("a.csv", "where,what\na.png,A dog\n", r"columns seen: \['where', 'what'\]"),
             ("a.csv", "caption,size\nA dog,3\n", r"no column with the images' file names.*\['caption', 'size'\]"),
             ("a.token", "a.png#0\tA dog\nb.png A cat\n", "line 2: expected 'file.jpg#number<tab>caption'"),
@@ -309,9 +311,36 @@ class TestScan:
         self.write(tmp_path, boxes=wide, img_sizes=np.array([[140, 60]] * 3))
         with pytest.raises(ValueError, match=r"they fit once height and width are swapped.*\(height, width\)"):
             load_pairs(tmp_path)
+        self.write(tmp_path, boxes=self.BOXES[..., ::-1], img_sizes=self.SIZES)
+        with pytest.raises(
+            ValueError, match=r"dev_boxes\.npy, row 0, region 0: .*: x2 < x1 .*\(so in 3 of 3 images\)"
+        ):
+            load_pairs(tmp_path)
         self.write(tmp_path, boxes=self.BOXES[:2])
         with pytest.raises(ValueError, match=r"shape \(2, 4, 4\) of float32, expected \(3, 4, 4\)"):
             load_pairs(tmp_path)
+
+    @pytest.mark.parametrize("in_pixels", [True, False])
+    @pytest.mark.parametrize(
+        ("box", "why"),
+        [
+            ([0, 0, np.nan, 1], "expected finite numbers"),
+            ([0.4, 0, 0.2, 1], "x2 < x1"),
+            ([-9, 0, 1, 1], "which begins at 0"),
+            ([0, 0, 9, 1], "outside the image"),
+        ],
+    )
+    def test_an_image_with_a_wrong_box_is_left_out_and_counted(self, tmp_path, box, why, in_pixels):
+        unit = 100 if in_pixels else 1
+        boxes = self.BOXES * unit / 100
+        boxes[1, 2] = np.array(box) * unit
+        self.write(tmp_path, boxes=boxes, img_sizes=self.SIZES)
+        for streaming in (False, True):
+            records = load_pairs(tmp_path, split="validation", streaming=streaming)
+            assert [record["captions"] for record in records] == [captions(0), captions(2)]
+            assert dict(records.skipped) == {"bad region features": 1}
+            example = records.skipped.examples["bad region features"][0]
+            assert "dev_boxes.npy, row 1, region 2: [" in example and why in example
 
     def test_an_empty_line_does_not_shift_the_captions_of_others(self, tmp_path):
         lines = list(self.LINES)

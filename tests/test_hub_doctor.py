@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hub_makers import CAPTIONS, pixel_model, region_model, save
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import create_dynamic_module
 
@@ -271,6 +272,8 @@ class TestCard:
         """They are rendered from runs on the author's machine, whose folders are nobody's business."""
         shutil.copyfile(recipe, tmp_path / "README.md")
         assert check_card(tmp_path, published=True).status in ("ok", "warning")
+        for figure in ModelCard.load(recipe).data.eval_results:
+            assert figure.dataset_split and set(figure.metric_args) == {"protocol", "images", "captions"}
         text = recipe.read_text("utf-8")
         assert not re.search(r"(^|[\s'\"=(])(/[a-z]+/|~/|\.\./)", text) and "{{" not in text and "{%" not in text
 

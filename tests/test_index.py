@@ -24,6 +24,7 @@ from modeling_tvrn import TVRNModel, TVRNProcessor
 from modeling_tvrn.index import Hits, ImageTextIndex, IndexBusyError, OtherModelError
 from modeling_tvrn.index import build as building_module
 from modeling_tvrn.index.segments import Segments
+from modeling_tvrn.index.sources import open_source
 from modeling_tvrn.index.vectors import VectorSearch
 from modeling_tvrn.index.versions import FORMAT, LOCK
 from modeling_tvrn.storage.files import StorageError, locked, write_json
@@ -106,6 +107,14 @@ def test_both_directions_and_both_sides(processor: TVRNProcessor) -> None:
     same = images.search(image=items[5], limit=2)
     assert same[0].id == "image-5" and same[0].score == pytest.approx(1, abs=1e-5) and same[0].logit is None
     assert texts.search(text=CAPTIONS[2], limit=1)[0].text == CAPTIONS[2]
+
+
+def test_records_that_differ_in_one_array_are_not_taken_for_the_same() -> None:
+    first = {**records(1)[0], "region_mask": np.ones(4, bool), "image_embeds": np.ones(5, np.float32)}
+    changed = [first | {name: 1 - first[name]} for name in ("region_features", "region_boxes", "image_embeds")]
+    changed.append(first | {"region_mask": ~first["region_mask"]})
+    keys = {item.load().key for item in open_source([first, *changed, dict(first)], None, None, None)}
+    assert len(keys) == 5
 
 
 def test_captions_alone_are_a_collection_too(processor: TVRNProcessor) -> None:

@@ -7,11 +7,13 @@ than random ones, with a bootstrap interval over pairs. (Of 1 region the first i
 
 `pointing`: the pointing game. A hit is a word that names an object and whose first region (by `by_region`, or by
 attention) has its centre in a box of that object; beside it a random region, the regions in the middle, and how often
-any region could. On scenes, which know their boxes, or on COCO's instances (`--instances instances_val2017.json`).
+any region could. On scenes, which know their boxes; on images of COCO with `--instances instances_val2017.json`; on
+Flickr30k with `--entities FOLDER` (Flickr30k Entities: Annotations and Sentences), by the last word of every phrase.
 
 `foils`: in captions of scenes one colour is made wrong; how often the wrong word has the lowest number of all.
 
     python examples/benchmarks/explanations.py pointing runs/scenes --data scenes
+    python examples/benchmarks/explanations.py pointing MODEL --data flickr30k --split test --entities ENTITIES
     python examples/benchmarks/explanations.py masking runs/flickr8k-s0 --data DATA --regions REGIONS/validation
 """
 
@@ -23,19 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from named_boxes import Boxes, coco_boxes, entities_boxes, scene_boxes
 from origin import say_origin
 
 from modeling_tvrn import TVRNModel, TVRNProcessor, load_model
 from modeling_tvrn.data import load_pairs
 from modeling_tvrn.data.scenes.description import COLOURS
+from modeling_tvrn.data.skipped import SkipReport, Unusable
 from modeling_tvrn.explain import Explanation, explain
 from modeling_tvrn.explain.scene import read_scene
 from modeling_tvrn.teachers import RegionCache, with_regions
 
 COUNTS = (1, 4, 9)
 NAMED_BY = ("by_region", "attention")
-NOUNS = {"circle": ("circle", "disc"), "square": ("square", "block")}  # of scenes; other shapes have one name
-COLOUR_NAMES = {"violet": "purple"}
 DRAWS = 8  # random choices a pair, averaged
 
 
@@ -50,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="what load_pairs reads")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--regions", help="folder of the region cache of that split (default: from pixels)")
-    parser.add_argument("--instances", help="pointing: COCO's instances file, for data whose image ids are COCO's")
+    boxes = parser.add_mutually_exclusive_group()
+    boxes.add_argument("--instances", metavar="FILE", help="pointing: COCO's instances, for images of COCO")
+    boxes.add_argument("--entities", metavar="FOLDER", help="pointing: Flickr30k Entities, for images of Flickr30k")
     parser.add_argument("--pairs", type=int, default=300, help="image-caption pairs (default 300)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON file for the figures")
@@ -94,58 +98,23 @@ def summary(named: np.ndarray, other: np.ndarray, seed: int) -> dict:
     }
 
 
-def objects_of_scene(record: dict, words: list[str]) -> dict[int, np.ndarray]:
-    """Place of each word that names objects of the scene -> their boxes (n, 4)."""
-    found = {}
-    for place, word in enumerate(words):
-        colour = COLOUR_NAMES.get(words[place - 1], words[place - 1])
-        boxes = [
-            box
-            for box, label in zip(record["boxes"], record["labels"], strict=True)
-            if is_named(label.split()[2], word) and (colour not in COLOURS or colour == label.split()[1])
-        ]
-        if boxes:
-            found[place] = np.array(boxes)
-    return found
-
-
-def is_named(shape: str, word: str) -> bool:
-    """Whether a word is a name of the thing, or its plural."""
-    names = NOUNS.get(shape, (shape,))
-    return word.lower() in {name + end for name in names for end in ("", "s", "es")}
-
-
-def coco_objects(file: str) -> Any:
-    """What `objects_of_scene` is, of COCO's instances: words that are, with or without an s, a category's name."""
-    content = json.loads(Path(file).read_text("utf-8"))
-    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    of_image: dict[int, list[tuple[str, np.ndarray]]] = {}
-    for each in content["annotations"]:
-        (left, top, width, height), size = each["bbox"], np.array(sizes[each["image_id"]] * 2)
-        box = np.array([left, top, left + width, top + height]) / size
-        of_image.setdefault(each["image_id"], []).append((names[each["category_id"]], box))
-
-    def objects(record: dict, words: list[str]) -> dict[int, np.ndarray]:
-        here = of_image.get(int(record["image_id"]), [])
-        found = {place: [box for name, box in here if is_named(name, word)] for place, word in enumerate(words)}
-        return {place: np.array(boxes) for place, boxes in found.items() if boxes}
-
-    return objects
-
-
 def points(cells: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """(R,) whether the centre of each region lies in one of the boxes (n, 4)."""
     centres = (cells[:, None, :2] + cells[:, None, 2:]) / 2
     return ((boxes[:, :2] <= centres) & (centres <= boxes[:, 2:])).all(axis=2).any(axis=1)
 
 
-def pointing_game(found: Explanation, objects: dict[int, np.ndarray]) -> list[dict[str, float]]:
+def pointing_game(found: Explanation, named: Boxes) -> list[dict[str, float]]:
     """For each word that names an object: 1 where a way of choosing a region hits a box of it, else 0."""
+    if found.cells is None or found.by_region is None:
+        raise ValueError("the pointing game needs a score of several regions, and their boxes")
     middle = np.abs((found.cells[:, :2] + found.cells[:, 2:]) / 2 - 0.5).max(axis=1)
     rows = []
-    for place, boxes in objects.items():
-        word, hits = found.words[place], points(found.cells, boxes)
+    for (start, end), boxes in named.items():
+        words = [word for word in found.words if word.span and word.span[0] < end and start < word.span[1]]
+        if not words:  # cut off
+            continue
+        word, hits = words[-1], points(found.cells, boxes)
         row = {"by_region": hits[word.by_region.argmax()], "random": hits.mean(), "any": hits.any()}
         row["centre"] = hits[middle <= middle.min() + 1e-6].mean()
         if word.attention is not None:
@@ -156,15 +125,28 @@ def pointing_game(found: Explanation, objects: dict[int, np.ndarray]) -> list[di
 
 def measure_pointing(model: Any, processor: Any, records: Any, options: Any) -> dict:
     """Hits in percent, of the first caption of each image."""
-    objects = coco_objects(options.instances) if options.instances else objects_of_scene
+    find = scene_boxes
+    if options.instances or options.entities:
+        find = coco_boxes(options.instances) if options.instances else entities_boxes(options.entities)
     rows: list[dict[str, float]] = []
+    skipped = SkipReport()
     for row in range(min(options.pairs, len(records))):
         record = records[row]
-        found = explain(model, processor, record, record["captions"][0])
-        rows += pointing_game(found, objects(record, [word.text for word in found.words]))
+        try:
+            caption, named = find(record)
+        except Unusable as error:
+            skipped.add(error.reason, error.detail)
+            continue
+        if named:
+            rows += pointing_game(explain(model, processor, record, caption), named)
+    skipped.warn(options.data)
     if not rows:
-        raise SystemExit("no word of the captions names an object with a box: is --instances of these images?")
-    return {"words": len(rows)} | {name: 100 * float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        raise ValueError(
+            f"no word of the captions names an object with a box (skipped: {skipped}); expected annotations of these "
+            "images by --instances or --entities"
+        )
+    means = {name: 100 * float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return {"words": len(rows), "skipped": dict(skipped)} | means
 
 
 def measure_foils(model: Any, processor: Any, records: Any, options: Any) -> dict:
@@ -212,7 +194,10 @@ def main() -> None:
         records = with_regions(records, RegionCache.load(options.regions))
     measures = {"masking": measure_masking, "pointing": measure_pointing, "foils": measure_foils}
     started = time.perf_counter()
-    report = measures[options.measure](model, processor, records, options)
+    try:
+        report = measures[options.measure](model, processor, records, options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"explanations.py: {error}") from error
     report["seconds"] = time.perf_counter() - started
     for name, value in report.items():
         print(name, json.dumps(value))

@@ -31,7 +31,8 @@ def evaluate(
         ),
     ] = "validation",
     compare: Annotated[
-        list[str] | None, typer.Option(metavar="OTHER", help="a baseline, several are averaged: paired bootstrap")
+        list[str] | None,
+        typer.Option(metavar="OTHER", help="a baseline, several are averaged: paired bootstrap over images"),
     ] = None,
     shortlist_size: Annotated[
         int | None, typer.Option(metavar="K", help="search K candidates a query and rerank them", min=1)
@@ -228,10 +229,11 @@ def _ranked(checkpoints: Checkpoints, chosen: Chosen, baseline: Chosen, settings
         from ..metrics import paired_bootstrap
 
         other = _measured(checkpoints, baseline, settings)
-        comparison = paired_bootstrap(report.metrics, other.metrics)
+        rows = report.caption_image_rows
+        comparison = paired_bootstrap(report.metrics, other.metrics, caption_image_rows=rows)
         written |= {"baseline": other.as_dict(), "comparison": comparison.as_dict()}
         text += (
-            f"\n\nBaseline\n\n{other.table()}\n\nPaired bootstrap over queries, percent points\n\n{comparison.table()}"
+            f"\n\nBaseline\n\n{other.table()}\n\nPaired bootstrap over images, percent points\n\n{comparison.table()}"
         )
     return written, text
 

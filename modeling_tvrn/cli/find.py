@@ -174,7 +174,7 @@ def _opened(
 ) -> Any:
     """The index to search: of a server, of a folder that holds one, or built of a folder of photographs."""
     from ..index import ImageTextIndex
-    from ..index.versions import current
+    from ..index.versions import POINTER, SEGMENTS, current
 
     if url is not None:
         return ImageTextIndex.load(None, model, processor, url=url, collection=collection)
@@ -183,6 +183,11 @@ def _opened(
         raise fail(f"FOLDER is {where!r}; expected a folder of photographs, or of an index")
     if current(folder) is not None:
         return ImageTextIndex.load(folder, model, processor)
+    if any((folder / SEGMENTS).glob("*.safetensors")):
+        raise fail(
+            f"FOLDER is {where!r}, which holds an index without its {POINTER}: it is damaged, or was never finished. "
+            "Run `tvrn index MODEL SOURCE` with this folder again, which keeps what was encoded"
+        )
     kept = index_folder if index_folder is not None else _cached_index(name, folder)
     built = ImageTextIndex.build(model, processor, folder, kept, progress=progress())
     typer.echo(f"tvrn: {built.report}", err=True)

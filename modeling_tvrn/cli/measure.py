@@ -215,7 +215,10 @@ def _file(path: Path) -> Iterator[Path]:
         copy = Path(folder) / "stdin.csv"
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield copy
+        try:
+            yield copy
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), "standard input")) from error
 
 
 def _filtered(

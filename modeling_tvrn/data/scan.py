@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from .images import ImageError
 from .schema import Layout, SourceRow
+from .skipped import BAD_REGIONS
 from .sources import Content, PairSource, joined
 from .splits import SplitChoice, canonical_split, choose_splits
 
@@ -61,10 +63,11 @@ class ScanSource(PairSource):
             yield SourceRow(values, self.split, f"{self.split}/{row:06d}")
 
     def content(self, row: int) -> Content:
-        place = row * self.step
-        content: Content = {"region_features": np.array(self._features[place])}
+        if row in self._unusable:
+            return {"image": ImageError(BAD_REGIONS, self._unusable[row])}
+        content: Content = {"region_features": np.array(self._features[row * self.step])}
         if self._boxes is not None:
-            content["region_boxes"] = self._relative_boxes(place)
+            content["region_boxes"] = self._relative_boxes(row)
         return content
 
     @cached_property
@@ -134,76 +137,73 @@ class ScanSource(PairSource):
         return [int(line) if line.isdecimal() else line for line in ids]
 
     def _check_boxes(self) -> None:
-        """Refuse boxes that do not belong to the features or are none, and pixels that no size brings into [0, 1]."""
+        """Note the images of which a box is none, or lies outside; refuse a file of another form, as which most do."""
+        self._unusable: dict[int, str] = {}  # image -> why
         if self._boxes is None:
             return
         name, boxes = self._name_of(_BOXES), self._boxes
         expected = (*self._features.shape[:2], 4)
         if boxes.shape != expected or boxes.dtype.kind not in "uif":
             raise ValueError(f"{name} has the shape {boxes.shape} of {boxes.dtype}, expected {expected} of numbers")
-        self._refuse_boxes(~np.isfinite(boxes), "expected finite numbers")
-        self._refuse_boxes(
-            boxes[..., 2:] < boxes[..., :2],
-            "x2 < x1 or y2 < y1; expected corners x1, y1, x2, y2, not x, y, width, height",
-        )
-        self.in_pixels = bool(boxes.max() > 1)
+        boxes = boxes[:: self.step]
+        self._leave_out(~np.isfinite(boxes), "expected finite numbers")
+        inverted = boxes[..., 2:] < boxes[..., :2]
+        self._leave_out(inverted, "x2 < x1 or y2 < y1; expected corners x1, y1, x2, y2, not x, y, width, height")
+        largest = boxes.max(axis=(1, 2))
+        finite = largest[np.isfinite(largest)]
+        self.in_pixels = bool(len(finite) and np.median(finite) > 1)  # whatever a few wrong boxes say
         slack = _BOX_SLACK if self.in_pixels else _ROUNDING
-        self._refuse_boxes(boxes < -slack, "outside the image, which begins at 0")
+        self._leave_out(boxes < -slack, "outside the image, which begins at 0")
         if not self.in_pixels:
+            self._leave_out(boxes > 1 + slack, "outside the image, which ends at 1")
             return
-        largest = np.stack([boxes[..., 1::2].max(axis=(1, 2)), boxes[..., 0::2].max(axis=(1, 2))], axis=1)
         if self._sizes is None:
             raise ValueError(
                 f"{name} holds pixels (up to {largest.max():g}) and there is no {self._name_of(_SIZES)}: save one, "
                 "(images, 2) with height and width in pixels, or divide the boxes by them"
             )
-        sizes = self._all_sizes(len(largest))
-        if (largest > sizes + _BOX_SLACK).any():
-            swapped = " (they fit once height and width are swapped)" if _fits(largest, sizes[:, ::-1]) else ""
-            row = int((largest > sizes + _BOX_SLACK).any(axis=1).argmax())
-            raise ValueError(
-                f"{name}, row {row}: boxes reach (y, x) = {largest[row].tolist()} outside an image of "
-                f"(height, width) {sizes[row].tolist()}{swapped}; the sizes must be (height, width) in pixels"
-            )
+        sizes = self._image_sizes()
+        self._leave_out(~((sizes > 0) & np.isfinite(sizes))[:, None], "expected a size above 0", sizes)
+        swapped = (boxes <= sizes[:, None, [0, 1, 0, 1]] + slack).all()
+        why = "outside the image" + (" (they fit once height and width are swapped)" if swapped else "")
+        self._leave_out(boxes > sizes[:, None, [1, 0, 1, 0]] + slack, why, sizes)
 
     def _name_of(self, endings: tuple[str, ...]) -> str:
         """The file that is read, or the one to save."""
         found = self._first(endings)
         return f"{self.stem}{endings[0]}" if found is None else found.name
 
-    def _refuse_boxes(self, wrong: np.ndarray, why: str) -> None:
-        """Name the first box of which a number, of (rows, regions, numbers), is wrong."""
-        if wrong.any() and self._boxes is not None:
-            places = np.argwhere(wrong.any(axis=2))
-            row, region = places[0]
-            box = self._boxes[row, region].tolist()
-            raise ValueError(
-                f"{self._name_of(_BOXES)}, row {row}, region {region}: {box}: {why} ({len(places)} such boxes)"
-            )
+    def _leave_out(self, wrong: np.ndarray, why: str, sizes: np.ndarray | None = None) -> None:
+        """Note the images of which a number, of (images, regions, numbers), is wrong.
 
-    def _all_sizes(self, rows: int) -> np.ndarray:
-        """Sizes of each row of features, which are there once an image or once a row."""
-        sizes = self._sizes
-        if sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2 or len(sizes) not in (rows, rows // self.step):
+        Raises:
+            ValueError: they are more than a tenth, so the file is of another form.
+        """
+        images = np.flatnonzero(wrong.any(axis=(1, 2))).tolist()
+        for image in images:
+            region = int(wrong[image].any(axis=1).argmax())
+            place = f"row {image * self.step}, region {region}: {self._boxes[image * self.step, region].tolist()}"  # type: ignore[index]
+            size = "" if sizes is None else f"; (height, width) in pixels is {sizes[image].tolist()}"
+            found = f"{self._name_of(_BOXES)}, {place}: {why}{size}"
+            if len(images) > max(1, len(self) // 10):
+                raise ValueError(f"{found} (so in {len(images)} of {len(self)} images)")
+            self._unusable.setdefault(image, found)
+
+    def _image_sizes(self) -> np.ndarray:
+        """(images, 2) height and width; the file has them once an image or once a row of features."""
+        sizes, images, rows = self._sizes, len(self), len(self._features)
+        if sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2 or len(sizes) not in (images, rows):
             found = None if sizes is None else sizes.shape
             name = self._name_of(_SIZES)
-            raise ValueError(f"{name} has the shape {found}, expected ({rows}, 2) as height, width")
-        if not (sizes > 0).all() or not np.isfinite(sizes).all():  # NaN is above nothing
-            wrong = sizes[~((sizes > 0) & np.isfinite(sizes)).all(axis=1)][0].tolist()
-            raise ValueError(f"{self._name_of(_SIZES)} holds the sizes {wrong}, expected pixels above 0")
-        return sizes.repeat(rows // len(sizes), axis=0)
+            raise ValueError(f"{name} has the shape {found}, expected ({images}, 2) as height, width")
+        return sizes[:: len(sizes) // images]
 
-    def _relative_boxes(self, place: int) -> np.ndarray:
-        boxes = np.array(self._boxes[place], dtype=np.float32)  # type: ignore[index]
-        if self._sizes is None or not self.in_pixels:
-            return boxes.clip(0, 1)
-        row = place if len(self._sizes) == len(self._features) else place // self.step
-        height, width = self._sizes[row]
-        return (boxes / np.array([width, height, width, height], np.float32)).clip(0, 1)
-
-
-def _fits(largest: np.ndarray, sizes: np.ndarray) -> bool:
-    return bool((largest <= sizes + _BOX_SLACK).all())
+    def _relative_boxes(self, image: int) -> np.ndarray:
+        boxes = np.array(self._boxes[image * self.step], dtype=np.float32)  # type: ignore[index]
+        if self.in_pixels:
+            height, width = self._image_sizes()[image]
+            boxes /= np.array([width, height, width, height], np.float32)
+        return boxes.clip(0, 1)
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,25 @@ def read_json(text: str, name: str) -> Any:
         name: what the text is, for the message.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or holds a number of thousands of digits.
+        ValueError: it is not JSON, is nested too deeply, holds a number of thousands of digits, or names a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply; expected plain objects and lists") from error
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of values under one name Python would keep the last alone."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(
+            f"the key {twice!r} occurs twice in {json.dumps(found)[:80]}; rename one, or join their values"
+        )
+    return found
 
 
 def read_json_file(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
@@ -22,6 +23,8 @@ from .encoding import to_device
 from .protocols import find_protocol
 from .report import RESAMPLES, EvaluatedModel, JsonReport
 from .run import Measure, System, describe_model, encode_galleries, origin, pair_up
+
+logger = logging.getLogger(__name__)
 
 TIMED_QUERIES = 20
 COUNTED_IMAGES, COUNTED_CAPTIONS = 4, 32  # few enough for the plain path: no counter sees into a fused program
@@ -171,6 +174,11 @@ def compare(
             "own captions alone, such as 'coco-5k'. `evaluate` measures one model by it."
         )
     inputs = pair_up(list(models), list(processors), dataset)
+    described = [describe_model(model, None) for model in models]
+    for digest in dict.fromkeys(each.sha256 for each in described):
+        same = [name for name, each in zip(names, described, strict=True) if each.sha256 == digest]
+        if len(same) > 1:
+            logger.warning("%s have the same weights; is one of them another model's name?", " and ".join(same))
     for name, each in zip(names, inputs, strict=True):
         _check_reads(name, *each)
     gallery: CaptionTable | None = None
@@ -200,7 +208,7 @@ def compare(
     return ComparisonReport(
         **origin(chosen, gallery, inputs, truncated, data, split),
         scores=scores,
-        models=[describe_model(model, None) for model in models],
+        models=described,
         shortlist_size=shortlist_size,
     )
 

@@ -19,7 +19,7 @@ from ..data.training_pairs import image_inputs
 from ..data.worded import unusable_captions
 from ..metrics import Accuracy, accuracy_table
 from ..scoring.models import evaluating
-from ..storage.fingerprints import weights_digest
+from ..storage.fingerprints import CALIBRATION, weights_digest
 from .provenance import command, commit, versions
 from .report import JsonReport
 
@@ -119,7 +119,7 @@ def evaluate_contrast(
         kinds=_by_kind(kept, outcomes),
         groups=_by_group(kept, outcomes),
         model=str(getattr(model.config, "name_or_path", "")),
-        sha256=weights_digest(model),
+        sha256=weights_digest(model, (CALIBRATION,)),
         skipped=dict(skipped),
         commit=commit(),
         command=command(),

@@ -24,7 +24,7 @@ class EvaluatedModel:
 
     Attributes:
         name: Folder or Hub id it came from; may be empty.
-        sha256: Hash of its weights' names, shapes and values, read as float32.
+        sha256: Hash of its weights' names, shapes and values, read as float32; its calibration is none of them.
         dtype: It was evaluated in.
         metrics: Its own result, where several are averaged.
     """

@@ -26,7 +26,7 @@ from ..scoring import (
     search_then_rerank,
 )
 from ..scoring.plan import DEFAULT_MEMORY_BUDGET
-from ..storage.fingerprints import weights_digest
+from ..storage.fingerprints import CALIBRATION, weights_digest
 from .captions import CaptionTable
 from .coco_positives import LIST_SIZE, coco_ids, cxc_metrics, cxc_within_modalities, eccv_metrics, load_eccv
 from .contrast import evaluate_contrast
@@ -279,7 +279,7 @@ def describe_model(model: Any, metrics: RetrievalMetrics | None) -> EvaluatedMod
     config = getattr(model, "config", None)
     name = str(getattr(config, "name_or_path", "") or "")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return EvaluatedModel(name, weights_digest(model), dtype, metrics)
+    return EvaluatedModel(name, weights_digest(model, (CALIBRATION,)), dtype, metrics)
 
 
 def _truncated(processor: Any) -> int:

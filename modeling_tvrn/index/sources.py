@@ -15,6 +15,7 @@ import torch
 from ..data.file_kinds import is_unicode, printable, why_unreadable
 from ..data.image_folder import image_files
 from ..data.images import ImageError, decode_image, read_image_file
+from ..data.schema import REGION_COLUMNS
 from ..data.skipped import BAD_NAME, BROKEN_CAPTION, UNREADABLE_FILE, WORDLESS_CAPTION, Unusable
 from ..encoded_tvrn import EncodedItems
 
@@ -304,7 +305,8 @@ def _record_key(record: Mapping[str, Any]) -> str:
     if "image" in record:
         image = record["image"]
         return _hash(f"{image.mode}{image.size}".encode() + image.tobytes())
-    arrays = [record[name] for name in ("region_features", "region_boxes", "region_mask") if name in record]
+    names = (*REGION_COLUMNS, "image_embeds")
+    arrays = [record[name] for name in names if name in record]
     plain = [array.numpy() if isinstance(array, torch.Tensor) else np.asarray(array) for array in arrays]
     return _hash(b"".join(f"{array.dtype}{array.shape}".encode() + array.tobytes() for array in plain))
 

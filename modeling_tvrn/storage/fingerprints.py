@@ -36,6 +36,9 @@ _VOLATILE = {
 }
 
 
+CALIBRATION = "calibration_"  # what the names of weights begin with that make probabilities of logits
+
+
 class StaleStoreError(ValueError):
     """A store was made from something else than what is asked for."""
 
@@ -121,7 +124,7 @@ def module_fingerprint(module: nn.Module, without: tuple[str, ...] = (), default
         defaults: Name settings at their defaults too. Without them a newer transformers that adds a field leaves old
             stores valid.
     """
-    weights = weights_digest(module, ("calibration_", *without))
+    weights = weights_digest(module, (CALIBRATION, *without))
     found: dict[str, Any] = {"class": type(module).__name__, "weights_sha256": weights}
     config = getattr(module, "config", None)
     if config is not None:
