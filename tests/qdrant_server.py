@@ -22,7 +22,7 @@ def started(*command: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     Args:
         command: A Qdrant binary (QDRANT_BIN), or a program that takes the same variables.
     """
-    http, grpc = _free_ports(2)
+    http, grpc = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="tvrn-qdrant-") as folder:
         settings = {
             "SERVICE__HOST": "127.0.0.1", "SERVICE__HTTP_PORT": http, "SERVICE__GRPC_PORT": grpc,
@@ -41,7 +41,8 @@ def started(*command: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
                 process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
     with contextlib.ExitStack() as stack:  # all open at once, so that they differ
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]
