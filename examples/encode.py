@@ -41,8 +41,11 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     model, processor = load_model(options.model, device=state.device)
     folder = options.folder.resolve()
+    paths = sorted(image_files(folder))
+    if not paths:
+        raise SystemExit(f"{options.folder} holds no photographs")
     encoded, names = [], []
-    with state.split_between_processes(sorted(image_files(folder))) as mine:
+    with state.split_between_processes(paths) as mine:
         for start in range(0, len(mine), options.batch_size):
             images = []
             for path in mine[start : start + options.batch_size]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -57,8 +58,9 @@ ABOUT = """
 Type a sentence or choose a photograph: the photographs in `photos` that fit are found by {name}, and a click on one
 shows which words and regions its score rests on.
 
-`python app.py` serves the page on your own machine. {start} A private model needs a secret HF_TOKEN in the settings of
-the Space.
+{start}
+
+`python app.py` serves the page on your own machine. A private model needs a secret HF_TOKEN in the Space's settings.
 """
 INDEXED = "What the search reads lies in `index`, so only photographs that are added later are encoded at the start."
 NOT_INDEXED = "Every start encodes all photographs; `tvrn space … --index` brings what was encoded before along."
@@ -85,17 +87,14 @@ class Space:
     @property
     def commands(self) -> list[str]:
         """What tries it here, and what publishes it."""
-        return [
-            f"python {self.folder / 'app.py'}",
-            "hf auth login",
-            f"hf upload OWNER/NAME {self.folder} . --repo-type space",
-        ]
+        run = shlex.join(["python", str(self.folder / "app.py")])
+        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(self.folder), ".", "--repo-type", "space"])
+        return [run, "hf auth login", upload]
 
     def as_dict(self) -> dict[str, Any]:
         """All attributes by name, as JSON values."""
-        return {
-            **vars(self), "folder": str(self.folder), "skipped": dict(self.skipped), "commands": self.commands,
-        }  # fmt: skip
+        plain = {"folder": str(self.folder), "skipped": dict(self.skipped), "commands": self.commands}
+        return {**vars(self), **plain}
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.bytes.items() if size)
@@ -133,10 +132,9 @@ def write_space(
         ImportError: If the package runs without being installed: nothing then says what it requires.
     """
     name, target, source = os.fspath(model), Path(folder), Path(images).resolve()
-    local = Path(name).expanduser().is_dir()
-    make_folder(target)
-    if any(target.iterdir()):
-        raise OSError(f"{str(target)!r} is not empty; give a new folder, so that nothing is overwritten")
+    local = Path(name).is_dir()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OSError(f"{str(target)!r} is no empty folder; give a new one, so that nothing is overwritten")
     if not source.is_dir():
         raise ValueError(f"images is {os.fspath(images)!r}; expected a folder of photographs")
     check_exists(name)
@@ -147,11 +145,15 @@ def write_space(
     photographs = sorted(image_files(source, onerror=lambda error: skipped.add(UNREADABLE_FILE, str(error))))
     if not photographs:
         raise ValueError(f"{os.fspath(images)!r} holds no photographs ({', '.join(IMAGE_SUFFIXES[:6])}, …)")
-    loaded, processor = load_model(name, device="cpu") if local or index is not None else (None, None)
+    loaded: Any = None
+    processor: Any = None
+    if local or index is not None:
+        loaded, processor = load_model(name, device="cpu")
     opened = None if index is None else _opened(index, loaded, processor)
-    weights = [*Path(name).expanduser().glob("*.safetensors")] if local else []
+    weights = [*Path(name).glob("*.safetensors")] if local else []
     encoded = opened.backend.manifest["report"]["feature_bytes"] if opened is not None else 0
     _check_size({"photographs": _size(photographs), "index": encoded, "model": _size(weights)})
+    make_folder(target)
     with tempfile.TemporaryDirectory(prefix=".tvrn-space-", dir=target.parent) as temporary:
         space = Path(temporary) / "space"
         copied = [path for path in photographs if _copy(path, space / "photos" / path.relative_to(source), skipped)]
@@ -160,7 +162,7 @@ def write_space(
         if opened is not None:
             whole = opened.save(Path(temporary) / "index")
             shutil.move(whole / SEGMENTS, space / "index" / SEGMENTS)  # the rest names files of this machine
-        shown = Path(name).expanduser().resolve().name if local else name
+        shown = Path(name).resolve().name if local else name
         if local and config.model_type == "tvrn":
             for part in (loaded, processor):
                 part.save_pretrained(space / "models" / shown)

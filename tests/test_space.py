@@ -84,7 +84,7 @@ def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
     other = save(tmp_path / "other", *pixel_model(attention_scale=5.0))
     ImageTextIndex.build(*load_model(model), ["a dog"], tmp_path / "captions", progress=False)
     for arguments, index, error, words in (
-        ((model, tmp_path / "mine", photos), None, OSError, "is not empty"),
+        ((model, tmp_path / "mine", photos), None, OSError, "is no empty folder"),
         ((tmp_path / "no-model", tmp_path / "space", photos), None, ValueError, "there is no folder"),
         ((model, tmp_path / "space", tmp_path / "empty"), None, ValueError, "holds no photographs"),
         ((model, tmp_path / "space", tmp_path / "none"), None, ValueError, "expected a folder of photographs"),
@@ -97,7 +97,7 @@ def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=r"photographs 0 MB, model 0 MB\), and at most 0 MB fit; take fewer"):
         write_space(model, tmp_path / "space", photos)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-    assert not any((tmp_path / "space").iterdir()) and not list(tmp_path.glob(".tvrn*"))
+    assert not (tmp_path / "space").exists() and not list(tmp_path.glob(".tvrn*"))
 
 
 def test_a_model_of_the_hub_is_named_and_left_there(

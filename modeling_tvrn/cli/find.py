@@ -75,7 +75,7 @@ def index(
     """
     if verify:
         return verify_folder(directory, as_json)
-    shape = {
+    shape: dict[str, Any] = {
         "shard_number": shard_number,
         "replication_factor": replication_factor,
         "write_consistency_factor": write_consistency_factor,
