@@ -23,6 +23,8 @@ from modeling_tvrn.cli import main as tvrn
 from modeling_tvrn.index import ImageTextIndex, OtherModelError
 from modeling_tvrn.space import write_space
 
+pytestmark = pytest.mark.slow  # some hundred files are written, one after the other, for each Space
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +42,6 @@ def header(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "README.md").read_text("utf-8").split("---")[1])
 
 
-@pytest.mark.slow
 def test_a_folders_model_photographs_and_index_are_copied_and_nothing_names_this_machine(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +74,6 @@ def test_a_folders_model_photographs_and_index_are_copied_and_nothing_names_this
     assert report is not None and (report.items, report.encoded) == (9, 0), "the index came along"
 
 
-@pytest.mark.slow
 def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,6 @@ def test_a_model_of_the_hub_is_named_and_left_there(
     assert not (written.folder / "models").exists() and "Nothing was uploaded" in str(written)
 
 
-@pytest.mark.slow
 def test_a_space_starts_in_a_clean_process_with_its_own_copy_of_the_package(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason='the page comes with pip install ".[demo]"')
     made = write_space(home / "my-model", tmp_path / "space", home / "photos", index=home / "photos.index").folder
