@@ -329,7 +329,7 @@ def cells(notebook: Path, kind: str) -> list[str]:
 def test_a_notebook_is_short_explains_itself_and_holds_no_outputs(notebook: Path) -> None:
     read = json.loads(notebook.read_text("utf-8"))
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in read["cells"])
-    assert cells(notebook, "markdown")[0].startswith("# ") and len(cells(notebook, "markdown")) >= len(NOTEBOOKS)
+    assert cells(notebook, "markdown")[0].startswith("# ") and len(cells(notebook, "markdown")) > 5
     assert all(len(cell.splitlines()) <= 12 for cell in cells(notebook, "code"))
     for page in (ROOT / "README.md", ROOT / "examples" / "README.md"):
         assert f"notebooks/{notebook.name})" in page.read_text("utf-8")
