@@ -1,4 +1,4 @@
-"""Every fenced command and every Python block of README and guides is really run, at tiny scale, to its end.
+"""Every command and Python block of README and guides, and every notebook, is really run, at tiny scale, to its end.
 
 `house_makers` builds a folder where ids, data and photographs lie under the names that the pages use, so commands run
 as printed; what is laid over them are small sizes and few steps alone.
@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
@@ -38,7 +39,10 @@ from modeling_tvrn.hub.apart import Outcome
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.command import settings_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact:UserWarning")
+
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md")))}
 
 # What cannot run here: how the command begins, and why.
@@ -46,6 +50,9 @@ NOT_RUN = {
     "python -m pip install .": "changes the environment that the tests run in",
     'python -m pip install -e ".[test]" && python -m pytest': "is these tests (test_readme.py holds .ci/run to it)",
     "accelerate launch --config_file examples/configs/accelerate/eight_gpus.yaml": "needs eight GPUs",
+    "accelerate launch --config_file examples/configs/accelerate/two_nodes.yaml": "needs two machines",
+    "docker compose -f examples/configs/qdrant/three_nodes.yaml": "needs Docker, and an image from its registry",
+    "curl http://localhost:6333/cluster": "needs the cluster",
 }
 SIZES = {
     "hidden_size": 16, "projection_size": 12, "similarity_size": 8, "word_hidden_size": 16, "pooled_hidden_size": 16,
@@ -62,8 +69,10 @@ SMALL = {
 LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
 EXTRAS = {  # that a page needs
     "search": {"gradio": "demo", "onnxscript": "export", "onnxruntime": "export"},
+    "scale": {"qdrant_client": "qdrant"},
     "ecosystem": {"mteb": "mteb", "sentence_transformers": "sentence-transformers"},
 }
+NOTEBOOK_SMALL = {"train": "EPOCHS, BATCH_SIZE, HIDDEN_SIZE = 1, 8, 16"}  # laid over a notebook's first cell
 WRITTEN = ("--output", "-o", "--picture", "--html", "--plot")  # options whose values are files or folders
 
 
@@ -108,6 +117,7 @@ class House:
     def __init__(self, folder: Path, hub: HubServer) -> None:
         self.folder, self.hub = house_makers.build(folder), hub
         self.done: set[str] = set()
+        self.server: Any = None  # in place of the cluster
 
     def run_page(self, page: str) -> None:
         """A page's commands, once; first those of the regions' page, whose caches and model the others read."""
@@ -143,9 +153,18 @@ class House:
                 _reach(self.hub, patch)
             if page == "ecosystem":
                 _shrink_mteb(patch)
+            if page == "scale":
+                self.be_cluster(patch)
             for block in blocks(page, "python"):
                 fresh_process()
                 exec(compile(block, str(PAGES[page]), "exec"), names)
+
+    def be_cluster(self, patch: pytest.MonkeyPatch) -> None:
+        """The client's local mode answers at every address: a user's own server may listen at the usual port."""
+        from qdrant_client import QdrantClient
+
+        self.server = self.server or QdrantClient(":memory:")
+        patch.setattr("modeling_tvrn.index.qdrant.connect", lambda *_, **__: self.server)
 
     def run(self, command: str) -> None:
         """A command to exit code 0 and the last file that it promises."""
@@ -155,6 +174,8 @@ class House:
         with pytest.MonkeyPatch.context() as patch:
             if words[:2] == ["tvrn", "push"]:
                 _reach(self.hub, patch)
+            if "--url" in words:
+                self.be_cluster(patch)
             code, said, log = started(words + more)
         whole = f"{shlex.join(words + more)}\n{said}\n{log}"
         assert code == 0 and "Traceback" not in log, whole
@@ -294,3 +315,35 @@ def test_the_commands_of_a_recipe_run_to_their_end(house: House, recipe: str) ->
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_runs(house: House, page: str) -> None:
     house.run_python(page)
+
+
+def cells(notebook: Path, kind: str) -> list[str]:
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_explains_itself_and_holds_no_outputs(notebook: Path) -> None:
+    read = json.loads(notebook.read_text("utf-8"))
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in read["cells"])
+    assert cells(notebook, "markdown")[0].startswith("# ") and len(cells(notebook, "markdown")) > 5
+    assert all(len(cell.splitlines()) <= 12 for cell in cells(notebook, "code"))
+    for page in (ROOT / "README.md", ROOT / "examples" / "README.md"):
+        assert f"notebooks/{notebook.name})" in page.read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(house: House, notebook: Path) -> None:
+    """In a clean process, with the ids and paths that it names; what stands after the first cell makes it tiny."""
+    first, *rest = cells(notebook, "code")
+    code = "\n\n".join([first, NOTEBOOK_SMALL.get(notebook.stem, ""), *rest])
+    script = Path(f"{notebook.stem}.py")
+    script.write_text(f"import warnings; warnings.simplefilter('error', FutureWarning)\n{code}", "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout, "it shows something"

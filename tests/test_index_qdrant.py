@@ -1,12 +1,17 @@
-"""The index on a Qdrant server: through the client's local mode, and on a real one where QDRANT_URL names it."""
+"""The index on a Qdrant server: through the client's local mode, over HTTP, and on a real server where there is one.
+
+QDRANT_BIN names a binary, which is then started and ended here, or QDRANT_URL (with QDRANT_API_KEY) a server.
+"""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from model_makers import tiny_model
+from qdrant_server import own_collection, started
 from test_index import CAPTIONS, COUNT, records
 
 from modeling_tvrn import TVRNProcessor
@@ -16,6 +21,7 @@ from modeling_tvrn.storage.files import StorageError
 qdrant = pytest.importorskip("modeling_tvrn.index.qdrant")
 client_library = pytest.importorskip("qdrant_client", reason='comes with pip install ".[qdrant]"')
 
+STAND_IN = (sys.executable, str(Path(__file__).with_name("qdrant_stand_in.py")))
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact:UserWarning")
 
 
@@ -24,22 +30,27 @@ def processor() -> TVRNProcessor:
     return TVRNProcessor.from_captions(CAPTIONS)
 
 
-@pytest.fixture(params=["memory", "server"])
-def server(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module", params=["memory", pytest.param("stand-in", marks=pytest.mark.slow), "server"])
+def server(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "memory":
-        return client_library.QdrantClient(":memory:")
-    if not os.environ.get("QDRANT_URL"):
-        pytest.skip("set QDRANT_URL to test against a server")
-    return client_library.QdrantClient(url=os.environ["QDRANT_URL"], api_key=os.environ.get("QDRANT_API_KEY"))
+        yield client_library.QdrantClient(":memory:")
+    elif request.param == "stand-in":
+        with started(*STAND_IN) as (url, _):
+            yield client_library.QdrantClient(url=url)
+    elif "QDRANT_BIN" in os.environ:
+        with started(os.environ["QDRANT_BIN"]) as (url, _):
+            yield client_library.QdrantClient(url=url, timeout=60)
+    elif "QDRANT_URL" in os.environ:
+        key = os.environ.get("QDRANT_API_KEY")
+        yield client_library.QdrantClient(url=os.environ["QDRANT_URL"], api_key=key, timeout=60)
+    else:
+        pytest.skip("set QDRANT_BIN or QDRANT_URL to test against a server")
 
 
 @pytest.fixture
-def collection(server: Any) -> Any:
-    name = f"tvrn-test-{uuid4().hex[:8]}"
-    yield name
-    for each in server.get_collections().collections:
-        if each.name.startswith(name):
-            server.delete_collection(each.name)
+def collection(server: Any) -> Iterator[str]:
+    with own_collection(server) as name:
+        yield name
 
 
 def build(model: Any, processor: Any, source: Any, directory: Any, server: Any, collection: str) -> ImageTextIndex:
@@ -136,3 +147,76 @@ def test_a_collection_of_an_older_format_is_refused(processor: TVRNProcessor, tm
     qdrant.publish(folder, server, "tvrn")
     with pytest.raises(StorageError, match="tvrn-000001 is of format tvrn-index 1: this release reads .*tvrn index"):
         ImageTextIndex.load(url=server, model=tiny_model(), processor=processor)
+
+
+def test_a_server_is_told_how_to_cut_and_copy_and_wrong_numbers_are_refused_before_the_work(
+    processor: TVRNProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, model = client_library.QdrantClient(":memory:"), tiny_model()
+    create, told = server.create_collection, {}
+    monkeypatch.setattr(server, "create_collection", lambda *name, **how: told.update(how) or create(*name, **how))
+    shape = {"shard_number": 6, "replication_factor": 2, "write_consistency_factor": 1}
+    ImageTextIndex.build(model, processor, records(3), tmp_path / "a", url=server, progress=False, **shape)
+    assert {name: told[name] for name in shape} == shape
+    for wrong, words in (
+        ({"shard_number": 0}, "shard_number is 0; expected"),
+        ({"replication_factor": 2.5}, "replication_factor is 2.5; expected"),
+        ({"replication_factor": 2, "write_consistency_factor": 3}, "is 3, but there are 2 copies"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ImageTextIndex.build(model, processor, records(3), tmp_path / "b", url=server, progress=False, **wrong)
+    with pytest.raises(ValueError, match="shard_number: no setting of a build; .* go with url="):
+        ImageTextIndex.build(model, processor, records(3), tmp_path / "b", shard_number=6)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_a_search_asks_of_a_server_does_not_grow_with_its_hits(
+    processor: TVRNProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, model, asked = client_library.QdrantClient(":memory:"), tiny_model(), []
+    build(model, processor, records(), tmp_path, server, "tvrn")
+    there = ImageTextIndex.load(url=server, model=model, processor=processor)
+    for name in ("count", "query_points", "retrieve", "scroll", "get_collection", "get_aliases"):
+        call = getattr(server, name)
+        monkeypatch.setattr(
+            server, name, lambda *given, name=name, call=call, **how: asked.append(name) or call(*given, **how)
+        )
+    monkeypatch.setattr(type(model), "has_probabilities", True)
+    assert len(there.search(text=CAPTIONS[0], limit=COUNT)) == len(there) == COUNT
+    assert asked == ["query_points", "retrieve", "count"]
+    there.search(text=CAPTIONS[0], limit=2)
+    assert asked[3:] == ["query_points", "retrieve"], "a version that does not change is counted once"
+
+
+@pytest.mark.slow
+def test_a_users_server_keeps_nothing_and_loses_nothing_and_one_that_goes_away_is_named(
+    processor: TVRNProcessor, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    with started(*STAND_IN) as (url, process):
+        server = client_library.QdrantClient(url=url)
+        build(model, processor, records(3), tmp_path / "theirs", server, "theirs")
+        before = [each.name for each in server.get_collections().collections]
+        with own_collection(server) as name:
+            there = build(model, processor, records(), tmp_path / "ours", server, name)
+            assert len(there) == COUNT and len(server.get_collections().collections) == 2
+        assert [each.name for each in server.get_collections().collections] == before
+        assert len(ImageTextIndex.load(url=url, collection="theirs")) == 3
+        with pytest.raises(ConnectionError, match=f"{url}.*404.*not found.*load it again"):
+            there.search(text=CAPTIONS[0])
+        process.kill()
+        process.wait()
+        gone = rf"the Qdrant server at '{url}' does not answer as it should \(.*refused\); start it, or"
+        theirs = lambda: ImageTextIndex.load(url=url, collection="theirs")  # noqa: E731
+        for act in (theirs, lambda: there.search(text=CAPTIONS[0]), lambda: qdrant.publish(there.backend, server)):
+            with pytest.raises(ConnectionError, match=gone):
+                act()
+
+
+@pytest.mark.slow
+def test_a_program_that_is_no_server_is_shown_with_its_last_words() -> None:
+    with (
+        pytest.raises(RuntimeError, match="ended with 3: no storage here"),
+        started(sys.executable, "-c", "import sys; print('no storage here'); sys.exit(3)"),
+    ):
+        pass

@@ -108,6 +108,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "export": (share.export, "write ONNX files that run without torch"),
     "push": (share.push, "publish a model on the Hub"),
     "card": (share.card, "render a run's model card again"),
+    "space": (share.space, "write a Hugging Face Space that searches your photographs"),
 }
 for verb, (function, summary) in VERBS.items():
     # Of a key written as an option the verb itself says how it is written.

@@ -52,6 +52,11 @@ def index(
     ] = False,
     url: Url = None,
     collection: Collection = "tvrn",
+    shard_number: Annotated[int | None, typer.Option(min=1, help="pieces that the server cuts it into")] = None,
+    replication_factor: Annotated[int | None, typer.Option(min=1, help="copies of each piece there")] = None,
+    write_consistency_factor: Annotated[
+        int | None, typer.Option(min=1, help="copies that have to confirm what is sent")
+    ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
     trust_remote_code: TrustRemoteCode = False,
@@ -66,9 +71,15 @@ def index(
       tvrn index runs/flickr8k ~/photos photos.index
       tvrn index me/my-tvrn flickr8k flickr8k.index --split validation --precision int8
       tvrn index runs/flickr8k ~/photos photos.index --repair
+      tvrn index runs/flickr8k ~/photos photos.index --url http://localhost:6333 --replication-factor 2
     """
     if verify:
         return verify_folder(directory, as_json)
+    shape: dict[str, Any] = {
+        "shard_number": shard_number,
+        "replication_factor": replication_factor,
+        "write_consistency_factor": write_consistency_factor,
+    }
     from ..index import ImageTextIndex
 
     loaded, processor = load(model, device, dtype, trust_remote_code)
@@ -86,6 +97,7 @@ def index(
         repair=repair,
         url=url,
         collection=collection,
+        **{name: value for name, value in shape.items() if value is not None},
     )
     assert built.report is not None
     say(built.report.as_dict(), str(built.report), as_json)

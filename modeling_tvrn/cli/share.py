@@ -1,4 +1,4 @@
-"""`tvrn doctor`, `tvrn export`, `tvrn push`, `tvrn card`."""
+"""`tvrn doctor`, `tvrn export`, `tvrn push`, `tvrn card`, `tvrn space`."""
 
 from __future__ import annotations
 
@@ -199,6 +199,33 @@ def card(
         license=license,
     )
     say({"card": str(path)}, str(path), as_json)
+
+
+def space(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="of the Space: new, or empty")],
+    images: Annotated[Path, typer.Option(metavar="FOLDER", help="photographs to search, which are copied")],
+    index_folder: Annotated[
+        Path | None, typer.Option("--index", metavar="INDEX", help="of them (tvrn index): need not be encoded again")
+    ] = None,
+    title: Annotated[str, typer.Option(help="of the Space")] = "Photograph search",
+    as_json: AsJson = False,
+) -> None:
+    """Write a Hugging Face Space: the page of `tvrn demo`, ready to upload; nothing is uploaded.
+
+    A Hub id is fetched by the Space, a model's folder is copied into it, at most 1 GB with photographs and index. The
+    package comes along as it is installed here.
+
+    \b
+    Examples:
+      tvrn space openai/clip-vit-base-patch32 my-space --images ~/photos
+      tvrn index runs/flickr8k ~/photos photos.index && \\
+        tvrn space runs/flickr8k my-space --images ~/photos --index photos.index
+    """
+    from ..space import write_space
+
+    written = write_space(model, folder, images, index=index_folder, title=title)
+    say(written.as_dict(), str(written), as_json)
 
 
 def _names(**named: str | None) -> dict[str, str]:

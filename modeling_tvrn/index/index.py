@@ -162,19 +162,25 @@ class ImageTextIndex:
             num_workers: Threads that read and decode photographs.
             progress: Show a progress bar with the time left, if it takes longer than a moment.
             repair: Read the index's files first and make anew those that aren't what was written.
-            url: Of a Qdrant server, to which the finished index is also sent (see `qdrant.publish` for `server`).
+            url: Of a Qdrant server, to which the finished index is also sent; `server`: `shard_number`,
+                `replication_factor`, `write_consistency_factor`, and what `qdrant_client.QdrantClient` takes besides.
             collection: Its name there.
 
         Raises:
-            ValueError: If there is nothing to index, or a setting is out of range.
+            ValueError: If there is nothing to index, or a setting is out of range or unknown.
+            ConnectionError: If the server does not answer, or refuses.
             IndexBusyError: If another process is building in the same folder.
         """
         settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress, repair)
-        shape = {name: server.pop(name) for name in ("shard_number", "replication_factor") if name in server}
+        shape = {}
         if url is not None:
-            from .qdrant import connect
+            from .qdrant import SHAPE, check_shape, connect
 
+            shape = {name: server.pop(name) for name in SHAPE if name in server}
+            check_shape(shape)
             url = connect(url, **server)  # before hours of work
+        elif server:
+            raise ValueError(f"{', '.join(server)}: no setting of a build; of a server's they go with url=")
         temporary = tempfile.TemporaryDirectory(prefix="tvrn-index-") if directory is None else None
         folder = Path(temporary.name if temporary is not None else os.fspath(directory or ""))
         report = build_version(model, processor, open_source(source, side, ids, metadata), folder, settings)

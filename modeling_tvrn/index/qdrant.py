@@ -7,10 +7,13 @@ that readers see the old one whole; it is dropped when the next but one is publi
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -18,6 +21,7 @@ import numpy as np
 from safetensors.torch import load, save
 
 from ..encoded_tvrn import EncodedItems
+from ..redaction import redacted_text
 from ..storage.files import FORMATS, StorageError
 from ..storage.tables import values_of
 from .segments import SIDES, widened
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 VECTOR, FEATURES, META, FOLDERS = "embedding", "features", "meta", "folders"
 UPLOAD_BATCH = 64  # points a request; with features one takes some 100 kB
+SHAPE = ("shard_number", "replication_factor", "write_consistency_factor")
 
 
 def connect(url: Any, **options: Any) -> Any:
@@ -42,7 +47,6 @@ def connect(url: Any, **options: Any) -> Any:
     """
     try:
         from qdrant_client import QdrantClient
-        from qdrant_client.http.exceptions import ApiException
     except ImportError as error:
         raise ImportError('an index on a server needs qdrant-client: pip install "modeling-tvrn[qdrant]"') from error
     if isinstance(url, QdrantClient):
@@ -55,13 +59,55 @@ def connect(url: Any, **options: Any) -> Any:
     if "://" not in address:
         return QdrantClient(path=address)
     client = QdrantClient(url=address, **options)
-    try:
+    with answered(client):
         client.get_aliases()
-    except ApiException as error:
-        raise ConnectionError(
-            f"no Qdrant server answers as it should at {address!r} ({error}); start it, or correct address and api_key"
-        ) from error
     return client
+
+
+@contextlib.contextmanager
+def answered(client: Any) -> Iterator[None]:
+    """What a server that is gone, or refuses, makes the client raise, as one sentence.
+
+    Raises:
+        ConnectionError: With the server's address and what it said.
+    """
+    from qdrant_client.common.client_exceptions import QdrantException
+    from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
+
+    try:
+        yield
+    except (ApiException, QdrantException) as error:
+        said, advice = str(error), "look into its log"
+        if isinstance(error, ResponseHandlingException):
+            said, advice = f"{error.source}", "start it, or give the address of another node"
+        elif isinstance(error, UnexpectedResponse):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                said = f"{error.status_code}: {error.structured()['status']['error']}"
+            if error.status_code in (401, 403):
+                advice = "give its api_key"
+            elif error.status_code == 404:
+                advice = "correct the address, or, if an index was built anew meanwhile, load it again"
+        where = redacted_text(str(client.init_options["url"] or client.init_options["host"]))
+        raise ConnectionError(
+            f"the Qdrant server at {where!r} does not answer as it should ({' '.join(said.split())}); {advice}"
+        ) from error
+
+
+def check_shape(shape: Mapping[str, Any]) -> None:
+    """Refuse wrong numbers of shards and copies before the work of a build.
+
+    Raises:
+        ValueError: One is below 1, or more copies would have to answer than there are.
+    """
+    for name, value in shape.items():
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    copies, needed = shape.get("replication_factor"), shape.get("write_consistency_factor")
+    if copies is not None and needed is not None and needed > copies:
+        raise ValueError(
+            f"write_consistency_factor is {needed}, but there are {copies} copies (replication_factor); expected at "
+            "most as many"
+        )
 
 
 def publish(
@@ -71,6 +117,7 @@ def publish(
     *,
     shard_number: int | None = None,
     replication_factor: int | None = None,
+    write_consistency_factor: int | None = None,
     **options: Any,
 ) -> Any:
     """Send a finished index to a server; the client that did it comes back.
@@ -81,26 +128,35 @@ def publish(
         index: In its folder.
         url: See `connect`; `options`: what `QdrantClient` takes besides, such as `api_key`.
         collection: What readers call it.
-        shard_number: Pieces the server cuts it into; `replication_factor`: copies of each.
+        shard_number: Pieces the server cuts it into; `replication_factor`: copies of each, on different nodes;
+            `write_consistency_factor`: copies that have to confirm what is sent. None: the server's own; a client's
+            local mode has one piece and one copy.
+
+    Raises:
+        ValueError: One of the three is out of range.
+        ConnectionError: The server refuses, or went away.
     """
+    shape = dict(zip(SHAPE, (shard_number, replication_factor, write_consistency_factor), strict=True))
+    check_shape(shape)
     client = connect(url, **options)
-    number = 1 + _current_number(client, collection)
-    name = f"{collection}-{number:06d}"
-    manifest = dict(index.manifest) | {"engine": "qdrant", "segments": [], "files": {}}
-    if client.collection_exists(name) and _manifest(client, name) != manifest:
-        client.delete_collection(name)  # what is left of another build's upload
-    if not client.collection_exists(name):
-        _create(client, name, index, manifest, shard_number=shard_number, replication_factor=replication_factor)
-    there = set(_ids(client, name))
-    points = [(row, str(uuid5(NAMESPACE_URL, f"{row}/{key}"))) for row, key in enumerate(index.keys)]
-    missing = [(row, point) for row, point in points if point not in there]
-    logger.info("%s: %d of %d items are there already", name, len(points) - len(missing), len(points))
-    for start in range(0, len(missing), UPLOAD_BATCH):
-        client.upsert(name, [_point(index, row, point) for row, point in missing[start : start + UPLOAD_BATCH]])
-    _switch(client, collection, name)
-    for old in _numbered(client, collection):
-        if old < number - 1:
-            client.delete_collection(f"{collection}-{old:06d}")
+    with answered(client):
+        number = 1 + _current_number(client, collection)
+        name = f"{collection}-{number:06d}"
+        manifest = dict(index.manifest) | {"engine": "qdrant", "segments": [], "files": {}, "shape": shape}
+        if client.collection_exists(name) and _manifest(client, name) != manifest:
+            client.delete_collection(name)  # what is left of another build's upload
+        if not client.collection_exists(name):
+            _create(client, name, index, manifest, shape)
+        there = set(_ids(client, name))
+        points = [(row, str(uuid5(NAMESPACE_URL, f"{row}/{key}"))) for row, key in enumerate(index.keys)]
+        missing = [(row, point) for row, point in points if point not in there]
+        logger.info("%s: %d of %d items are there already", name, len(points) - len(missing), len(points))
+        for start in range(0, len(missing), UPLOAD_BATCH):
+            client.upsert(name, [_point(index, row, point) for row, point in missing[start : start + UPLOAD_BATCH]])
+        _switch(client, collection, name)
+        for old in _numbered(client, collection):
+            if old < number - 1:
+                client.delete_collection(f"{collection}-{old:06d}")
     return client
 
 
@@ -109,34 +165,41 @@ class QdrantBackend:
 
     def __init__(self, client: Any, collection: str) -> None:
         self.client = client
-        number = _current_number(client, collection)
-        if not number:
-            raise FileNotFoundError(f"the server has no index called {collection!r}: build one with url= first")
-        self.name = f"{collection}-{number:06d}"
-        self.manifest = _manifest(client, self.name)
+        with answered(client):
+            number = _current_number(client, collection)
+            if not number:
+                raise FileNotFoundError(f"the server has no index called {collection!r}: build one with url= first")
+            self.name = f"{collection}-{number:06d}"
+            self.manifest = _manifest(client, self.name)
         version, wanted = self.manifest.get("format_version"), FORMATS[FORMAT][0]
         if version != wanted:
             problem = f"of format {FORMAT} {version}: this release reads {FORMAT} {wanted}"
             raise StorageError(self.name, problem, "build it again: `tvrn index MODEL SOURCE INDEX --url URL`")
 
     def __len__(self) -> int:
-        return int(self.client.count(self.name, exact=True).count)
+        return self._count
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """Asked once: a published version does not change."""
+        with answered(self.client):
+            return int(self.client.count(self.name, exact=True).count)
 
     def nearest(self, query: np.ndarray, count: int, where: Any) -> list[tuple[Any, float]]:
         """(point, cosine), nearest first; a point carries its columns, not its features."""
         from qdrant_client import models
 
-        found = self.client.query_points(
-            self.name,
-            query=query.tolist(),
-            using=VECTOR,
-            limit=count,
-            query_filter=_filter(where),
-            with_payload=models.PayloadSelectorExclude(exclude=[FEATURES]),
-            search_params=models.SearchParams(
-                quantization=models.QuantizationSearchParams(rescore=True, oversampling=4.0)
-            ),
-        ).points
+        quantization = models.QuantizationSearchParams(rescore=True, oversampling=4.0)
+        with answered(self.client):
+            found = self.client.query_points(
+                self.name,
+                query=query.tolist(),
+                using=VECTOR,
+                limit=count,
+                query_filter=_filter(where),
+                with_payload=models.PayloadSelectorExclude(exclude=[FEATURES]),
+                search_params=models.SearchParams(quantization=quantization),
+            ).points
         return [(point, float(point.score)) for point in found]
 
     def item(self, place: Any) -> dict[str, Any]:
@@ -146,7 +209,8 @@ class QdrantBackend:
 
     def features(self, places: Sequence[Any]) -> EncodedItems:
         """What reranking needs of the given points, in float32."""
-        points = self.client.retrieve(self.name, [place.id for place in places], with_payload=[FEATURES])
+        with answered(self.client):
+            points = self.client.retrieve(self.name, [place.id for place in places], with_payload=[FEATURES])
         by_id = {point.id: point.payload[FEATURES] for point in points}
         parts = []
         for place in places:
@@ -155,7 +219,9 @@ class QdrantBackend:
         return SIDES[self.manifest["side"]].cat(parts)
 
 
-def _create(client: Any, name: str, index: FolderBackend, manifest: dict[str, Any], **shape: Any) -> None:
+def _create(
+    client: Any, name: str, index: FolderBackend, manifest: dict[str, Any], shape: Mapping[str, int | None]
+) -> None:
     from qdrant_client import models
 
     int8 = models.ScalarQuantization(scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8))
@@ -210,7 +276,10 @@ def _numbered(client: Any, collection: str) -> list[int]:
 def _manifest(client: Any, name: str) -> dict[str, Any]:
     metadata = client.get_collection(name).config.metadata or {}
     if "tvrn" not in metadata:
-        raise ValueError(f"the collection {name!r} holds no index of this package; choose another name")
+        raise ValueError(
+            f"the collection {name!r} holds no index of this package; choose another name (a server older than Qdrant "
+            "1.16 keeps none)"
+        )
     return dict(json.loads(metadata["tvrn"]))
 
 
