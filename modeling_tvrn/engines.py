@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ TOLERANCE = 1e-3  # absolute up to values of 1, relative to the largest value be
 # Photographs of one size that "auto" leaves to torch: making a graph takes as long as some hundreds, reading one and
 # comparing it as long as some ten.
 MAKE_AFTER, READ_AFTER = 256, 32
+TIMED, LEAST_GAIN = 16, 1.1  # photographs that "auto" times both ways, and how many times as fast is worth it
 LARGEST_FILE = 1.8e9  # bytes; protobuf ends at 2 GiB, beyond that weights lie in a file of their own
 CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 GRAPH, MANIFEST, KIND = "tower.onnx", "graph.json", "tvrn-tower-graph"
@@ -61,7 +63,7 @@ def enable(model: nn.Module, engine: str = "auto") -> None:
         model: A `TVRNModel`, a dual encoder, or a vision tower itself.
         engine: "onnxruntime" (a graph, kept in the user's cache), "folded" (torch, channels last, each BatchNorm part
             of its convolution), "torch" (as it is), or "auto": onnxruntime where it is installed, else folded, from
-            the photograph on from which it pays; torch where neither works.
+            the photograph on from which it pays, if it is faster here; else torch.
 
     Raises:
         ValueError: If the engine is unknown, or named though there is no vision tower in float32 on a CPU. Later, from
@@ -158,7 +160,7 @@ class _Engine:
                 return None
             # In inference mode nothing can be exported.
             with torch.inference_mode(False), torch.no_grad():
-                self.runs[shape] = self._checked(pixels[:2].clone())
+                self.runs[shape] = self._checked(pixels[:TIMED].clone())
         return self.runs[shape]
 
     def _pays(self, shape: tuple[int, ...]) -> bool:
@@ -173,13 +175,16 @@ class _Engine:
         """The engine for pixels of that size, compared with torch on one or two photographs."""
         kind = getattr(getattr(self.tower, "config", None), "model_type", type(self.tower).__name__)
         try:
-            pair = torch.cat([pixels, pixels])[:2]
+            pair = torch.cat([pixels[:2], pixels[:2]])[:2]
             output = self.plain(pixel_values=pair)
             run = self._folded() if self._name() == "folded" else self._graph(pair, output)
             # A graph may have taken the number of photographs for a constant.
             worst = max(_difference(output, run(pair)), _difference(self.plain(pixel_values=pair[:1]), run(pair[:1])))
             if not worst <= TOLERANCE:
                 raise ValueError(f"it differs from torch by {worst:.1e}, more than {TOLERANCE:g}")
+            gain = self._gain(run, pixels) if self.engine == "auto" else LEAST_GAIN
+            if gain < LEAST_GAIN:
+                raise ValueError(f"{self._name()} takes {1 / gain:.1f} times as long here")
         except Exception as error:  # whatever exporters raise, a user can do one thing about it
             reason = " ".join(str(error).split())[:300]
             if self.engine != "auto":
@@ -192,6 +197,16 @@ class _Engine:
         size = "×".join(str(length) for length in pixels.shape[2:])
         logger.info("vision tower %r at %s by %s: differs from torch by %.1e", kind, size, self._name(), worst)
         return run
+
+    def _gain(self, run: Run, pixels: Tensor) -> float:
+        """How many times as fast as torch it is here: products of matrices differ by processor and number of rows."""
+        best = {way: float("inf") for way in (lambda pixels: self.plain(pixel_values=pixels), run)}
+        for way in [*best, *best]:
+            started = time.perf_counter()
+            way(pixels)
+            best[way] = min(best[way], time.perf_counter() - started)
+        plain, engine = best.values()
+        return plain / engine
 
     def _folded(self) -> Run:
         folded = _fold(self.tower)

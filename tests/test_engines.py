@@ -86,7 +86,11 @@ def test_gradients_and_training_are_left_to_torch() -> None:
 
 
 @pytest.mark.usefixtures("without_onnxruntime")
-def test_auto_without_onnxruntime_folds_where_it_pays_and_says_why_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_without_onnxruntime_folds_where_it_pays_and_says_why_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = iter([2.0, 0.5])
+    monkeypatch.setattr(engines._Engine, "_gain", lambda *_: next(gains))
     tower, plain = made("resnet"), made("vit")
     engines.enable(tower)
     engines.enable(plain)
@@ -94,6 +98,9 @@ def test_auto_without_onnxruntime_folds_where_it_pays_and_says_why_not(caplog: p
     assert engines.used(tower) == "torch"
     look(tower, torch.randn(1, 3, 16, 16))
     assert engines.used(tower) == "folded"
+    look(tower, torch.randn(engines.READ_AFTER, 3, 24, 24))
+    assert engines.used(tower) == "torch"
+    assert "stays with torch: folded takes 2.0 times as long here" in caplog.text
     for _ in range(2):
         look(plain, torch.randn(engines.READ_AFTER, 3, 32, 32))
     assert engines.used(plain) == "torch"
