@@ -127,7 +127,7 @@ class _Engine:
         return getattr, (self.tower, "forward")  # a copy of the tower is left to torch
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        pixels = given.get("pixel_values", args[0] if args else None)
+        pixels: Any = given.get("pixel_values", args[0] if args else None)
         run = self._run(pixels) if len(args) < 2 and self._applies(pixels, given) else None
         self.last = "torch" if run is None else self._name()
         return self.plain(*args, **given) if run is None else run(pixels)
@@ -245,9 +245,10 @@ def _difference(wanted: Any, found: Any) -> float:
     return max(float((left - right).abs().max() / left.abs().max().clamp(min=1.0)) for left, right in pairs)
 
 
-def _fold(tower: nn.Module) -> nn.Module:
+def _fold(tower: nn.Module) -> Any:
     """A copy, channels last, in which a convolution does what the BatchNorm registered after it did."""
-    copied, count = copy.deepcopy(tower), 0
+    copied: Any = copy.deepcopy(tower)
+    count = 0
     for parent in list(copied.modules()):
         for (name, first), (after, second) in itertools.pairwise(list(parent.named_children())):
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
