@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -251,12 +251,19 @@ def model_fingerprint(model: nn.Module) -> str | None:
     weights = {name: value for name, value in sorted(own.items()) if value.is_floating_point()}
     if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in weights.values()):
         return None
-    # A tensor's version counts its changes in place; one made in inference mode has none (−1) and is read every time.
-    state = [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights.values()]
+    state = weights_state(weights.values())
     known = model.__dict__.get("_known_fingerprint")
     if known is None or known[0] != state or any(version < 0 for _, version in state):
         known = model.__dict__["_known_fingerprint"] = (state, _hash_of_samples(weights))
     return known[1]
+
+
+def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What changes wherever a weight is replaced or written to.
+
+    A tensor's version counts its changes in place; one made in inference mode has none, and −1 here.
+    """
+    return [(value.data_ptr(), -1 if value.is_inference() else value._version) for value in weights]
 
 
 def _hash_of_samples(weights: dict[str, Tensor]) -> str:

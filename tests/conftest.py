@@ -22,6 +22,7 @@ _cache = tempfile.mkdtemp(prefix="tvrn-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.update(
     HF_HOME=_cache,  # remote code and datasets are cached there: a test must not see another run's
+    XDG_CACHE_HOME=_cache,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     MPLBACKEND="Agg",

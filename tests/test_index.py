@@ -570,7 +570,8 @@ def test_what_is_in_use_is_copied_bit_for_bit_out_of_garbage(
     segments = Segments(tmp_path, "build", "images")
     items = iter(records(len(keys)))
     for start, count in zip(np.cumsum([0, *written]), written, strict=False):
-        encoded_items = building_module.encode(model, processor, list(itertools.islice(items, count)), "images")
+        prepared = building_module.prepare(processor, list(itertools.islice(items, count)), "images")
+        encoded_items = building_module.encode(model, prepared, "images")
         segments.write(keys[start : start + count], encoded_items.to(torch.float16))
     kept = keys[::-1][:used]  # the last
     before = segments.read(kept, None)

@@ -1,10 +1,11 @@
 """Who may import whom, read from the source of every module, so that imports inside functions count too.
 
-Layers: configuration ← modeling ← kernels ← scoring ← {evaluation, index} ← training ← cli and examples; explain and
-hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots, redaction,
-plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers prepare pixels and
-pool maps as processing and model do and write their files with storage, redaction reads YAML, and it keeps secrets out
-of what storage, teachers and data write, and pixels say to processing, teachers and data what a picture looks like.
+Layers: configuration ← modeling ← {kernels, engines} ← scoring ← {evaluation, index} ← training ← cli and examples;
+explain and hub stand beside scoring. The leaves (losses, metrics, storage, teachers, data, processing, pixels, plots,
+redaction, plain_yaml) import none of ours; but processing and teachers may read the configuration, teachers prepare
+pixels and pool maps as processing and model do, know the engine that ran a tower, and write their files with storage,
+redaction reads YAML, and it keeps secrets out of what storage, teachers and data write, and pixels say to processing,
+teachers and data what a picture looks like.
 Shipped files are copied flat beside a checkpoint, where only torch, transformers and what those require exist.
 """
 
@@ -30,7 +31,7 @@ EVERYTHING_SHIPPED = {"configuration", "modeling", "processing", "losses"}
 LEAVES = {
     *("losses", "metrics", "storage", "teachers", "data", "processing", "pixels", "plots", "redaction", "plain_yaml"),
 }
-BASE = {"configuration", "modeling", "front_door", *LEAVES}
+BASE = {"configuration", "modeling", "engines", "front_door", *LEAVES}
 MAY_IMPORT = {
     "__init__": {"registration", "front_door", *EVERYTHING_SHIPPED},
     "front_door": {"configuration", "modeling", "processing", "storage"},
@@ -42,12 +43,13 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "storage": {"redaction"},
-    "teachers": {"configuration", "modeling", "pixels", "processing", "storage", "redaction"},
+    "teachers": {"configuration", "modeling", "engines", "pixels", "processing", "storage", "redaction"},
     "data": {"pixels", "redaction"},
     "plots": set(),
     "redaction": {"plain_yaml"},
     "plain_yaml": set(),
     "kernels": {"configuration", "modeling"},
+    "engines": {"modeling", "storage"},
     "scoring": {*BASE, "kernels"},
     "explain": BASE,
     "hub": BASE,

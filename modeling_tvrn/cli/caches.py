@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, TrustRemoteCode, fail, progress, say, tell_more
+from .common import AsJson, Device, TowerEngine, TrustRemoteCode, fail, progress, say, tell_more, use_engine
 
 if TYPE_CHECKING:
     from ..teachers import RegionCache, TeacherCache
@@ -55,6 +55,7 @@ def regions(
     batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 32,
     num_workers: NumWorkers = 0,
     device: Device = None,
+    tower_engine: TowerEngine = "auto",
     streaming: Streaming = False,
     verify: Annotated[str, typer.Option(help="header or full: how corrupt images are found")] = "header",
     overwrite: Overwrite = False,
@@ -93,6 +94,7 @@ def regions(
     model, processor = load_region_model(
         features, grid_size, image_size, device, trust_remote_code, detector, max_regions
     )
+    use_engine(model, tower_engine)
     boxes = {} if boxes_column is None else _boxes(str(features), model, processor, boxes_column, max_regions)
     cache = RegionCache.build(
         model,
@@ -153,6 +155,7 @@ def teachers(
     batch_size: Annotated[int, typer.Option(min=1, help="items at once")] = 64,
     num_workers: NumWorkers = 0,
     device: Device = None,
+    tower_engine: TowerEngine = "auto",
     streaming: Streaming = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -198,6 +201,8 @@ def teachers(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if modality == "image":
+        use_engine(teacher.model, tower_engine)
     way: dict[str, Any] = {"streaming": streaming}
     cache = TeacherCache.build(
         teacher,

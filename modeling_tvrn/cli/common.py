@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
-    *("AsJson", "Device", "Dtype", "Model", "TrustRemoteCode"),
+    *("AsJson", "Device", "Dtype", "Model", "TowerEngine", "TrustRemoteCode"),
     *("fail", "load", "prepare_terminal", "progress", "say", "say_cut", "say_unknown", "table", "tell_more"),
-    "writable",
+    *("use_engine", "writable"),
 ]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder of a saved model, or Hub id", show_default=False)]
@@ -25,6 +25,13 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda 
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, of model and scores")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that MODEL's tokenizer or image processor brings")
+]
+TowerEngine = Annotated[
+    str,
+    typer.Option(
+        help="auto, torch, folded or onnxruntime: what runs a vision tower on a CPU; auto: onnxruntime where it is "
+        "installed, once it pays"
+    ),
 ]
 DTYPES = ("float32", "bfloat16")
 
@@ -104,7 +111,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def load(
-    name: str, device: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    name: str,
+    device: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    tower_engine: str = "torch",
 ) -> tuple[Any, Any]:
     """`load_model` for a verb: a TVRN checkpoint or any dual encoder, by this package's and transformers' classes."""
     if dtype not in DTYPES:
@@ -116,7 +127,19 @@ def load(
 
     if not progress():
         disable_progress_bar()
-    return load_model(name, dtype=getattr(torch, dtype), device=device, trust_remote_code=trust_remote_code)
+    model, processor = load_model(
+        name, dtype=getattr(torch, dtype), device=device, trust_remote_code=trust_remote_code
+    )
+    use_engine(model, tower_engine)
+    return model, processor
+
+
+def use_engine(model: Any, tower_engine: str) -> None:
+    """`engines.enable`, and let it say what runs the tower from when on."""
+    from .. import engines
+
+    logging.getLogger(engines.__name__).setLevel(logging.INFO)
+    engines.enable(model, tower_engine)
 
 
 def writable(path: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, Dtype, TrustRemoteCode, fail, load, progress, say, writable
+from .common import AsJson, Device, Dtype, TowerEngine, TrustRemoteCode, fail, load, progress, say, writable
 
 
 def evaluate(
@@ -75,6 +75,7 @@ def evaluate(
     num_workers: Annotated[int, typer.Option(min=0, help="processes that decode pictures")] = 0,
     device: Device = None,
     dtype: Dtype = "float32",
+    tower_engine: TowerEngine = "auto",
     trust_remote_code: TrustRemoteCode = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the report as JSON")] = None,
     as_json: AsJson = False,
@@ -128,7 +129,7 @@ def evaluate(
         writable(output)  # before the work
     with _processes() as speaks:
         records = read_records(data, split, data_option or [], images if from_file else None, from_file)
-        checkpoints = Checkpoints(records, device, dtype, trust_remote_code)
+        checkpoints = Checkpoints(records, device, dtype, trust_remote_code, tower_engine)
         if protocol == "unimodal":
             report, text = _unimodal(checkpoints, chosen, sentence_pairs, image_labels, batch_size)
         elif protocol == "graded":
@@ -206,12 +207,13 @@ class Checkpoints:
     device: str | None
     dtype: str
     trust_remote_code: bool
+    tower_engine: str = "torch"
 
     def load(self, name: str, cache: Path | None) -> tuple[Any, Any, Any]:
         """Model, processor, and the records, with cached regions if there are; of another tower they are refused."""
         from ..teachers import with_checked_regions
 
-        model, processor = load(name, self.device, self.dtype, self.trust_remote_code)
+        model, processor = load(name, self.device, self.dtype, self.trust_remote_code, self.tower_engine)
         if cache is None:
             return model, processor, self.records
         # A cache names the weights of its tower as they are in full precision.

@@ -18,6 +18,7 @@ from .common import (
     Device,
     Dtype,
     Model,
+    TowerEngine,
     TrustRemoteCode,
     fail,
     load,
@@ -59,6 +60,7 @@ def index(
     ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    tower_engine: TowerEngine = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +84,7 @@ def index(
     }
     from ..index import ImageTextIndex
 
-    loaded, processor = load(model, device, dtype, trust_remote_code)
+    loaded, processor = load(model, device, dtype, trust_remote_code, tower_engine)
     built = ImageTextIndex.build(
         loaded,
         processor,
@@ -136,6 +138,7 @@ def search(
     collection: Collection = "tvrn",
     device: Device = None,
     dtype: Dtype = "float32",
+    tower_engine: TowerEngine = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -157,7 +160,7 @@ def search(
     if picture is not None:
         writable(picture)
     wanted = _filters(keep or [])
-    loaded, processor = load(model, device, dtype, trust_remote_code)
+    loaded, processor = load(model, device, dtype, trust_remote_code, tower_engine)
     opened = _opened(model, loaded, processor, where, index_folder, url, collection)
     hits = opened.search(
         text,
@@ -208,10 +211,11 @@ def _opened(
 
 def _cached_index(model: str, folder: Path) -> Path:
     """Where the index of a folder of photographs is kept between searches, for each model."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    from ..storage.files import cache_folder
+
     local = Path(model).resolve() if Path(model).exists() else model
     digest = hashlib.sha256(os.fsencode(f"{local}\n{folder.resolve()}")).hexdigest()[:16]
-    return cache / "modeling_tvrn" / "indexes" / f"{folder.resolve().name}-{digest}"
+    return cache_folder("indexes") / f"{folder.resolve().name}-{digest}"
 
 
 def _filters(keep: list[str]) -> dict[str, Any] | None:
@@ -295,6 +299,7 @@ def demo(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    tower_engine: TowerEngine = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a page to search a folder of photographs with, and to see why something was found (extra: demo).
@@ -308,7 +313,7 @@ def demo(
     """
     from ..demo import launch
 
-    loaded, processor = load(model, device, dtype, trust_remote_code)
+    loaded, processor = load(model, device, dtype, trust_remote_code, tower_engine)
     kept = index_folder if index_folder is not None else _cached_index(model, folder)
     page = launch(loaded, processor, folder, kept, host=host, port=port, block=False, progress=progress())
     typer.echo(f"open {page.local_url} (Ctrl-C ends it)", err=True)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..engines import LARGEST_FILE
 from .tvrn_onnx import MANIFEST
-from .writing import LARGEST_FILE, megabytes, write_manifest
+from .writing import megabytes, write_manifest
 
 PARTS = ("image", "text", "pair")
 # Matrix products by weights, among them every linear layer; convolutions would lose more than they win this way.

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import logging
 import os
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +16,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ..engines import need_onnx, write_onnx
 from ..modeling_tvrn import TVRNModel
 from ..pixels_tvrn import pads, pixel_table
 from ..processing_tvrn import check_length, special_ids, tokenize
@@ -34,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Sizes traced: all different and above 1, so that none is taken for another or for a constant.
 IMAGES, REGIONS, TEXTS, WORDS = 3, 5, 4, 7
-LARGEST_FILE = 1.8e9  # bytes; protobuf ends at 2 GiB, beyond that weights lie in a file of their own
 TOLERANCE = 1e-4
 PROBES = ["A dog runs through the snow.", "Two children — one red ball!", "café  NOIR " * 60]
 # For `pip install FOLDER`: the command tvrn-search, and the four libraries that it needs.
@@ -55,8 +51,6 @@ scripts = {{ tvrn-search = "tvrn_search:main" }}
 [tool.setuptools]
 py-modules = ["tvrn_search", "tvrn_onnx", "pixels_tvrn", "image_folder"]
 """
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
-CHECKS_OFF = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def export_onnx(
@@ -90,7 +84,7 @@ def export_onnx(
             pictures, the directory holds something else, the graphs differ from the model by more than `tolerance`, or
             `search` is asked of an export that does not read pictures and captions.
     """
-    _need_extra()
+    need_onnx("the export")
     _check_precision(model)
     target = _check_directory(Path(directory))
     pixel_shape, text_length = _pixel_shape(model, processor, image_input), _text_length(processor)
@@ -118,12 +112,6 @@ def export_onnx(
         publish_folder(whole, target)
     sizes = {name: megabytes(target, name) for name in manifest["files"]["float32"].values()}
     return ExportReport(target, sizes, parity, manifest["pixels"] is not None, manifest["tokens"] is not None)
-
-
-def _need_extra() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f'the export needs {", ".join(missing)}: pip install "modeling-tvrn[export]"')
 
 
 def _check_precision(model: TVRNModel) -> None:
@@ -218,39 +206,20 @@ def _write_graphs(
     }
 
 
-@torch.no_grad()
 def _write_graph(
     part: str, graph: Graph, samples: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One file; what the manifest says of it, and what the part gives for the samples."""
     inputs = {name: samples[name] for name in graph.axes}
-    outputs = graph.module(inputs)
     named = {
         name: {place: axis for place, axis in enumerate(axes) if isinstance(axis, str)}
         for name, axes in graph.axes.items()
     }
-    # Whether a size of 1 works as well, which no exporter promises, is seen when the graphs are compared.
-    shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in named.items()}
-    weights = sum(weight.nbytes for weight in graph.module.state_dict().values())
     logger.info("exporting the %s graph", part)
-    with _quiet(), _unchecked():
-        try:
-            # Not left to torch.onnx.export, which would try another way and fix a size if this one fails.
-            program = torch.export.export(
-                graph.module, (), {"inputs": inputs}, dynamic_shapes={"inputs": shapes}, strict=False
-            )
-            torch.onnx.export(
-                program,
-                f=folder / f"{part}.onnx",
-                dynamo=True,
-                dynamic_shapes={"inputs": named},
-                input_names=list(inputs),
-                output_names=list(outputs),
-                external_data=weights > LARGEST_FILE,
-                verbose=False,
-            )
-        except Exception as error:  # whatever the exporters raise, a user can do one thing about it
-            raise ValueError(_cannot_export(part, graph, error)) from error
+    try:
+        outputs = write_onnx(graph.module, inputs, named, folder / f"{part}.onnx")
+    except Exception as error:  # whatever the exporters raise, a user can do one thing about it
+        raise ValueError(_cannot_export(part, graph, error)) from error
     about = {"inputs": _described(graph.axes, inputs), "outputs": _described(graph.outputs(outputs), outputs)}
     return about, outputs
 
@@ -271,35 +240,6 @@ def _cannot_export(part: str, graph: Graph, error: Exception) -> str:
 def _described(axes: dict[str, tuple[str | int, ...]], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
     types = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
     return [{"name": name, "dtype": types[name], "shape": list(shape)} for name, shape in axes.items()]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters warn of what is none of a user's business (torchvision's operators, their own deprecations)."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [each.level for each in noisy]
-    for each in noisy:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(noisy, levels, strict=True):
-            each.setLevel(level)
-
-
-@contextlib.contextmanager
-def _unchecked() -> Iterator[None]:
-    """Without the checks of shapes in transformers' detectors: ONNX has no operator for them."""
-    before = os.environ.get(CHECKS_OFF)
-    os.environ[CHECKS_OFF] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[CHECKS_OFF]
-        if before is not None:
-            os.environ[CHECKS_OFF] = before
 
 
 def _pixel_recipe(processor: Any, pixel_shape: tuple[int | str, ...] | None) -> dict[str, Any] | None:

@@ -182,7 +182,8 @@ class _Encoder:
         self.model, self.processor, self.segments = model, processor, segments
         self.settings, self.report = settings, report
         self.earlier = frozenset(segments.place)
-        self.batch: dict[str, Any] = {}  # key -> content, waiting to be encoded
+        self.batch: dict[str, Any] = {}  # key -> content, waiting to be prepared
+        self.preparing: tuple[list[str], Future] | None = None  # keys, and what the model reads of them
         self.encoded: list[EncodedItems] = []
         self.encoded_keys: list[str] = []
 
@@ -193,6 +194,7 @@ class _Encoder:
         with (
             tqdm(total=len(source) or None, desc=source.side, delay=2.0, disable=off) as bar,
             evaluating(self.model),
+            ThreadPoolExecutor(1) as self.preparer,
         ):
             for item, loaded in self._loaded(source, known):
                 bar.update()
@@ -202,6 +204,7 @@ class _Encoder:
                 self._add(loaded)
                 items.append(item)
                 keys.append(loaded.key)
+            self._prepare()
             self._encode()
             self._write(everything=True)
         return items, keys
@@ -236,25 +239,34 @@ class _Encoder:
     def _add(self, loaded: Loaded) -> None:
         if loaded.key in self.earlier:
             self.report.reused += 1
-        elif not any(loaded.key in done for done in (self.segments.place, self.batch, self.encoded_keys)):
+            return
+        prepared = self.preparing[0] if self.preparing is not None else ()
+        if not any(loaded.key in done for done in (self.segments.place, self.batch, prepared, self.encoded_keys)):
             self.batch[loaded.key] = loaded.content
             if len(self.batch) >= self.settings.batch_size:
-                self._encode()
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Give the waiting batch to a thread that makes the model's inputs of it, and encode the one before."""
+        waiting, self.batch = self.batch, {}
+        if not waiting:
+            return
+        future = self.preparer.submit(prepare, self.processor, list(waiting.values()), self.segments.side)
+        self._encode()
+        self.preparing = list(waiting), future
 
     def _encode(self) -> None:
-        if not self.batch:
+        if self.preparing is None:
             return
-        encoded = encode(self.model, self.processor, list(self.batch.values()), self.segments.side)
+        (keys, future), self.preparing = self.preparing, None
+        encoded = encode(self.model, future.result(), self.segments.side)
         if not torch.isfinite(encoded.tensors()["embeds"]).all():
-            raise ValueError(
-                f"an embedding of {next(iter(self.batch))} … is NaN or infinite; check the model's weights"
-            )
+            raise ValueError(f"an embedding of {keys[0]} … is NaN or infinite; check the model's weights")
         if not self.settings.features:
             encoded = EmbeddedItems(encoded.tensors()["embeds"].detach().float().cpu())
         self.encoded.append(encoded.to("cpu").to(torch.float16) if self.settings.features else encoded)
-        self.encoded_keys += self.batch
-        self.report.encoded += len(self.batch)
-        self.batch = {}
+        self.encoded_keys += keys
+        self.report.encoded += len(keys)
         self._write()
 
     def _write(self, everything: bool = False) -> None:
@@ -288,16 +300,22 @@ def _joined(parts: list[EncodedItems]) -> EncodedItems:
     return type(parts[0]).cat(parts)
 
 
-def encode(model: Any, processor: Any, contents: list[Any], side: str) -> EncodedItems:
-    """Encode a batch of records, captions or (unchanged) encoded features."""
+def prepare(processor: Any, contents: list[Any], side: str) -> Any:
+    """The model's inputs for a batch of records or captions; encoded features are joined, and are not encoded."""
     if isinstance(contents[0], EncodedItems):
         return SIDES[side].cat(contents)
+    inputs = {"text": contents} if side == "texts" else image_inputs(contents)
+    return processor(**inputs, return_tensors="pt")
+
+
+def encode(model: Any, inputs: Any, side: str) -> EncodedItems:
+    """Encode what `prepare` made."""
+    if isinstance(inputs, EncodedItems):
+        return inputs
     device = next(model.parameters()).device
-    if side == "texts":
-        inputs = processor(text=contents, return_tensors="pt")
-        return model.encode_texts(**{name: value.to(device) for name, value in inputs.items()})
-    inputs = processor(**image_inputs(contents), return_tensors="pt")
-    return model.encode_images(**{name: value.to(device) for name, value in inputs.items()})
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    encoded: EncodedItems = model.encode_texts(**moved) if side == "texts" else model.encode_images(**moved)
+    return encoded
 
 
 def _columns(items: list[Item], keys: list[str]) -> dict[str, list[Any]]:

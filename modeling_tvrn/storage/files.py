@@ -32,6 +32,7 @@ FORMATS = {
     "tvrn-index": (2, "delete it and run `tvrn index MODEL SOURCE INDEX` again, which makes anew what is missing"),
     "tvrn-checkpoint": (2, "start anew with resume=null, or give the path of another checkpoint"),
     "tvrn-score-blocks": (2, "give another folder, or delete this one and run the same command again"),
+    "tvrn-tower-graph": (1, "delete it; it is made again when it is needed"),
     "tvrn-model-files": (1, "copy the folder again or train again; if you changed it yourself, delete its files.json"),
 }
 BUILD_LOCK = "build.lock"  # held by the one process that builds in a folder
@@ -91,6 +92,11 @@ def make_folder(path: Path) -> Path:
     if reason is not None:
         raise OSError(f"{path} can't be a folder to write into: {reason}; give another one")
     return path
+
+
+def cache_folder(name: str) -> Path:
+    """Where this package keeps for a user what it can make again; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_tvrn" / name
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_tvrn import PIXEL_INPUTS
+from ..engines import used
 from ..layers_tvrn import pool_boxes
 from ..pixels_tvrn import rgb_images
 from ..storage.fingerprints import ItemId, module_fingerprint, preprocessor_fingerprint
@@ -192,8 +193,9 @@ class RegionExtraction:
         }
 
     def _regions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        # Convolutions run faster on channels-last pixels; what is computed stays the same.
-        pixels = batch["pixel_values"].to(self.device).contiguous(memory_format=torch.channels_last)
+        pixels = batch["pixel_values"].to(self.device)
+        if used(self.model) == "torch":  # whose convolutions are faster so; what is computed stays the same
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         if self.boxes_column is None:
             detection = {name: batch[name].to(self.device) for name in PIXEL_INPUTS[1:] if name in batch}
             if getattr(self.model, "dual_encoder", None) is not None:

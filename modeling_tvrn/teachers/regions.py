@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..engines import used
 from ..storage.arrays import ArrayStore, StoredCache, StoreWriter, built_once, check_space
 from ..storage.fingerprints import ItemId, items_fingerprint, plain_id
 from .extraction import ImagePreparation, RegionExtraction
@@ -91,6 +92,7 @@ class RegionCache(StoredCache):
                     "%d images have more than %d boxes: the first %d were kept", cut, max_regions, max_regions
                 )
             facts |= {"seconds": round(time.monotonic() - started, 1), "images_with_boxes_cut": cut}
+            facts["tower_engine"] = used(extraction.model)
             return facts | dict(info or {})
 
         return cls(built_once(directory, made_from, shard_size, overwrite, fill))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..engines import used
 from ..storage.arrays import ArrayStore, StoreWriter
 from ..storage.fingerprints import ItemId, StaleStoreError, plain_id
 from .regions import PreparedBatches, RegionCache, image_ids_of
@@ -137,6 +138,7 @@ def fill(
         "teacher": teacher.name,
         "revision": teacher.revision,
         "device": str(teacher.device),
+        "tower_engine": used(teacher.model),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
         "resumed_after": len(done),
         "captions_cut": cut,
