@@ -19,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     make.add_argument("--size", type=int, default=512)
     measure.add_argument("--precision", choices=PRECISIONS, default="int8")
     measure.add_argument("--engine", choices=ENGINES, default="hnsw")
+    measure.add_argument("--queries", type=int, default=QUERIES)
     regions = verbs.add_parser("regions")
     regions.add_argument("model", metavar="MODEL")
     regions.add_argument("--data", required=True)
@@ -111,7 +113,9 @@ def resident() -> tuple[float, float]:
     return tuple(1024.0 * int(status[name].split()[0]) for name in ("RssAnon", "RssFile"))
 
 
-def searched(folder: Path, precision: str, engine: str, pipe: multiprocessing.connection.Connection) -> None:
+def searched(
+    folder: Path, precision: str, engine: str, count: int, pipe: multiprocessing.connection.Connection
+) -> None:
     """Open a saved search, and search: in a process that has built nothing."""
     mapped = TensorFile.open(folder / "vectors.safetensors").mapped()
     vectors = mapped.arrays["embeds"]
@@ -123,7 +127,7 @@ def searched(folder: Path, precision: str, engine: str, pipe: multiprocessing.co
     row = {"open_seconds": time.perf_counter() - started[0], "open_cpu_seconds": time.process_time() - started[1]}
     arrays = TensorFile.open(folder / "queries.safetensors").mapped().arrays
     wall, cpu, right = [], [], []
-    for query, truth in zip(arrays["queries"], arrays["truth"], strict=True):
+    for query, truth in zip(arrays["queries"][:count], arrays["truth"][:count], strict=True):
         started = time.perf_counter(), time.process_time()
         rows = search.search(query, NEAREST)[0]
         wall.append(time.perf_counter() - started[0])
@@ -146,10 +150,11 @@ def measure(options: argparse.Namespace) -> None:
     row = {"precision": options.precision, "engine": search.engine, "items": len(vectors), "size": vectors.shape[1]}
     row |= {"build_seconds": time.perf_counter() - started[0], "build_cpu_seconds": time.process_time() - started[1]}
     row |= {"build_own_megabytes": resident()[0] / 1e6}
-    del search
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=searched, args=(options.folder, options.precision, options.engine, there))
+    asked = (options.folder, options.precision, search.engine, options.queries, there)
+    del search
+    child = context.Process(target=searched, args=asked)
     child.start()
     row |= here.recv()
     child.join()
