@@ -113,9 +113,7 @@ def resident() -> tuple[float, float]:
     return tuple(1024.0 * int(status[name].split()[0]) for name in ("RssAnon", "RssFile"))
 
 
-def searched(
-    folder: Path, precision: str, engine: str, count: int, pipe: multiprocessing.connection.Connection
-) -> None:
+def searched(folder: Path, precision: str, engine: str, count: int, pipe: Connection) -> None:
     """Open a saved search, and search: in a process that has built nothing."""
     mapped = TensorFile.open(folder / "vectors.safetensors").mapped()
     vectors = mapped.arrays["embeds"]
