@@ -611,7 +611,7 @@ def test_what_is_in_use_is_copied_bit_for_bit_out_of_garbage(
 def test_a_large_index_lies_in_few_files(
     processor: TVRNProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search holds every segment open, and a million items in segments of 256 are more files than a system allows."""
+    """A search holds every segment open: a million items in segments of 256 are more files than a system allows."""
     monkeypatch.setattr(building_module, "SEGMENTS_BEFORE_GROWTH", 4)
     index = build(tiny_model(), processor, records(40), tmp_path, segment_size=1, batch_size=2)
     assert len(index.backend.manifest["segments"]) < 16 and index.report.encoded == len(index) == 40
