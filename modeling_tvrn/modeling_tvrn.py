@@ -648,7 +648,8 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             return images
         regions = images.regions.to(self.logit_scale.dtype)
         reasoned = self._reasoned(regions, images.region_boxes, images.region_mask)
-        return replace(images, regions=regions if self.config.use_late_interaction else None, **reasoned)
+        kept = regions if self.config.use_late_interaction else None
+        return replace(images, regions=kept, **reasoned)  # type: ignore[arg-type]
 
     def _reasoned(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
         """What the reasoning reads of an image, from its unit-norm regions (I, R, D)."""

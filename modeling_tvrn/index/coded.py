@@ -53,20 +53,20 @@ def check_region_storage(storage: str, side: str, features: bool) -> None:
         raise ValueError(f"region_storage is {storage!r}, but this index keeps {what}; leave it out")
 
 
-def stored(images: EncodedImages, storage: str) -> StoredItems:
+def stored(images: EncodedItems, storage: str) -> StoredItems:
     """Encoded images, of level "late_interaction", as "int8" or "int4".
 
     Raises:
         ValueError: If they hold no regions, or for "int4" an odd number of dimensions.
     """
-    if images.regions is None:
+    if not isinstance(images, EncodedImages) or images.regions is None:
         raise ValueError(
             f"region_storage is {storage!r}, but there are no regions: of a model of embeddings alone, or of images "
             "that were encoded without late interaction. Use region_storage='float16', or encode them anew"
         )
     codes = coded(images.regions.detach().float().cpu(), BITS[storage])
     mask, boxes = (None if each is None else each.cpu() for each in (images.region_mask, images.region_boxes))
-    return StoredItems(images.embeds.detach().cpu(), mask, boxes, **{f"region_{storage}": codes})
+    return StoredItems(images.embeds.detach().cpu(), mask, boxes, **{f"region_{storage}": codes})  # type: ignore[arg-type]
 
 
 def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
