@@ -19,7 +19,9 @@ Encoded = TypeVar("Encoded", bound="EncodedItems")
 LEVELS = ("embeddings", "late_interaction", "full")
 LEVEL_FIELDS = {
     "embeddings": ("embeds",),
-    "late_interaction": ("embeds", "region_mask", "regions", "words", "word_mask", "word_positions", "word_weights"),
+    "late_interaction": (
+        *("embeds", "region_mask", "region_boxes", "regions", "words", "word_mask", "word_positions", "word_weights"),
+    ),
 }
 
 FINGERPRINT_VALUES = 4096  # of each weight that a fingerprint reads, evenly spread: any training moves some of them

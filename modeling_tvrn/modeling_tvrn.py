@@ -8,7 +8,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -625,6 +625,34 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             embeds = self._image_embeds(None, features, mask, embeds)
             encoded = EncodedImages(embeds, mask, boxes, regions, model_fingerprint=name)
             return encoded.at_level(level)
+        reasoned = self._reasoned(regions, boxes, mask)
+        refined = reasoned["refined_regions"]
+        means = masked_mean(refined, reasoned["refined_region_mask"])
+        summary = torch.cat([reasoned["global_vector"], means], dim=-1)
+        encoded = EncodedImages(
+            embeds=self._image_embeds(summary, features, mask, embeds),
+            region_mask=mask,
+            region_boxes=boxes,
+            regions=regions if self.config.use_late_interaction or level == "late_interaction" else None,
+            **reasoned,
+            model_fingerprint=name,
+        )
+        return encoded.at_level(level)
+
+    def complete_images(self, images: EncodedImages) -> EncodedImages:
+        """Level "full" of images of level "late_interaction": the reasoning's part, which their regions determine.
+
+        With it a gallery may keep the regions alone, a fraction of what the reasoning reads.
+        """
+        if images.regions is None or images.region_mask is None or not self.config.use_reasoning:
+            return images
+        regions = images.regions.to(self.logit_scale.dtype)
+        reasoned = self._reasoned(regions, images.region_boxes, images.region_mask)
+        kept = regions if self.config.use_late_interaction else None
+        return replace(images, regions=kept, **reasoned)  # type: ignore[arg-type]
+
+    def _reasoned(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+        """What the reasoning reads of an image, from its unit-norm regions (I, R, D)."""
         contexts = self.attention(regions, mask)
         if self.geometry is not None and boxes is not None:
             contexts = normalize((contexts + self.geometry(regions, boxes, mask)) / 2)
@@ -637,21 +665,14 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         weights = self.image_pooling(refined, refined_mask)
         # (I, 1, N) @ (I, N, D).
         overall = normalize((weights.unsqueeze(1).to(refined.dtype) @ refined).squeeze(1))
-        summary = torch.cat([overall, masked_mean(refined, refined_mask)], dim=-1)
-        encoded = EncodedImages(
-            embeds=self._image_embeds(summary, features, mask, embeds),
-            region_mask=mask,
-            region_boxes=boxes,
-            regions=regions if self.config.use_late_interaction else None,
-            refined_regions=refined,
-            refined_region_mask=refined_mask,
-            global_vector=overall,
-            refined_region_saliency=self._region_saliency(refined, overall, refined_mask),
-            refined_region_gram=gram(refined),
+        return {
+            "refined_regions": refined,
+            "refined_region_mask": refined_mask,
+            "global_vector": overall,
+            "refined_region_saliency": self._region_saliency(refined, overall, refined_mask),
+            "refined_region_gram": gram(refined),
             **self._expansion_sources(contexts),
-            model_fingerprint=name,
-        )
-        return encoded.at_level(level)
+        }
 
     def _regions(
         self,

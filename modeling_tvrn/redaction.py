@@ -12,10 +12,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from .plain_yaml import load_yaml
-
 __all__ = [
     "REDACTED", "SecretsFilter", "guard_logs", "is_secret", "redacted", "redacted_command", "redacted_text",
     "without_secrets",
@@ -158,6 +154,10 @@ def _redacted_word(word: str) -> str:
     if equals and is_secret(key) and value.lower() not in EMPTY:
         return f"{key}={REDACTED}"
     if value.lstrip().startswith(("{", "[")):
+        import yaml  # here, since `tvrn --help` would wait an eighth longer
+
+        from .plain_yaml import load_yaml
+
         try:
             given = load_yaml(value)
         except yaml.YAMLError:

@@ -47,6 +47,13 @@ class TestEveryVariant:
             expected = model.match(images, texts)[rows]
             torch.testing.assert_close(model.match(images.select(rows), texts), expected, rtol=0, atol=1e-5)
 
+    def test_the_reasonings_part_comes_of_the_regions_alone(self, variant):
+        model, given = tiny_model(**variant), regions(4)
+        with torch.no_grad():
+            slim = model.encode_images(**given, level="late_interaction")
+            assert slim.refined_regions is None
+            assert_equal(model.complete_images(slim), model.encode_images(**given))
+
     def test_cat_pads_again(self, variant):
         """Galleries encoded apart, each as wide as its longest item, score as one encoded together."""
         model, images, texts = galleries(**variant)

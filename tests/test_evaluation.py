@@ -16,8 +16,8 @@ from modeling_tvrn import TVRNConfig, TVRNModel, TVRNProcessor
 from modeling_tvrn.cli.app import app
 from modeling_tvrn.data import data_fingerprint, load_pairs
 from modeling_tvrn.evaluation import PROTOCOLS, encode_dataset, evaluate
-from modeling_tvrn.evaluation import encoding as encoding_module
 from modeling_tvrn.evaluation.captions import CaptionTable
+from modeling_tvrn.evaluation.encoding import encode_captions
 from modeling_tvrn.metrics import EVALUATE_FOLDER, chance_level, paired_bootstrap, retrieval_metrics
 from modeling_tvrn.scoring import EmbeddingScore, search_then_rerank
 
@@ -68,9 +68,8 @@ class Stream:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_a_gallery_is_encoded_in_the_records_order(processor: TVRNProcessor, batch_size: int, monkeypatch) -> None:
+def test_a_gallery_is_encoded_in_the_records_order(processor: TVRNProcessor, batch_size: int) -> None:
     """Whatever the batches, and although captions are sorted by length meanwhile: each item as if encoded alone."""
-    monkeypatch.setattr(encoding_module, "WINDOW_BATCHES", 3)
     records, model = region_records(9, (1, 5)), tiny()
     images, texts, rows = encode_dataset(model, processor, records, batch_size=batch_size, progress=False)
     assert rows.tolist() == [row for row, record in enumerate(records) for _ in record["captions"]]
@@ -82,6 +81,25 @@ def test_a_gallery_is_encoded_in_the_records_order(processor: TVRNProcessor, bat
             alone = model(**processor(text=[caption], **regions)).logits_per_image
             torch.testing.assert_close(scores[row, place], alone[0, 0], atol=1e-5, rtol=1e-5)
             place += 1
+
+
+def test_captions_are_encoded_at_a_steady_rate_and_with_little_padding(processor: TVRNProcessor) -> None:
+    """Whatever their order, a stretch of batches has its share of the words, and a batch captions of one length."""
+    captions = [" ".join(["dog"] * (1 + number // 40)) for number in range(400)]
+    words = []
+
+    class Recorded:
+        tokenizer = processor.tokenizer
+
+        def __call__(self, **inputs: Any) -> Any:
+            words.append(sum(len(text.split()) for text in inputs["text"]))
+            found = processor(**inputs)
+            assert found["attention_mask"].float().mean() > 0.9
+            return found
+
+    encode_captions(tiny(), Recorded(), captions, batch_size=10, progress=False)
+    stretches = np.array(words).reshape(4, 10).sum(axis=1)
+    assert max(stretches) < 1.6 * min(stretches), "in their own order they differ sixfold"
 
 
 def test_streams_give_the_same_report(processor: TVRNProcessor) -> None:

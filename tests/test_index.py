@@ -143,6 +143,35 @@ def test_without_features_it_ranks_by_embeddings(processor: TVRNProcessor) -> No
     assert slim.report.feature_bytes < whole.report.feature_bytes / 4
 
 
+@pytest.mark.parametrize("settings", [{"refinement": "gru"}, {"use_late_interaction": False}], ids=str)
+@pytest.mark.parametrize(("storage", "share", "tolerance"), [("int8", 0.5, 5e-2), ("int4", 0.4, 0.4)])
+def test_coded_regions_take_less_and_score_as_whole_ones(
+    processor: TVRNProcessor, tmp_path: Path, settings: dict[str, Any], storage: str, share: float, tolerance: float
+) -> None:
+    model, items = tiny_model(hidden_size=36, **settings), records()
+    whole = build(model, processor, items)
+    build(model, processor, items, tmp_path, region_storage=storage)
+    index = ImageTextIndex.load(tmp_path, model, processor)
+    logits = exhaustive(model, processor, items, CAPTIONS[0])
+    hits = index.search(text=CAPTIONS[0], limit=COUNT, shortlist_size=COUNT)
+    found = np.array([int(hit.id.split("-")[1]) for hit in hits])
+    assert sorted(found) == list(range(COUNT)), "each once"
+    np.testing.assert_allclose([hit.logit for hit in hits], logits[found], atol=tolerance * logits.std())
+    assert index.backend.manifest["report"]["feature_bytes"] <= share * whole.report.feature_bytes
+    more = [*items, records(1, seed=9)[0] | {"image_id": "new"}]
+    assert build(model, processor, more, tmp_path, region_storage=storage).report.encoded == 1
+
+
+def test_an_index_from_before_coded_regions_opens_as_it_did(processor: TVRNProcessor, tmp_path: Path) -> None:
+    model = tiny_model()
+    index = build(model, processor, records(), tmp_path)
+    manifest = {name: value for name, value in index.backend.manifest.items() if name != "region_storage"}
+    write_json(index.backend.version / "manifest.json", FORMAT, manifest)
+    old = ImageTextIndex.load(tmp_path, model, processor)
+    assert logits_of(old) == logits_of(index)
+    assert build(model, processor, records(), tmp_path).report.encoded == 0
+
+
 def test_encoded_features_need_no_second_encoding(processor: TVRNProcessor) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -191,8 +220,13 @@ def unit(count: int, size: int = 72, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-@pytest.mark.parametrize("engine", ["exact", "hnsw"])
-def test_nearest_neighbours_against_a_sort_of_all_cosines(precision: str, engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["exact", "hnsw", "exact without faiss"])
+def test_nearest_neighbours_against_a_sort_of_all_cosines(
+    precision: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "exact without faiss":
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        engine = "exact"
     if engine == "hnsw":
         pytest.importorskip("faiss", reason='a graph comes with pip install ".[index]"')
     vectors = unit(1500)
@@ -584,6 +618,16 @@ def test_what_is_in_use_is_copied_bit_for_bit_out_of_garbage(
         assert torch.equal(again.read(kept, None).tensors()[name], tensor), name
 
 
+def test_a_large_index_lies_in_few_files(
+    processor: TVRNProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search holds every segment open: a million items in segments of 256 are more files than a system allows."""
+    monkeypatch.setattr(building_module, "SEGMENTS_BEFORE_GROWTH", 4)
+    index = build(tiny_model(), processor, records(40), tmp_path, segment_size=1, batch_size=2)
+    assert len(index.backend.manifest["segments"]) < 16 and index.report.encoded == len(index) == 40
+    assert build(tiny_model(), processor, records(40), tmp_path, segment_size=1).report.encoded == 0
+
+
 def test_damaged_items_are_not_copied_as_whole(
     processor: TVRNProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -601,6 +645,9 @@ def test_damaged_items_are_not_copied_as_whole(
         ({"precision": "int4"}, "precision is 'int4'; expected one of float32, int8, binary"),
         ({"engine": "annoy"}, "engine is 'annoy'; expected one of auto, exact, hnsw"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"region_storage": "int2"}, "region_storage is 'int2'; expected one of float16, int8, int4"),
+        ({"region_storage": "int4", "side": "texts"}, "this index keeps captions"),
+        ({"region_storage": "int4", "features": False}, "this index keeps embeddings alone"),
         ({"side": "sounds"}, "side is 'sounds'"),
         ({"url": "foo://host"}, "foo"),
     ],

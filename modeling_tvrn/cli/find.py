@@ -43,6 +43,9 @@ def index(
     embeddings_only: Annotated[
         bool, typer.Option("--embeddings-only", help="keep nothing for reranking by the pair score")
     ] = False,
+    region_storage: Annotated[
+        str, typer.Option(help="float16, int8 or int4: of the regions that reranking reads from disk")
+    ] = "float16",
     batch_size: Annotated[int, typer.Option(min=1, help="items encoded at a time")] = 32,
     num_workers: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
     verify: Annotated[
@@ -93,6 +96,7 @@ def index(
         precision=precision,
         engine=engine,
         features=not embeddings_only,
+        region_storage=region_storage,
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress(),

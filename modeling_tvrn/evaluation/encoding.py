@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,6 @@ from ..encoded_tvrn import EncodedImages, EncodedTexts
 from ..scoring.models import evaluating
 from ..scoring.ragged import RaggedTexts
 from .captions import CaptionTable
-
-WINDOW_BATCHES = 16  # batches of captions sorted together by length, so that little of a batch is padding
 
 
 def encode_dataset(
@@ -82,14 +81,24 @@ def encode_captions(
 def _encoded_captions(
     model: Any, processor: Any, captions: Sequence[str], batch_size: int, truncation: bool | None, bar: Any
 ) -> Iterator[tuple[EncodedTexts, list[int]]]:
-    window = batch_size * WINDOW_BATCHES
-    for start in range(0, len(captions), window):
-        places = sorted(range(start, min(start + window, len(captions))), key=lambda place: len(captions[place]))
-        for first in range(0, len(places), batch_size):
-            numbers = places[first : first + batch_size]
-            inputs = processor(text=[captions[place] for place in numbers], truncation=truncation, return_tensors="pt")
-            yield model.encode_texts(**to_device(inputs, model)), numbers
-            bar.update(len(numbers))
+    # Captions of one length together, so that little of a batch is padding; long and short batches mixed, so that the
+    # rate is the same from the first to the last, and the bar's time left is right.
+    lengths = _lengths(processor, captions)
+    places = sorted(range(len(captions)), key=lengths.__getitem__)
+    batches = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
+    random.Random(0).shuffle(batches)
+    for numbers in batches:
+        inputs = processor(text=[captions[place] for place in numbers], truncation=truncation, return_tensors="pt")
+        yield model.encode_texts(**to_device(inputs, model)), numbers
+        bar.update(len(numbers))
+
+
+def _lengths(processor: Any, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption; characters, which leave a fifth of a batch to padding, where they can't be counted."""
+    try:
+        return [len(ids) for ids in processor.tokenizer(list(captions), padding=False, verbose=False)["input_ids"]]
+    except (AttributeError, TypeError, ValueError):  # what is wrong with a caption its own batch says
+        return [len(caption) for caption in captions]
 
 
 class _Batch:

@@ -27,6 +27,7 @@ from ..storage.files import FORMATS, StorageError, check_file, file_entry, locke
 from ..storage.fingerprints import digest
 from ..storage.tables import Table, write_table
 from ..storage.tensors import write_tensors
+from .coded import BITS, StoredItems, check_region_storage, stored
 from .fingerprint import index_fingerprint
 from .segments import SIDES, Segments
 from .sources import RESERVED, Item, Loaded, Source, check_name
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 ITEMS, VECTORS = "items.sqlite", "vectors.safetensors"
 FIX = FORMATS[FORMAT][1]
+SEGMENTS_BEFORE_GROWTH = 128  # from there on they grow, so that a million items are in fewer than 600
 Known = dict[str, tuple[int, int, str]]  # id -> size, mtime_ns, key: what tells whether a file has changed
 
 
@@ -62,10 +64,12 @@ class BuildSettings:
     num_workers: int = 4
     progress: bool = True
     repair: bool = False
+    region_storage: str = "float16"
 
-    def check(self) -> None:
+    def check(self, side: str) -> None:
         """Refuse wrong settings at once, not after an hour."""
         check_search(self.precision, self.engine)
+        check_region_storage(self.region_storage, side, self.features)
         for name in ("batch_size", "segment_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -130,12 +134,15 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         StorageError: If embeddings of an earlier build are damaged.
         ValueError: If there is nothing to index.
     """
-    settings.check()
+    settings.check(source.side)
     started = time.perf_counter()
     with locked(directory / LOCK):
         make_usable(directory, thoroughly=settings.repair)
         fingerprint = index_fingerprint(model, processor)
-        build = digest({"model": fingerprint, "side": source.side, "features": settings.features})
+        content = {"model": fingerprint, "side": source.side, "features": settings.features}
+        if settings.region_storage in BITS:
+            content["region_storage"] = settings.region_storage
+        build = digest(content)
         segments = Segments(directory / SEGMENTS, build, source.side)
         segments.scan()
         report = BuildReport(precision=settings.precision)
@@ -147,7 +154,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         _compare(report, {item.id: key for item, key in zip(items, keys, strict=True)}, known)
         if not items:
             raise ValueError(f"{printable(source.name)} holds nothing to index (skipped: {report.skipped})")
-        segments.compact(keys, settings.segment_size)
+        segments.compact(keys, _segment_size(settings, len(keys)))
         version = next_version(directory)
         files = {ITEMS: write_table(version / ITEMS, _columns(items, keys))}
         files |= _write_search(version, segments.embeds(keys), settings, report)
@@ -163,6 +170,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
             "precision": settings.precision,
             "engine": report.engine,
             "features": settings.features,
+            "region_storage": settings.region_storage,
             "model_fingerprint": model.fingerprint() if hasattr(model, "fingerprint") else None,
             "segments": names,
             "files": files | used,
@@ -175,6 +183,11 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
     return report
 
 
+def _segment_size(settings: BuildSettings, items: int) -> int:
+    """Segments grow with the index: every one is a file that a search holds open, and a system allows some 1000."""
+    return max(settings.segment_size, items // SEGMENTS_BEFORE_GROWTH)
+
+
 class _Encoder:
     """Items in, keys out; what is not in a segment yet is encoded and written in segments as it comes."""
 
@@ -185,7 +198,7 @@ class _Encoder:
         self.batch: dict[str, Any] = {}  # key -> content, waiting to be prepared
         self.preparing: tuple[list[str], Future] | None = None  # keys, and what the model reads of them
         self.encoded: list[EncodedItems] = []
-        self.encoded_keys: list[str] = []
+        self.encoded_keys: dict[str, None] = {}  # in their order
 
     def run(self, source: Source, known: Known) -> tuple[list[Item], list[str]]:
         """All items that can be used, with their keys."""
@@ -259,45 +272,29 @@ class _Encoder:
         if self.preparing is None:
             return
         (keys, future), self.preparing = self.preparing, None
-        encoded = encode(self.model, future.result(), self.segments.side)
+        coded = self.settings.region_storage in BITS
+        encoded = encode(self.model, future.result(), self.segments.side, "late_interaction" if coded else "full")
         if not torch.isfinite(encoded.tensors()["embeds"]).all():
             raise ValueError(f"an embedding of {keys[0]} … is NaN or infinite; check the model's weights")
         if not self.settings.features:
-            encoded = EmbeddedItems(encoded.tensors()["embeds"].detach().float().cpu())
-        self.encoded.append(encoded.to("cpu").to(torch.float16) if self.settings.features else encoded)
-        self.encoded_keys += keys
+            self.encoded.append(StoredItems(encoded.tensors()["embeds"].detach().float().cpu()))
+        elif coded:
+            self.encoded.append(stored(encoded, self.settings.region_storage))
+        else:
+            self.encoded.append(encoded.to("cpu").to(torch.float16))
+        self.encoded_keys |= dict.fromkeys(keys)
         self.report.encoded += len(keys)
         self._write()
 
     def _write(self, everything: bool = False) -> None:
-        while self.encoded_keys and (everything or len(self.encoded_keys) >= self.settings.segment_size):
-            count = min(self.settings.segment_size, len(self.encoded_keys))
-            whole = _joined(self.encoded)
-            self.segments.write(self.encoded_keys[:count], whole.select(slice(0, count)))
-            self.encoded_keys = self.encoded_keys[count:]
+        size = _segment_size(self.settings, len(self.segments.place))
+        while self.encoded_keys and (everything or len(self.encoded_keys) >= size):
+            count = min(size, len(self.encoded_keys))
+            whole = type(self.encoded[0]).cat(self.encoded)
+            keys = list(self.encoded_keys)
+            self.segments.write(keys[:count], whole.select(slice(0, count)))
+            self.encoded_keys = dict.fromkeys(keys[count:])
             self.encoded = [whole.select(slice(count, None))] if self.encoded_keys else []
-
-
-class EmbeddedItems(EncodedItems):
-    """Embeddings alone, for an index without reranking."""
-
-    def __init__(self, embeds: torch.Tensor) -> None:
-        super().__init__()
-        self.embeds = embeds
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The embeddings."""
-        return {"embeds": self.embeds}
-
-    def select(self, indices: Any) -> EmbeddedItems:
-        """As of `EncodedItems`."""
-        return EmbeddedItems(self.embeds[indices])
-
-
-def _joined(parts: list[EncodedItems]) -> EncodedItems:
-    if isinstance(parts[0], EmbeddedItems):
-        return EmbeddedItems(torch.cat([part.tensors()["embeds"] for part in parts]))
-    return type(parts[0]).cat(parts)
 
 
 def prepare(processor: Any, contents: list[Any], side: str) -> Any:
@@ -308,13 +305,13 @@ def prepare(processor: Any, contents: list[Any], side: str) -> Any:
     return processor(**inputs, return_tensors="pt")
 
 
-def encode(model: Any, inputs: Any, side: str) -> EncodedItems:
-    """Encode what `prepare` made."""
+def encode(model: Any, inputs: Any, side: str, level: str = "full") -> EncodedItems:
+    """Encode what `prepare` made; `level` is of images."""
     if isinstance(inputs, EncodedItems):
-        return inputs
+        return inputs.at_level(level)
     device = next(model.parameters()).device
     moved = {name: value.to(device) for name, value in inputs.items()}
-    encoded: EncodedItems = model.encode_texts(**moved) if side == "texts" else model.encode_images(**moved)
+    encoded: EncodedItems = model.encode_texts(**moved) if side == "texts" else model.encode_images(**moved, level=level)
     return encoded
 
 
@@ -339,7 +336,7 @@ def _write_search(
 ) -> dict[str, dict[str, Any]]:
     """Vectors and search of a version, as its manifest lists them; its recall goes into the report."""
     started = time.perf_counter()
-    vectors = write_tensors(version / VECTORS, {"embeds": embeds.astype(np.float32)})
+    vectors = write_tensors(version / VECTORS, {"embeds": embeds})
     search = VectorSearch(vectors.mapped().arrays["embeds"], settings.precision, settings.engine)
     search.train()
     search.save(version)

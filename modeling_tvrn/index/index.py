@@ -136,6 +136,7 @@ class ImageTextIndex:
         num_workers: int = 4,
         progress: bool = True,
         repair: bool = False,
+        region_storage: str = "float16",
         url: str | None = None,
         collection: str = "tvrn",
         **server: Any,
@@ -156,9 +157,11 @@ class ImageTextIndex:
             metadata: Id -> columns that searches can filter by.
             precision: Of the vectors searched: "float32", "int8" or "binary"; the last two are reordered by float32.
             engine: "exact", "hnsw" (needs faiss), or "auto": exact up to 50,000 items.
-            features: Keep what reranking needs (half precision); False keeps embeddings alone.
+            features: Keep what reranking needs; False keeps embeddings alone.
+            region_storage: Of images: "float16" keeps all that reranking reads; "int8" and "int4" keep the regions
+                alone in so many bits a dimension, and compute the rest for each shortlist.
             batch_size: Items encoded at a time.
-            segment_size: Items a file of features, and so the most that a kill loses.
+            segment_size: Items a file of features, and so the most that a kill loses; of a large index a 128th of it.
             num_workers: Threads that read and decode photographs.
             progress: Show a progress bar with the time left, if it takes longer than a moment.
             repair: Read the index's files first and make anew those that aren't what was written.
@@ -171,7 +174,9 @@ class ImageTextIndex:
             ConnectionError: If the server does not answer, or refuses.
             IndexBusyError: If another process is building in the same folder.
         """
-        settings = BuildSettings(precision, engine, features, batch_size, segment_size, num_workers, progress, repair)
+        settings = BuildSettings(
+            precision, engine, features, batch_size, segment_size, num_workers, progress, repair, region_storage
+        )
         shape = {}
         if url is not None:
             from .qdrant import SHAPE, check_shape, connect
@@ -357,6 +362,8 @@ class ImageTextIndex:
     def _rerank(self, query: EncodedItems, places: Sequence[Any]) -> list[float]:
         """Pair logits of the query with the shortlist."""
         candidates = self.backend.features(places).to(next(self.model.parameters()).device)
+        if self.backend.manifest.get("region_storage", "float16") != "float16":
+            candidates = self.model.complete_images(candidates)
         images, texts = (candidates, query) if self.side == "images" else (query, candidates)
         return [float(value) for value in self.model.match(images, texts).flatten()]
 

@@ -16,6 +16,7 @@ from ..encoded_tvrn import EncodedImages, EncodedItems, EncodedTexts
 from ..storage.arrays import shard_ids, write_shard
 from ..storage.files import FORMATS, StorageError
 from ..storage.tensors import TensorFile
+from .coded import restored
 from .versions import FORMAT
 
 logger = logging.getLogger(__name__)
@@ -122,17 +123,25 @@ class Segments:
 
     def embeds(self, keys: Sequence[str]) -> np.ndarray:
         """(n, P) float32 embeddings, compared with their checksums: new vectors are made of them."""
-        for name in {self.place[key][0] for key in keys}:
-            self.files[name].compare("embeds", self._arrays(name)["embeds"])
-        return np.stack([self._arrays(self.place[key][0])["embeds"][self.place[key][1]] for key in keys])
+        rows: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            rows.setdefault(self.place[key][0], []).append(row)
+        found: np.ndarray | None = None
+        for name, own in rows.items():
+            embeds = self._arrays(name)["embeds"]
+            self.files[name].compare("embeds", embeds)
+            found = np.empty((len(keys), embeds.shape[1]), np.float32) if found is None else found
+            found[own] = embeds[[self.place[keys[row]][1] for row in own]]
+        assert found is not None
+        return found
 
     def read(self, keys: Sequence[str], model_fingerprint: str | None) -> EncodedItems:
-        """Everything the pair score needs of the given items, in float32; padding is brought to one length."""
+        """Everything that is kept of the given items, in float32; padding is brought to one length."""
         parts = []
         for key in keys:
             name, row = self.place[key]
             copies = {field: np.array(array[row : row + 1]) for field, array in self._arrays(name).items()}
-            tensors = widened({field: torch.from_numpy(array) for field, array in copies.items()})
+            tensors = restored(widened({field: torch.from_numpy(array) for field, array in copies.items()}))
             parts.append(SIDES[self.side](**tensors, model_fingerprint=model_fingerprint))
         return SIDES[self.side].cat(parts)
 

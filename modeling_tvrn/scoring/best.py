@@ -42,44 +42,53 @@ class BestCandidates:
     @property
     def captions(self) -> np.ndarray:
         """(I, K) caption numbers, best first."""
-        return self._captions.numbers.numpy()
+        return self._captions.numbers()
 
     @property
     def images(self) -> np.ndarray:
         """(T, K) image rows, best first."""
-        return self._images.numbers.numpy()
+        return self._images.numbers()
 
 
 class _Lists:
+    """(queries, size) complex numbers −score + i·number: NumPy orders them by score, and among equal ones by number.
+
+    The last of a list is its worst; the others stand in no order.
+    """
+
     def __init__(self, queries: int, size: int):
-        self.size = size
-        self.scores = torch.full((queries, size), -torch.inf, dtype=torch.float64)
-        self.numbers = torch.full((queries, size), torch.iinfo(torch.int64).max)
+        self.best = np.full((queries, size), complex(np.inf, np.inf))
 
     def add(self, scores: Tensor, queries: np.ndarray, candidates: np.ndarray) -> None:
-        rows = torch.from_numpy(queries)
-        numbers = torch.from_numpy(candidates).expand(len(rows), -1)
-        values = scores.detach().cpu().double()
-        # Most blocks change few lists: the others are left alone.
-        better = (values >= self.scores[rows, -1:]).any(dim=1)
-        self._merge(rows[better], values[better], numbers[better])
+        values, size = scores.detach().cpu(), self.best.shape[1]
+        least = torch.from_numpy(-self.best.real[queries, -1:]).to(values.dtype)
+        if least.isneginf().any() and len(candidates) > size:  # a list isn't full: the block's own first ones do
+            least = torch.maximum(least, values.topk(size, dim=1).values[:, -1:])
+        # A block brings few candidates (ties with the last one among them): these alone are ordered.
+        kept = values >= least
+        place, column = (each.numpy() for each in kept.nonzero(as_tuple=True))
+        if not len(place):
+            return
+        changed, first, counts = np.unique(place, return_index=True, return_counts=True)
+        slot = np.arange(len(place)) - np.repeat(first, counts)
+        packed = np.full((len(changed), counts.max()), complex(np.inf, np.inf))
+        row = np.repeat(np.arange(len(changed)), counts)
+        packed.real[row, slot] = -values[kept].double().numpy()
+        packed.imag[row, slot] = candidates[column]
+        self._merge(queries[changed], packed)
 
-    def _merge(self, rows: Tensor, scores: Tensor, numbers: Tensor) -> None:
-        scores, numbers = (
-            torch.cat([self.scores[rows], scores], dim=1),
-            torch.cat([self.numbers[rows], numbers], dim=1),
-        )
-        by_number = numbers.argsort(dim=1)
-        order = scores.gather(1, by_number).argsort(dim=1, descending=True, stable=True)[:, : self.size]
-        chosen = by_number.gather(1, order)
-        self.scores[rows], self.numbers[rows] = scores.gather(1, chosen), numbers.gather(1, chosen)
+    def _merge(self, queries: np.ndarray, others: np.ndarray) -> None:
+        size = self.best.shape[1]
+        both = np.concatenate([self.best[queries], others], axis=1)
+        self.best[queries] = np.partition(both, size - 1, axis=1)[:, :size]
+
+    def numbers(self) -> np.ndarray:
+        return np.sort(self.best, axis=1).imag.astype(np.int64)
 
     def share(self, processes: Processes) -> None:
-        mine = self.scores, self.numbers
-        every = torch.arange(len(self.scores))
+        mine = torch.from_numpy(self.best.view(np.float64).copy())
         for number in range(processes.count):
             own = number == processes.rank
-            scores = processes.sum(mine[0] if own else torch.zeros_like(mine[0]))
-            numbers = processes.sum(mine[1] if own else torch.zeros_like(mine[1]))
+            others = processes.sum(mine if own else torch.zeros_like(mine))
             if not own:
-                self._merge(every, scores, numbers)
+                self._merge(np.arange(len(self.best)), others.numpy().view(np.complex128))
