@@ -311,7 +311,9 @@ def encode(model: Any, inputs: Any, side: str, level: str = "full") -> EncodedIt
         return inputs.at_level(level)
     device = next(model.parameters()).device
     moved = {name: value.to(device) for name, value in inputs.items()}
-    encoded: EncodedItems = model.encode_texts(**moved) if side == "texts" else model.encode_images(**moved, level=level)
+    encoded: EncodedItems = (
+        model.encode_texts(**moved) if side == "texts" else model.encode_images(**moved, level=level)
+    )
     return encoded
 
 
