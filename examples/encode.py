@@ -7,6 +7,7 @@ Every process encodes its share and leaves it in the index's folder, which all o
 
 import argparse
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def main() -> None:
     """Encode this process's share; in the first process, wait for the others and build the index."""
     prepare_terminal()
     options = parse_arguments()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # Shares differ in size, and none is to be lost to the ten minutes that processes wait for each other elsewhere.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     model, processor = load_model(options.model, device=state.device)
     folder = options.folder.resolve()
     paths = sorted(image_files(folder))
@@ -68,6 +70,8 @@ def main() -> None:
     if not state.is_main_process:
         return
     named = [json.loads((parts / f"{number}.json").read_text()) for number in range(state.num_processes)]
+    if not any(named):
+        raise SystemExit(f"{options.folder} holds no photograph that can be read")
     whole = [EncodedImages.load(parts / f"{number}.safetensors") for number, own in enumerate(named) if own]
     server = {"url": options.url} if options.url else {}
     index = ImageTextIndex.build(

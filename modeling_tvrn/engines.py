@@ -19,7 +19,9 @@ import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import math
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -69,6 +71,8 @@ def enable(model: nn.Module, engine: str = "auto") -> None:
         ValueError: If the engine is unknown, or named though there is no vision tower in float32 on a CPU. Later, from
             the tower: if a named engine can't run it, or differs from torch by more than `TOLERANCE`.
         ImportError: If it is "onnxruntime" and the extra is missing.
+
+    Changed weights are noticed, but for values written through `weight.data`: call this again after those.
     """
     if engine not in ENGINES:
         raise ValueError(f"the tower engine is {engine!r}; expected one of {', '.join(ENGINES)}")
@@ -86,8 +90,11 @@ def enable(model: nn.Module, engine: str = "auto") -> None:
 def disable(model: nn.Module) -> None:
     """Leave a model's vision tower to torch again."""
     tower = _vision_tower(model)
-    if tower is not None and isinstance(tower.__dict__.get("forward"), _Engine):
+    engine = tower.__dict__.get("forward") if tower is not None else None
+    if tower is not None and isinstance(engine, _Engine):
         del tower.forward
+        if engine.before is not None:  # a hook's
+            tower.forward = engine.before
 
 
 def used(model: Any) -> str:
@@ -97,8 +104,9 @@ def used(model: Any) -> str:
 
 
 def _vision_tower(model: Any) -> nn.Module | None:
-    if hasattr(model, "tower"):
-        found: nn.Module | None = model.tower("vision")
+    named = getattr(model, "tower", None)
+    if callable(named) and not isinstance(named, nn.Module):  # a model's method, no layer of that name
+        found: nn.Module | None = named("vision")
         return found
     return getattr(model, "vision_model", None) or model
 
@@ -117,6 +125,7 @@ class _Engine:
 
     def __init__(self, tower: nn.Module, engine: str) -> None:
         self.tower, self.engine, self.last = tower, engine, "torch"
+        self.before = tower.__dict__.get("forward")
         self.plain = self.__wrapped__ = tower.forward  # where `inspect` finds the arguments
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.runs: dict[tuple[int, ...], Run | None] = {}
@@ -124,7 +133,8 @@ class _Engine:
         self.folders: dict[tuple[int, ...], Path] = {}
 
     def __reduce__(self) -> Any:
-        return getattr, (self.tower, "forward")  # a copy of the tower is left to torch
+        # A copy of the tower is left to torch.
+        return getattr, (self.tower, "forward") if self.before is None else (self.before, "__call__")
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         pixels: Any = given.get("pixel_values", args[0] if args else None)
@@ -136,8 +146,12 @@ class _Engine:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
         asked = {k: v for k, v in given.items() if k != "pixel_values" and v is not None and v is not False}
-        asked.pop("return_dict", None)
-        if asked or self.tower.training or not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        if given.get("return_dict") is False or asked.keys() - {"return_dict"} or self.tower.training:
+            return False
+        config = getattr(self.tower, "config", None)
+        if any(getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")):
+            return False
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or _why_not(self.tower) is not None:
             return False
         return pixels.dtype == torch.float32 and pixels.device.type == "cpu" and len(pixels) > 0
 
@@ -149,6 +163,8 @@ class _Engine:
     def _run(self, pixels: Tensor) -> Run | None:
         """What runs pixels of that size; None: torch does."""
         weights = weights_state(self.tower.state_dict().values())
+        if any(version < 0 for _, version in weights):  # made in inference mode: nobody knows when they change
+            return None
         if weights != self.weights:
             self.weights = weights
             self.runs.clear()
@@ -168,7 +184,12 @@ class _Engine:
             return True
         if self.seen[shape] < READ_AFTER:
             return False
-        is_made = self._name() == "folded" or self._folder(shape).is_dir()
+        try:
+            is_made = self._name() == "folded" or self._folder(shape).is_dir()
+        except (OSError, RuntimeError) as error:  # no home, or one that can't be read
+            logger.info("the vision tower stays with torch, since there is no cache for graphs: %s", error)
+            self.runs[shape] = None
+            return False
         return is_made or self.seen[shape] >= MAKE_AFTER
 
     def _checked(self, pixels: Tensor) -> Run | None:
@@ -179,8 +200,9 @@ class _Engine:
             output = self.plain(pixel_values=pair)
             run = self._folded() if self._name() == "folded" else self._graph(pair, output)
             # A graph may have taken the number of photographs for a constant.
-            worst = max(_difference(output, run(pair)), _difference(self.plain(pixel_values=pair[:1]), run(pair[:1])))
-            if not worst <= TOLERANCE:
+            found = [*_differences(output, run(pair)), *_differences(self.plain(pixel_values=pair[:1]), run(pair[:1]))]
+            worst = max(found, key=lambda each: (math.isnan(each), each))
+            if not worst <= TOLERANCE:  # NaN is not
                 raise ValueError(f"it differs from torch by {worst:.1e}, more than {TOLERANCE:g}")
             gain = self._gain(run, pixels) if self.engine == "auto" else LEAST_GAIN
             if gain < LEAST_GAIN:
@@ -239,10 +261,13 @@ class _Engine:
         return run
 
 
-def _difference(wanted: Any, found: Any) -> float:
-    """The largest of any output, absolute up to values of 1 and relative to its largest value beyond."""
-    pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(found), strict=True)
-    return max(float((left - right).abs().max() / left.abs().max().clamp(min=1.0)) for left, right in pairs)
+def _differences(wanted: Any, found: Any) -> list[float]:
+    """The largest of each output, absolute up to values of 1 and relative to its largest value beyond."""
+    pairs = list(zip(pytree.tree_leaves(wanted), pytree.tree_leaves(found), strict=True))
+    for left, right in pairs:
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            raise ValueError(f"it gives {tuple(right.shape)} in {right.dtype} for {tuple(left.shape)} in {left.dtype}")
+    return [float((left - right).abs().max() / left.abs().max().clamp(min=1.0)) for left, right in pairs]
 
 
 def _fold(tower: nn.Module) -> Any:
@@ -312,6 +337,8 @@ def _is_valid(folder: Path) -> bool:
 
 
 def _make_graph(module: nn.Module, pixels: Tensor, folder: Path) -> None:
+    for left in folder.parent.glob(f".{folder.name}-*"):  # of a kill
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
         whole = Path(aside) / folder.name
         whole.mkdir()

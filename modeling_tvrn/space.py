@@ -23,6 +23,7 @@ from .data.image_folder import IMAGE_SUFFIXES, image_files
 from .data.skipped import UNREADABLE_FILE, SkipReport
 from .front_door import EXPECTED, check_exists, is_dual_encoder, kind_of, load_model, read_config
 from .index import ImageTextIndex
+from .index.folder import FolderBackend
 from .index.versions import SEGMENTS
 from .redaction import redacted_text
 from .storage.files import make_folder, publish_folder
@@ -60,10 +61,11 @@ shows which words and regions its score rests on.
 
 {start}
 
-`python app.py` serves the page on your own machine. A private model needs a secret HF_TOKEN in the Space's settings.
+`pip install -r requirements.txt gradio=={gradio}`, then `python app.py` serves the page on your own machine. A private
+model needs a secret HF_TOKEN in the Space's settings.
 """
 INDEXED = "What the search reads lies in `index`, so only photographs that are added later are encoded at the start."
-NOT_INDEXED = "Every start encodes all photographs; `tvrn space … --index` brings what was encoded before along."
+NOT_INDEXED = "Every start encodes all photographs; `tvrn space … --index` copies what is already encoded."
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,23 @@ def write_space(
         model: Hub id, which the Space fetches when it starts, or a local folder, which is copied.
         folder: New, or empty.
         images: Folder of photographs, which are copied.
-        index: Of these photographs by this model, as `tvrn index` writes it: what is encoded there is copied, and the
-            Space need not encode it again. Paths, which say where it was built, stay behind.
+        index: Of the folder `images` by this model, as `tvrn index` writes it: what is encoded of these photographs is
+            copied, and the Space need not encode them again. Paths, which say where it was built, and what the index
+            holds besides stay behind.
         title: Of the Space.
 
     Raises:
-        ValueError: If there is no such model or photograph, the index is of another model (`OtherModelError`), of
-            captions or without features, or the whole is larger than a Space may be.
+        ValueError: If there is no such model or photograph, the model reads no photographs, the index is of another
+            model (`OtherModelError`), of captions, of other photographs, without features or with `region_storage`,
+            or the whole is larger than a Space may be.
         OSError: If the folder holds something, or cannot be written to.
         ImportError: If the package runs without being installed: nothing then says what it requires.
     """
     name, target, source = os.fspath(model), Path(folder), Path(images).resolve()
     local = Path(name).is_dir()
+    lines = [line for line in importlib.metadata.requires(DISTRIBUTION) or [] if "extra ==" not in line]
+    if target.resolve() == Path.cwd():
+        raise OSError(f"{str(target)!r} is the folder that you are in, which can't be put in place; name another one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OSError(f"{str(target)!r} is no empty folder; give a new one, so that nothing is overwritten")
     if not source.is_dir():
@@ -141,6 +148,9 @@ def write_space(
     config = read_config(name, {}, EXPECTED)
     if config.model_type != "tvrn" and not is_dual_encoder(config):
         raise ValueError(f"{name!r} holds a {kind_of(config)}; {EXPECTED}")
+    towers = [getattr(config, f"{part}_config", None) for part in ("vision", "dual_encoder", "detector")]
+    if config.model_type == "tvrn" and not any(towers):
+        raise ValueError(f"{name!r} reads region features, not photographs; a Space needs a model of pixels")
     skipped = SkipReport()
     photographs = sorted(image_files(source, onerror=lambda error: skipped.add(UNREADABLE_FILE, str(error))))
     if not photographs:
@@ -151,17 +161,16 @@ def write_space(
         loaded, processor = load_model(name, device="cpu")
     opened = None if index is None else _opened(index, loaded, processor)
     weights = [*Path(name).glob("*.safetensors")] if local else []
-    encoded = opened.backend.manifest["report"]["feature_bytes"] if opened is not None else 0
+    encoded = opened.manifest["report"]["feature_bytes"] if opened is not None else 0
     _check_size({"photographs": _size(photographs), "index": encoded, "model": _size(weights)})
-    make_folder(target)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=".tvrn-space-", dir=target.parent) as temporary:
         space = Path(temporary) / "space"
         copied = [path for path in photographs if _copy(path, space / "photos" / path.relative_to(source), skipped)]
         if not copied:
             raise ValueError(f"no photograph in {os.fspath(images)!r} can be read ({skipped})")
-        if opened is not None:
-            whole = opened.save(Path(temporary) / "index")
-            shutil.move(whole / SEGMENTS, space / "index" / SEGMENTS)  # the rest names files of this machine
+        if opened is not None:  # its encoded items alone: the rest names files of this machine
+            opened.segments.copy(_keys(opened, source, copied, index), space / "index" / SEGMENTS)
         shown = Path(name).resolve().name if local else name
         if local and config.model_type == "tvrn":
             for part in (loaded, processor):
@@ -171,7 +180,6 @@ def write_space(
         shutil.copytree(PACKAGE, space / "modeling_tvrn", ignore=shutil.ignore_patterns("__pycache__"))
         within = f'HERE / "models" / {shown!r}' if local else repr(name)
         (space / "app.py").write_text(APP.format(model=within), encoding="utf-8")
-        lines = [line for line in importlib.metadata.requires(DISTRIBUTION) or [] if "extra ==" not in line]
         (space / "requirements.txt").write_text(REQUIREMENTS.format(lines="\n".join(sorted(lines))), encoding="utf-8")
         (space / "README.md").write_text(_page(title, shown, not local, opened is not None), encoding="utf-8")
         places = {"photographs": "photos", "index": "index", "model": "models", "code": "modeling_tvrn"}
@@ -191,12 +199,30 @@ def _copy(path: Path, copy: Path, skipped: SkipReport) -> bool:
     return True
 
 
-def _opened(index: str | os.PathLike[str], model: Any, processor: Any) -> ImageTextIndex:
+def _opened(index: str | os.PathLike[str], model: Any, processor: Any) -> FolderBackend:
     found = ImageTextIndex.load(index, model, processor)
-    if found.side != "images" or not found.backend.manifest["features"]:
+    content = found.backend.manifest
+    kind = None
+    if found.side != "images" or not content["features"]:
         kind = "captions" if found.side != "images" else "embeddings alone"
+    elif (storage := content.get("region_storage", "float16")) != "float16":
+        kind = f"regions in {storage}, which a Space's page would encode again"
+    if kind is not None:
         raise ValueError(f"the index in {os.fspath(index)!r} is of {kind}; expected photographs, with their features")
-    return found
+    assert isinstance(found.backend, FolderBackend)
+    return found.backend
+
+
+def _keys(opened: FolderBackend, source: Path, copied: list[Path], index: Any) -> list[str]:
+    """Of the items of these photographs. Nothing else that the index holds is anybody's business."""
+    by_name = dict(zip(opened.table.column("id"), opened.keys, strict=True))
+    found = [by_name[name] for path in copied if (name := path.relative_to(source).as_posix()) in by_name]
+    if not found:
+        raise ValueError(
+            f"the index in {os.fspath(index)!r} holds none of the photographs in {str(source)!r}; expected the index "
+            "that `tvrn index` made of that folder"
+        )
+    return list(dict.fromkeys(found))
 
 
 def _check_size(parts: Mapping[str, int]) -> None:
@@ -227,7 +253,9 @@ def _page(title: str, name: str, on_hub: bool, indexed: bool) -> str:
         **({"models": [name]} if on_hub else {}),
     }
     about = ABOUT.format(
-        name=f"[{name}](https://huggingface.co/{name})" if on_hub else name, start=INDEXED if indexed else NOT_INDEXED
+        name=f"[{name}](https://huggingface.co/{name})" if on_hub else name,
+        start=INDEXED if indexed else NOT_INDEXED,
+        gradio=_gradio_version(),
     )
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {header['title']}\n{about}"
 

@@ -313,7 +313,7 @@ class TestScan:
             load_pairs(tmp_path)
         self.write(tmp_path, boxes=self.BOXES[..., ::-1], img_sizes=self.SIZES)
         with pytest.raises(
-            ValueError, match=r"dev_boxes\.npy, row 0, region 0: .*: x2 < x1 .*\(so in 3 of 3 images\)"
+            ValueError, match=r"dev_boxes\.npy, row 0, region 0: .*: x2 < x1 .*\(wrong boxes in 3 of 3 images\)"
         ):
             load_pairs(tmp_path)
         self.write(tmp_path, boxes=self.BOXES[:2])

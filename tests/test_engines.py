@@ -121,6 +121,61 @@ def test_what_differs_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         look(tower, torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.parametrize(("spoilt", "words"), [(lambda x: x * float("nan"), "nan"), (lambda x: x[:, :1], "it gives")])
+def test_an_output_that_is_nan_or_of_another_shape_is_refused(
+    monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[Tensor], Tensor], words: str
+) -> None:
+    tower, compare = made("resnet"), engines._differences
+
+    def compare_spoilt(wanted: Any, found: Any) -> list[float]:
+        found.pooler_output = spoilt(found.pooler_output)  # the second of two outputs
+        return compare(wanted, found)
+
+    monkeypatch.setattr(engines, "_differences", compare_spoilt)
+    engines.enable(tower, "folded")
+    with pytest.raises(ValueError, match=f"can't be run by 'folded': .*{words}"):
+        look(tower, torch.randn(2, 3, 64, 64))
+
+
+def test_what_an_engine_does_not_know_is_left_to_torch() -> None:
+    tower, pixels = made("resnet"), torch.randn(2, 3, 64, 64)
+    engines.enable(tower, "folded")
+    with torch.no_grad():
+        assert isinstance(tower(pixel_values=pixels, return_dict=False), tuple)
+        tower.config.output_hidden_states = True
+        assert tower(pixel_values=pixels).hidden_states is not None
+        tower.config.output_hidden_states = False
+        look(tower, pixels)
+        assert engines.used(tower) == "folded"
+        look(tower.to(torch.bfloat16), pixels.bfloat16())
+    assert engines.used(tower) == "torch"
+
+
+def test_auto_without_a_cache_for_graphs_stays_with_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(_: str) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(engines, "_missing", lambda: [])
+    monkeypatch.setattr(engines, "cache_folder", unreadable)
+    tower = made("resnet")
+    engines.enable(tower)
+    for _ in range(2):
+        look(tower, torch.randn(engines.READ_AFTER, 3, 16, 16))
+    assert engines.used(tower) == "torch" and caplog.text.count("there is no cache for graphs") == 1
+
+
+def test_a_forward_that_was_put_there_before_comes_back() -> None:
+    tower, pixels = made("resnet"), torch.randn(2, 3, 64, 64)
+    plain, calls = tower.forward, []
+    tower.forward = lambda *args, **given: calls.append(1) or plain(*args, **given)  # as hooks of accelerate do
+    engines.enable(tower, "folded")
+    engines.disable(tower)
+    look(tower, pixels)
+    assert calls == [1]
+
+
 @pytest.mark.parametrize(
     ("change", "engine", "message"),
     [

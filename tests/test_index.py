@@ -159,7 +159,7 @@ def test_coded_regions_take_less_and_score_as_whole_ones(
     np.testing.assert_allclose([hit.logit for hit in hits], logits[found], atol=tolerance * logits.std())
     assert index.backend.manifest["report"]["feature_bytes"] <= share * whole.report.feature_bytes
     more = [*items, records(1, seed=9)[0] | {"image_id": "new"}]
-    assert build(model, processor, more, tmp_path, region_storage=storage).report.encoded == 1
+    assert build(model, processor, more, tmp_path).report.encoded == 1, "as it was"
 
 
 def test_an_index_from_before_coded_regions_opens_as_it_did(processor: TVRNProcessor, tmp_path: Path) -> None:

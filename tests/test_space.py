@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_makers import pixel_model, save
+from hub_makers import pixel_model, region_model, save
 from qdrant_server import free_ports
 from test_index import photographs
 
@@ -22,6 +22,8 @@ from modeling_tvrn import load_model, space
 from modeling_tvrn.cli import main as tvrn
 from modeling_tvrn.index import ImageTextIndex, OtherModelError
 from modeling_tvrn.space import write_space
+from modeling_tvrn.storage.arrays import shard_ids
+from modeling_tvrn.storage.tensors import TensorFile
 
 pytestmark = pytest.mark.slow  # some hundred files are written, one after the other, for each Space
 
@@ -74,6 +76,17 @@ def test_a_folders_model_photographs_and_index_are_copied_and_nothing_names_this
     assert report is not None and (report.items, report.encoded) == (9, 0), "the index came along"
 
 
+def test_of_an_index_only_what_is_encoded_of_the_published_photographs_is_copied(home: Path, tmp_path: Path) -> None:
+    some = sorted(path for path in (home / "photos").rglob("*") if path.is_file() and path.name[0] != ".")[:2]
+    for path in some:
+        copy = tmp_path / "few" / path.relative_to(home / "photos")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    made = write_space(home / "my-model", tmp_path / "space", tmp_path / "few", index=home / "photos.index").folder
+    kept = [TensorFile.open(path, "") for path in (made / "index").rglob("*.safetensors")]
+    assert sum(len(shard_ids(file)) for file in kept) == 2
+
+
 def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +96,9 @@ def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
     model, photos = home / "my-model", home / "photos"
     other = save(tmp_path / "other", *pixel_model(attention_scale=5.0))
     ImageTextIndex.build(*load_model(model), ["a dog"], tmp_path / "captions", progress=False)
+    photographs(tmp_path / "elsewhere" / "others")
+    save(tmp_path / "regions", *region_model())
+    monkeypatch.chdir(tmp_path / "empty")
     for arguments, index, error, words in (
         ((model, tmp_path / "mine", photos), None, OSError, "is no empty folder"),
         ((tmp_path / "no-model", tmp_path / "space", photos), None, ValueError, "there is no folder"),
@@ -90,6 +106,9 @@ def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
         ((model, tmp_path / "space", tmp_path / "none"), None, ValueError, "expected a folder of photographs"),
         ((other, tmp_path / "space", photos), home / "photos.index", OtherModelError, "attention_scale"),
         ((model, tmp_path / "space", photos), tmp_path / "captions", ValueError, "is of captions; expected"),
+        ((model, tmp_path / "space", tmp_path / "elsewhere"), home / "photos.index", ValueError, "none of the photos"),
+        ((tmp_path / "regions", tmp_path / "space", photos), None, ValueError, "reads region features, not photos"),
+        ((model, ".", photos), None, OSError, "the folder that you are in"),
     ):
         with pytest.raises(error, match=words):
             write_space(*arguments, index=index)

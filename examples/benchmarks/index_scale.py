@@ -154,6 +154,7 @@ def measure(options: argparse.Namespace) -> None:
     del search
     child = context.Process(target=searched, args=asked)
     child.start()
+    there.close()  # so that a child that dies is not waited for
     row |= here.recv()
     child.join()
     say(options, row)

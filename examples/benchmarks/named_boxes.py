@@ -87,7 +87,8 @@ def coco_boxes(file: str) -> FindBoxes:
 
     def find(record: dict[str, Any]) -> tuple[str, Boxes]:
         digits = re.search(r"\d{12}$", PurePath(record.get("filename") or "").stem)
-        image_id = int(digits[0]) if digits else record["image_id"]
+        image_id = digits[0] if digits else record["image_id"]
+        image_id = int(image_id) if str(image_id).isdecimal() else image_id
         if image_id not in of_image:
             raise Unusable(NO_ANNOTATION, f"{image_id!r} is not in {file}")
         caption = record["captions"][0]

@@ -75,7 +75,7 @@ def evaluate(
     num_workers: Annotated[int, typer.Option(min=0, help="processes that decode pictures")] = 0,
     device: Device = None,
     dtype: Dtype = "float32",
-    tower_engine: TowerEngine = "auto",
+    tower_engine: TowerEngine = "torch",  # so that a figure, and the blocks of a killed run, come out the same
     trust_remote_code: TrustRemoteCode = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the report as JSON")] = None,
     as_json: AsJson = False,

@@ -44,8 +44,12 @@ def index(
         bool, typer.Option("--embeddings-only", help="keep nothing for reranking by the pair score")
     ] = False,
     region_storage: Annotated[
-        str, typer.Option(help="float16, int8 or int4: of the regions that reranking reads from disk")
-    ] = "float16",
+        str | None,
+        typer.Option(
+            help="float16, int8 or int4: of the regions that reranking reads from disk (default: as the index has "
+            "them, float16 for a new one)"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="items encoded at a time")] = 32,
     num_workers: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
     verify: Annotated[

@@ -177,7 +177,7 @@ class ScanSource(PairSource):
         """Note the images of which a number, of (images, regions, numbers), is wrong.
 
         Raises:
-            ValueError: they are more than a tenth, so the file is of another form.
+            ValueError: they are more than one and, with those of other faults, a tenth: the file is of another form.
         """
         images = np.flatnonzero(wrong.any(axis=(1, 2))).tolist()
         for image in images:
@@ -185,9 +185,10 @@ class ScanSource(PairSource):
             place = f"row {image * self.step}, region {region}: {self._boxes[image * self.step, region].tolist()}"  # type: ignore[index]
             size = "" if sizes is None else f"; (height, width) in pixels is {sizes[image].tolist()}"
             found = f"{self._name_of(_BOXES)}, {place}: {why}{size}"
-            if len(images) > max(1, len(self) // 10):
-                raise ValueError(f"{found} (so in {len(images)} of {len(self)} images)")
             self._unusable.setdefault(image, found)
+            if max(len(images), len(self._unusable)) > max(1, len(self) // 10):
+                wrong_ones = len({*images, *self._unusable})
+                raise ValueError(f"{found} (wrong boxes in {wrong_ones} of {len(self)} images)")
 
     def _image_sizes(self) -> np.ndarray:
         """(images, 2) height and width; the file has them once an image or once a row of features."""

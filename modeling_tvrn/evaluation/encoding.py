@@ -97,7 +97,7 @@ def _lengths(processor: Any, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption; characters, which leave a fifth of a batch to padding, where they can't be counted."""
     try:
         return [len(ids) for ids in processor.tokenizer(list(captions), padding=False, verbose=False)["input_ids"]]
-    except (AttributeError, TypeError, ValueError):  # what is wrong with a caption its own batch says
+    except (AttributeError, IndexError, TypeError, ValueError):  # what is wrong with a caption its own batch says
         return [len(caption) for caption in captions]
 
 

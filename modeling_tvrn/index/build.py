@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,12 @@ class BuildSettings:
     num_workers: int = 4
     progress: bool = True
     repair: bool = False
-    region_storage: str = "float16"
+    region_storage: str | None = None  # that of the version before, else float16
 
     def check(self, side: str) -> None:
         """Refuse wrong settings at once, not after an hour."""
         check_search(self.precision, self.engine)
-        check_region_storage(self.region_storage, side, self.features)
+        check_region_storage(self.region_storage or "float16", side, self.features)
         for name in ("batch_size", "segment_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -138,6 +138,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
     started = time.perf_counter()
     with locked(directory / LOCK):
         make_usable(directory, thoroughly=settings.repair)
+        settings = replace(settings, region_storage=settings.region_storage or _storage_before(directory, settings))
         fingerprint = index_fingerprint(model, processor)
         content = {"model": fingerprint, "side": source.side, "features": settings.features}
         if settings.region_storage in BITS:
@@ -279,7 +280,7 @@ class _Encoder:
         if not self.settings.features:
             self.encoded.append(StoredItems(encoded.tensors()["embeds"].detach().float().cpu()))
         elif coded:
-            self.encoded.append(stored(encoded, self.settings.region_storage))
+            self.encoded.append(stored(encoded, str(self.settings.region_storage)))
         else:
             self.encoded.append(encoded.to("cpu").to(torch.float16))
         self.encoded_keys |= dict.fromkeys(keys)
@@ -348,6 +349,16 @@ def _write_search(
     report.items, report.vector_bytes, report.engine = len(embeds), search.bytes, search.engine
     graph = {} if search.graph is None else {GRAPH: file_entry(version / GRAPH)}
     return {VECTORS: vectors.entry, **graph}
+
+
+def _storage_before(directory: Path, settings: BuildSettings) -> str:
+    """How the version before keeps regions: an index stays as it is where nothing else is asked for."""
+    version = current(directory) if settings.features else None
+    try:
+        before = read_json(version / MANIFEST, FORMAT) if version is not None else {}
+    except StorageError:
+        before = {}
+    return str(before.get("region_storage", "float16"))
 
 
 def _known_before(directory: Path) -> Known:

@@ -136,7 +136,7 @@ class ImageTextIndex:
         num_workers: int = 4,
         progress: bool = True,
         repair: bool = False,
-        region_storage: str = "float16",
+        region_storage: str | None = None,
         url: str | None = None,
         collection: str = "tvrn",
         **server: Any,
@@ -159,7 +159,8 @@ class ImageTextIndex:
             engine: "exact", "hnsw" (needs faiss), or "auto": exact up to 50,000 items.
             features: Keep what reranking needs; False keeps embeddings alone.
             region_storage: Of images: "float16" keeps all that reranking reads; "int8" and "int4" keep the regions
-                alone in so many bits a dimension, and compute the rest for each shortlist.
+                alone in so many bits a dimension, and compute the rest for each shortlist. None: as the index in
+                `directory` does, "float16" for a new one.
             batch_size: Items encoded at a time.
             segment_size: Items a file of features, and so the most that a kill loses; of a large index a 128th of it.
             num_workers: Threads that read and decode photographs.
@@ -182,7 +183,7 @@ class ImageTextIndex:
             from .qdrant import SHAPE, check_shape, connect
 
             shape = {name: server.pop(name) for name in SHAPE if name in server}
-            check_shape(shape)
+            shape = check_shape(shape)
             url = connect(url, **server)  # before hours of work
         elif server:
             raise ValueError(f"{', '.join(server)}: no setting of a build; of a server's they go with url=")

@@ -93,8 +93,8 @@ def answered(client: Any) -> Iterator[None]:
         ) from error
 
 
-def check_shape(shape: Mapping[str, Any]) -> None:
-    """Refuse wrong numbers of shards and copies before the work of a build.
+def check_shape(shape: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of shards and copies that are given; wrong ones are refused before the work of a build.
 
     Raises:
         ValueError: One is below 1, or more copies would have to answer than there are.
@@ -108,6 +108,7 @@ def check_shape(shape: Mapping[str, Any]) -> None:
             f"write_consistency_factor is {needed}, but there are {copies} copies (replication_factor); expected at "
             "most as many"
         )
+    return {name: int(value) for name, value in shape.items() if value is not None}
 
 
 def publish(
@@ -136,8 +137,7 @@ def publish(
         ValueError: One of the three is out of range.
         ConnectionError: The server refuses, or went away.
     """
-    shape = dict(zip(SHAPE, (shard_number, replication_factor, write_consistency_factor), strict=True))
-    check_shape(shape)
+    shape = check_shape(dict(zip(SHAPE, (shard_number, replication_factor, write_consistency_factor), strict=True)))
     client = connect(url, **options)
     with answered(client):
         number = 1 + _current_number(client, collection)
@@ -219,9 +219,7 @@ class QdrantBackend:
         return SIDES[self.manifest["side"]].cat(parts)
 
 
-def _create(
-    client: Any, name: str, index: FolderBackend, manifest: dict[str, Any], shape: Mapping[str, int | None]
-) -> None:
+def _create(client: Any, name: str, index: FolderBackend, manifest: dict[str, Any], shape: Mapping[str, int]) -> None:
     from qdrant_client import models
 
     int8 = models.ScalarQuantization(scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8))

@@ -135,6 +135,18 @@ class Segments:
         assert found is not None
         return found
 
+    def copy(self, keys: Sequence[str], directory: Path) -> None:
+        """Write these items, and no others, into segments of another folder."""
+        rows: dict[str, dict[str, int]] = {}
+        for key in keys:
+            name, row = self.place[key]
+            rows.setdefault(name, {})[key] = row
+        directory.mkdir(parents=True)
+        target = Segments(directory, self.build, self.side)
+        for name, own in rows.items():
+            self.files[name].verify()  # a copy of what is damaged would pass for whole
+            target._write([*own], {field: array[[*own.values()]] for field, array in self._arrays(name).items()})
+
     def read(self, keys: Sequence[str], model_fingerprint: str | None) -> EncodedItems:
         """Everything that is kept of the given items, in float32; padding is brought to one length."""
         parts = []
