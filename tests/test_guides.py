@@ -141,6 +141,8 @@ class House:
     def run_python(self, page: str) -> None:
         """A page's Python, after its commands, in one namespace with what the text takes for granted."""
         self.run_page(page)
+        if page == "scale":  # other pages may have trained its model again
+            self.run(next(command for command in commands(page) if command.startswith("tvrn index")))
         names: dict[str, Any] = {}
         if page in ("regions", "search"):
             names["model"], names["processor"] = load_model("runs/flickr8k")
