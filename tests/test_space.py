@@ -106,8 +106,8 @@ def test_what_cannot_become_a_space_is_refused_and_leaves_nothing(
         ((model, tmp_path / "space", tmp_path / "none"), None, ValueError, "expected a folder of photographs"),
         ((other, tmp_path / "space", photos), home / "photos.index", OtherModelError, "attention_scale"),
         ((model, tmp_path / "space", photos), tmp_path / "captions", ValueError, "is of captions; expected"),
-        ((model, tmp_path / "space", tmp_path / "elsewhere"), home / "photos.index", ValueError, "none of the photos"),
-        ((tmp_path / "regions", tmp_path / "space", photos), None, ValueError, "reads region features, not photos"),
+        ((model, tmp_path / "space", tmp_path / "elsewhere"), home / "photos.index", ValueError, "none of the photo"),
+        ((tmp_path / "regions", tmp_path / "space", photos), None, ValueError, "reads region features, not photo"),
         ((model, ".", photos), None, OSError, "the folder that you are in"),
     ):
         with pytest.raises(error, match=words):
