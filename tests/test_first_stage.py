@@ -54,6 +54,7 @@ class TestStepZero:
         torch.testing.assert_close(ours.image_embeds, own.image_embeds, rtol=0, atol=1e-6)
         torch.testing.assert_close(ours.text_embeds, own.text_embeds, rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_bfloat16_stays_near_float32(self, kind: str) -> None:
         model, plain = over(kind)

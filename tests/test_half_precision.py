@@ -92,6 +92,7 @@ def gradient(model: TVRNModel, *inputs: dict[str, torch.Tensor]) -> torch.Tensor
     return found
 
 
+@pytest.mark.slow
 @DTYPES
 @MODELS
 def test_scores_and_losses(settings: dict[str, Any], dtype: torch.dtype) -> None:

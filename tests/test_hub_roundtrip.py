@@ -316,6 +316,7 @@ class TestPrecisionAndPlacement:
         assert wide.dtype == torch.float32
         assert_same(score(wide, processor, raw_inputs(inputs)), score(model.float(), processor, raw_inputs(inputs)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
     @pytest.mark.parametrize("variant", ["regions_bigru", "vit_bert_gru_sgr_frozen", "mobilenet_bigru_frozen"])
     def test_device_map(self, checkpoints, inputs, variant, device_map):

@@ -523,6 +523,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("repair", [False, True])
 def test_a_damaged_index_is_built_again(processor: TVRNProcessor, tmp_path: Path, damage: str, repair: bool) -> None:

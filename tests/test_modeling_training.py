@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
 
 
 class TestGradients:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", [*MATCHED, {"use_first_stage": False}], ids=name)
     def test_every_loss_together_reaches_every_parameter(self, variant):
         """A part that has no influence on the score, or is not owned by the model, would stay as it was drawn."""
@@ -146,6 +147,7 @@ class TestPairStageCost:
         assert whole.largest > 8 * small.largest
         assert whole.peak > 8 * small.peak
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", MATCHED, ids=name)
     def test_no_loop_over_captions_or_images(self, variant):
         """The same operators, whatever the number of items in the chunk."""
@@ -169,6 +171,7 @@ class TestPairStageCost:
 
 
 class TestPrecision:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", MATCHED, ids=name)
     @pytest.mark.parametrize("way", ["autocast", "weights"])
     def test_bfloat16_is_close_to_float32(self, variant, way):

@@ -121,6 +121,7 @@ def spoil(folder: Path, value: float, dtype: torch.dtype = torch.float32) -> str
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_nan_are_refused_at_loading(tmp_path: Path, value: float, dtype: torch.dtype) -> None:

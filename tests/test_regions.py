@@ -622,6 +622,7 @@ def test_of_a_dual_encoder_the_verb_keeps_embeddings_too(photographs, records, t
     torch.testing.assert_close(found, embeds, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_of_a_tvrn_the_verb_keeps_what_its_own_tower_sees(photographs, records, tmp_path):
     folder = save(tmp_path / "tvrn", *pixel_model(vision_grid_size=2))
     arguments = ["regions", photographs, "--features", folder, "-o", tmp_path / "cache", "--device", "cpu"]

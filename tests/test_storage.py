@@ -440,6 +440,7 @@ def test_every_setting_is_of_training_or_of_the_score() -> None:
     assert not {*named} & {*LOSSES} and {*named} >= {*SCORES} - {"vision_grid_size"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_equal_weights_with_other_settings_of_training_are_the_same_model(
     name: str, processor: TVRNProcessor, tmp_path: Path

@@ -460,6 +460,7 @@ def test_a_vector_without_a_direction_is_refused_with_its_id(hub: Path, photogra
             TeacherCache.build(teacher, load_pairs(photographs), tmp_path / message, progress=False)
 
 
+@pytest.mark.slow
 def test_vectors_from_cached_regions_are_their_means(hub: Path, photographs: Path, tmp_path: Path) -> None:
     """A CNN's mean over its map, without another pass over the photographs."""
     records, teacher = load_pairs(photographs), Teacher.from_pretrained(hub / "cnn", "image")

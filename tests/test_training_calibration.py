@@ -75,6 +75,7 @@ def calibrated(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return model, processor, calibrate_and_measure(model, processor, load_pairs(photos / "captions.csv"))
 
 
+@pytest.mark.slow
 def test_a_dual_encoder_is_calibrated_and_measured(calibrated: Any, photos: Path, tmp_path: Path) -> None:
     model, processor, report = calibrated
     assert model.has_probabilities and model.is_calibrated and model.calibration_query[:-1].abs().sum() > 0
