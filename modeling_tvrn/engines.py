@@ -125,6 +125,7 @@ class _Engine:
 
     def __init__(self, tower: nn.Module, engine: str) -> None:
         self.tower, self.engine, self.last = tower, engine, "torch"
+        self.name = engine if engine != "auto" else "folded" if _missing() else "onnxruntime"
         self.before = tower.__dict__.get("forward")
         self.plain = self.__wrapped__ = tower.forward  # where `inspect` finds the arguments
         self.seen: Counter[tuple[int, ...]] = Counter()
@@ -139,7 +140,7 @@ class _Engine:
     def __call__(self, *args: Any, **given: Any) -> Any:
         pixels: Any = given.get("pixel_values", args[0] if args else None)
         run = self._run(pixels) if len(args) < 2 and self._applies(pixels, given) else None
-        self.last = "torch" if run is None else self._name()
+        self.last = "torch" if run is None else self.name
         return self.plain(*args, **given) if run is None else run(pixels)
 
     def _applies(self, pixels: Any, given: dict[str, Any]) -> bool:
@@ -154,11 +155,6 @@ class _Engine:
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or _why_not(self.tower) is not None:
             return False
         return pixels.dtype == torch.float32 and pixels.device.type == "cpu" and len(pixels) > 0
-
-    def _name(self) -> str:
-        if self.engine != "auto":
-            return self.engine
-        return "folded" if _missing() else "onnxruntime"
 
     def _run(self, pixels: Tensor) -> Run | None:
         """What runs pixels of that size; None: torch does."""
@@ -185,7 +181,7 @@ class _Engine:
         if self.seen[shape] < READ_AFTER:
             return False
         try:
-            is_made = self._name() == "folded" or self._folder(shape).is_dir()
+            is_made = self.name == "folded" or self._folder(shape).is_dir()
         except (OSError, RuntimeError) as error:  # no home, or one that can't be read
             logger.info("the vision tower stays with torch, since there is no cache for graphs: %s", error)
             self.runs[shape] = None
@@ -198,7 +194,7 @@ class _Engine:
         try:
             pair = torch.cat([pixels[:2], pixels[:2]])[:2]
             output = self.plain(pixel_values=pair)
-            run = self._folded() if self._name() == "folded" else self._graph(pair, output)
+            run = self._folded() if self.name == "folded" else self._graph(pair, output)
             # A graph may have taken the number of photographs for a constant.
             found = [*_differences(output, run(pair)), *_differences(self.plain(pixel_values=pair[:1]), run(pair[:1]))]
             worst = max(found, key=lambda each: (math.isnan(each), each))
@@ -206,7 +202,7 @@ class _Engine:
                 raise ValueError(f"it differs from torch by {worst:.1e}, more than {TOLERANCE:g}")
             gain = self._gain(run, pixels) if self.engine == "auto" else LEAST_GAIN
             if gain < LEAST_GAIN:
-                raise ValueError(f"{self._name()} takes {1 / gain:.1f} times as long here")
+                raise ValueError(f"{self.name} takes {1 / gain:.1f} times as long here")
         except Exception as error:  # whatever exporters raise, a user can do one thing about it
             reason = " ".join(str(error).split())[:300]
             if self.engine != "auto":
@@ -217,7 +213,7 @@ class _Engine:
             logger.info("the vision tower %r stays with torch: %s", kind, reason)
             return None
         size = "×".join(str(length) for length in pixels.shape[2:])
-        logger.info("vision tower %r at %s by %s: differs from torch by %.1e", kind, size, self._name(), worst)
+        logger.info("vision tower %r at %s by %s: differs from torch by %.1e", kind, size, self.name, worst)
         return run
 
     def _gain(self, run: Run, pixels: Tensor) -> float:

@@ -1,16 +1,14 @@
 """The pointing game's boxes: what the words of a caption name in COCO's instances and in Flickr30k Entities."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import named_boxes
 import pytest
 
 from modeling_tvrn.data.skipped import Unusable
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "named_boxes.py"
 SENTENCE = (
     "[/EN#1/people/clothing Two young guys] by [/EN#2/scene a road] hold [/EN#3/clothing their T-shirts] "
     "; [/EN#0/notvisual it] .\n"
@@ -26,14 +24,6 @@ XML = "{}<annotation><size><width>{}</width><height>100</height></size>{}</annot
 DOCTYPE = '<!DOCTYPE a [<!ENTITY b "much"><!ENTITY c "&b;&b;">]>'
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("named_boxes", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def words_and_boxes(found: tuple[str, dict[tuple[int, int], Any]]) -> dict[str, list[list[float]]]:
     caption, boxes = found
     return {caption[slice(*span)]: each.tolist() for span, each in boxes.items()}
@@ -47,8 +37,8 @@ def entities(folder: Path, xml: str | None) -> str:
     return str(folder)
 
 
-def test_the_last_word_of_a_phrase_has_the_boxes_of_its_entity(script: ModuleType, tmp_path: Path) -> None:
-    find = script.entities_boxes(entities(tmp_path, XML.format("", 200, OBJECTS)))
+def test_the_last_word_of_a_phrase_has_the_boxes_of_its_entity(tmp_path: Path) -> None:
+    find = named_boxes.entities_boxes(entities(tmp_path, XML.format("", 200, OBJECTS)))
     found = find({"filename": "flickr30k-images/36.jpg"})
     assert found[0] == "Two young guys by a road hold their T-shirts ; it ."
     assert words_and_boxes(found) == {"guys": [[0, 0, 0.5, 0.5], [0.5, 0, 1, 1]], "T-shirts": [[0.5, 0, 1, 1]]}
@@ -63,15 +53,13 @@ def test_the_last_word_of_a_phrase_has_the_boxes_of_its_entity(script: ModuleTyp
         (XML.format(DOCTYPE, 200, "&c;"), "broken annotations: of 36: it has a DOCTYPE"),
     ],
 )
-def test_an_image_with_bad_annotations_can_be_left_out(
-    script: ModuleType, tmp_path: Path, xml: str | None, complaint: str
-) -> None:
-    find = script.entities_boxes(entities(tmp_path, xml))
+def test_an_image_with_bad_annotations_can_be_left_out(tmp_path: Path, xml: str | None, complaint: str) -> None:
+    find = named_boxes.entities_boxes(entities(tmp_path, xml))
     with pytest.raises(Unusable, match=complaint):
         find({"filename": "36.jpg"})
 
 
-def test_words_name_categories_of_coco(script: ModuleType, tmp_path: Path) -> None:
+def test_words_name_categories_of_coco(tmp_path: Path) -> None:
     """By plurals, by other names, by names of two words, of which the second alone may be another thing."""
     names = ["person", "dog", "hot dog", "dining table", "knife", "skis", "sheep"]
     content = {
@@ -81,7 +69,7 @@ def test_words_name_categories_of_coco(script: ModuleType, tmp_path: Path) -> No
     }
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(content))
-    find = script.coco_boxes(str(file))
+    find = named_boxes.coco_boxes(str(file))
     caption = "Two Women eat a hot dog and a sheep, with knives, at a table, by dogs on skis"
     found = words_and_boxes(find({"filename": "COCO_val2014_000000000007.jpg", "image_id": 0, "captions": [caption]}))
     categories = {word: names[round(10 * boxes[0][0])] for word, boxes in found.items()}
@@ -93,9 +81,9 @@ def test_words_name_categories_of_coco(script: ModuleType, tmp_path: Path) -> No
         find({"image_id": 9, "captions": [caption]})
 
 
-def test_files_of_something_else_are_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "captions.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match=r"no file of COCO's instances \(KeyError: 'categories'\); expected images"):
-        script.coco_boxes(str(tmp_path / "captions.json"))
+        named_boxes.coco_boxes(str(tmp_path / "captions.json"))
     with pytest.raises(ValueError, match="no folder of Flickr30k Entities; expected the folders Annotations and"):
-        script.entities_boxes(str(tmp_path))
+        named_boxes.entities_boxes(str(tmp_path))

@@ -138,7 +138,10 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
     started = time.perf_counter()
     with locked(directory / LOCK):
         make_usable(directory, thoroughly=settings.repair)
-        settings = replace(settings, region_storage=settings.region_storage or _storage_before(directory, settings))
+        before = _version_before(directory)
+        if settings.region_storage is None:  # an index stays as it is where nothing else is asked for
+            kept = before[1].get("region_storage") if before is not None and settings.features else None
+            settings = replace(settings, region_storage=kept or "float16")
         fingerprint = index_fingerprint(model, processor)
         content = {"model": fingerprint, "side": source.side, "features": settings.features}
         if settings.region_storage in BITS:
@@ -147,7 +150,7 @@ def build_version(model: Any, processor: Any, source: Source, directory: Path, s
         segments = Segments(directory / SEGMENTS, build, source.side)
         segments.scan()
         report = BuildReport(precision=settings.precision)
-        known = _known_before(directory)
+        known = _known_before(before)
         cut_before = getattr(processor, "truncated_captions", 0)
         items, keys = _Encoder(model, processor, segments, settings, report).run(source, known)
         report.truncated_captions = getattr(processor, "truncated_captions", 0) - cut_before
@@ -351,23 +354,22 @@ def _write_search(
     return {VECTORS: vectors.entry, **graph}
 
 
-def _storage_before(directory: Path, settings: BuildSettings) -> str:
-    """How the version before keeps regions: an index stays as it is where nothing else is asked for."""
-    version = current(directory) if settings.features else None
-    try:
-        before = read_json(version / MANIFEST, FORMAT) if version is not None else {}
-    except StorageError:
-        before = {}
-    return str(before.get("region_storage", "float16"))
-
-
-def _known_before(directory: Path) -> Known:
-    """Of the items of the version before; nothing where there is none that can be read."""
+def _version_before(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and manifest of the version before; None where there is none that can be read."""
     version = current(directory)
-    if version is None:
+    try:
+        return None if version is None else (version, read_json(version / MANIFEST, FORMAT))
+    except StorageError as error:
+        logger.warning("%s. Every file is read again", error)
+        return None
+
+
+def _known_before(before: tuple[Path, dict[str, Any]] | None) -> Known:
+    """Of the items of the version before; nothing where there is none that can be read."""
+    if before is None:
         return {}
     try:
-        table = open_table(version, read_json(version / MANIFEST, FORMAT))
+        table = open_table(*before)
     except StorageError as error:
         logger.warning("%s. Every file is read again", error)
         return {}

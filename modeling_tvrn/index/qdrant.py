@@ -231,7 +231,7 @@ def _create(client: Any, name: str, index: FolderBackend, manifest: dict[str, An
         quantization_config={"int8": int8, "binary": binary}.get(manifest["precision"]),
         on_disk_payload=True,
         metadata={"tvrn": json.dumps(manifest)},
-        **{key: value for key, value in shape.items() if value is not None},
+        **shape,
     )
 
 
