@@ -625,16 +625,15 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
             embeds = self._image_embeds(None, features, mask, embeds)
             encoded = EncodedImages(embeds, mask, boxes, regions, model_fingerprint=name)
             return encoded.at_level(level)
-        reasoned = self._reasoned(regions, boxes, mask)
-        refined = reasoned["refined_regions"]
-        means = masked_mean(refined, reasoned["refined_region_mask"])
-        summary = torch.cat([reasoned["global_vector"], means], dim=-1)
+        refined, refined_mask, overall, contexts = self._refined(regions, boxes, mask)
+        # Before the rest: gradients are summed in the reverse of this order, on which a run's last bits depend.
+        summary = torch.cat([overall, masked_mean(refined, refined_mask)], dim=-1)
         encoded = EncodedImages(
             embeds=self._image_embeds(summary, features, mask, embeds),
             region_mask=mask,
             region_boxes=boxes,
             regions=regions if self.config.use_late_interaction or level == "late_interaction" else None,
-            **reasoned,
+            **self._reasoned(refined, refined_mask, overall, contexts),
             model_fingerprint=name,
         )
         return encoded.at_level(level)
@@ -647,12 +646,12 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         if images.regions is None or images.region_mask is None or not self.config.use_reasoning:
             return images
         regions = images.regions.to(self.logit_scale.dtype)
-        reasoned = self._reasoned(regions, images.region_boxes, images.region_mask)
+        reasoned = self._reasoned(*self._refined(regions, images.region_boxes, images.region_mask))
         kept = regions if self.config.use_late_interaction else None
         return replace(images, regions=kept, **reasoned)  # type: ignore[arg-type]
 
-    def _reasoned(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
-        """What the reasoning reads of an image, from its unit-norm regions (I, R, D)."""
+    def _refined(self, regions: Tensor, boxes: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of unit-norm regions (I, R, D): refined ones, their mask, their global vector, and the regions' contexts."""
         contexts = self.attention(regions, mask)
         if self.geometry is not None and boxes is not None:
             contexts = normalize((contexts + self.geometry(regions, boxes, mask)) / 2)
@@ -665,6 +664,10 @@ class TVRNModel(PairMatching, TVRNPreTrainedModel):
         weights = self.image_pooling(refined, refined_mask)
         # (I, 1, N) @ (I, N, D).
         overall = normalize((weights.unsqueeze(1).to(refined.dtype) @ refined).squeeze(1))
+        return refined, refined_mask, overall, contexts
+
+    def _reasoned(self, refined: Tensor, refined_mask: Tensor, overall: Tensor, contexts: Tensor) -> dict[str, Tensor]:
+        """What the reasoning reads of an image, by its field."""
         return {
             "refined_regions": refined,
             "refined_region_mask": refined_mask,
