@@ -3,8 +3,11 @@
 QDRANT_BIN names a binary, which is then started and ended here, or QDRANT_URL (with QDRANT_API_KEY) a server.
 """
 
+import http.server
+import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +223,34 @@ def test_a_program_that_is_no_server_is_shown_with_its_last_words() -> None:
         started(sys.executable, "-c", "import sys; print('no storage here'); sys.exit(3)"),
     ):
         pass
+
+
+def test_a_server_s_key_is_an_option_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Guarded(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            knows = self.headers.get("api-key") == "sesame"
+            answer = {"result": {"aliases": []}, "status": "ok" if knows else {"error": "no key"}, "time": 0.0}
+            body = json.dumps({"version": client_library.__version__} if self.path == "/" else answer).encode()
+            self.send_response(200 if knows or self.path == "/" else 401)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, check = f"http://127.0.0.1:{server.server_port}", {"check_compatibility": False}
+        monkeypatch.delenv("QDRANT_API_KEY", raising=False)
+        with pytest.raises(ConnectionError, match="401: no key.*give its api_key .*QDRANT_API_KEY"):
+            qdrant.connect(url, **check)
+        with pytest.warns(UserWarning, match="insecure"):
+            qdrant.connect(url, api_key="sesame", **check)
+        monkeypatch.setenv("QDRANT_API_KEY", "sesame")
+        with pytest.warns(UserWarning, match="insecure"):
+            qdrant.connect(url, **check)
+        monkeypatch.setenv("QDRANT_API_KEY", "other")
+        with pytest.warns(UserWarning, match="insecure"), pytest.raises(ConnectionError, match="401"):
+            qdrant.connect(url, **check)
+        server.shutdown()

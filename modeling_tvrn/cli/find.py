@@ -29,7 +29,10 @@ from .common import (
     writable,
 )
 
-Url = Annotated[str | None, typer.Option(help="of a Qdrant server, in place of a folder (extra: qdrant-client)")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="of a Qdrant server, in place of a folder (extra: qdrant-client); its key: QDRANT_API_KEY"),
+]
 Collection = Annotated[str, typer.Option(help="its name on the server")]
 
 

@@ -35,11 +35,14 @@ logger = logging.getLogger(__name__)
 
 VECTOR, FEATURES, META, FOLDERS = "embedding", "features", "meta", "folders"
 UPLOAD_BATCH = 64  # points a request; with features one takes some 100 kB
+API_KEY = "QDRANT_API_KEY"
 SHAPE = ("shard_number", "replication_factor", "write_consistency_factor")
 
 
 def connect(url: Any, **options: Any) -> Any:
     """A client of a server ("http://…"), of its local mode in a folder, or in memory (":memory:"); or one as it is.
+
+    A server's `api_key` is an option, or the environment's QDRANT_API_KEY.
 
     Raises:
         ImportError: Naming the command that installs qdrant-client.
@@ -58,7 +61,8 @@ def connect(url: Any, **options: Any) -> Any:
         return QdrantClient(":memory:")
     if "://" not in address:
         return QdrantClient(path=address)
-    client = QdrantClient(url=address, **options)
+    key = {"api_key": os.environ[API_KEY]} if os.environ.get(API_KEY) else {}
+    client = QdrantClient(url=address, **key | options)
     with answered(client):
         client.get_aliases()
     return client
@@ -84,7 +88,7 @@ def answered(client: Any) -> Iterator[None]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 said = f"{error.status_code}: {error.structured()['status']['error']}"
             if error.status_code in (401, 403):
-                advice = "give its api_key"
+                advice = f"give its api_key (in Python, or as {API_KEY} in the environment)"
             elif error.status_code == 404:
                 advice = "correct the address, or, if an index was built anew meanwhile, load it again"
         where = redacted_text(str(client.init_options["url"] or client.init_options["host"]))
