@@ -19,6 +19,7 @@ import argparse
 import logging
 import tempfile
 import time
+from typing import Any
 
 import torch
 from origin import say_origin
@@ -26,9 +27,11 @@ from safetensors.torch import load_file
 from terms import match_blocks
 from transformers.utils import cached_file
 
+from modeling_tvrn.data import load_pairs
 from modeling_tvrn.evaluation import encode_dataset
 from modeling_tvrn.metrics import RetrievalMetrics, paired_bootstrap, retrieval_metrics
 from modeling_tvrn.scoring import search_then_rerank
+from modeling_tvrn.teachers import with_checked_regions
 from modeling_tvrn.training import TrainingConfig
 from modeling_tvrn.training.loop import Training
 
@@ -54,6 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[1:])
     parser.add_argument("--images", type=int, default=400, help="photographs of the validation split to evaluate on")
     parser.add_argument("--shortlist-size", type=int, help="rerank so many candidates a query instead of every pair")
+    parser.add_argument("--transfer-data", help="other images on which every variant is measured too")
+    parser.add_argument("--transfer-split")
+    parser.add_argument("--transfer-regions", help="their region cache")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_intermixed_args()
 
@@ -81,13 +87,24 @@ def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Tra
     return run, time.process_time() - started
 
 
+def galleries(run: Training, arguments: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """Records to measure on, each with what reads their captions."""
+    records = run.validation_records.select(range(min(arguments.images, len(run.validation_records))))
+    found = {"validation": (records, run.input_processor)}
+    if arguments.transfer_data is not None:
+        records = load_pairs(arguments.transfer_data, arguments.transfer_split)
+        if arguments.transfer_regions is not None:
+            records = with_checked_regions(records, arguments.transfer_regions, run.model, run.processor)
+        found["transfer"] = (records, run.processor)
+    return found
+
+
 @torch.no_grad()
-def measure(run: Training, arguments: argparse.Namespace) -> dict[str, RetrievalMetrics]:
+def measure(run: Training, records: Any, processor: Any, arguments: argparse.Namespace) -> dict[str, RetrievalMetrics]:
     """Of the other components, the reasoning (not with a shortlist) and the whole, in the training's precision."""
     model = run.model.eval()
-    records = run.validation_records.select(range(arguments.images))
     with run.accelerator.autocast():
-        images, texts, rows = encode_dataset(model, run.input_processor, records, progress=False)
+        images, texts, rows = encode_dataset(model, processor, records, progress=False)
         level = "full" if arguments.shortlist_size is None else "late_interaction"
         components = {name: value.float() for name, value in match_blocks(model, images, texts, level).items()}
         found = {"the others": sum(value for name, value in components.items() if name != "reasoning")}
@@ -104,18 +121,21 @@ def main() -> None:
     say_origin(arguments)
     logging.getLogger("modeling_tvrn").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    reference: tuple[str, RetrievalMetrics] | None = None
+    references: dict[str, tuple[str, RetrievalMetrics]] = {}
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             run, seconds = train(arguments, variant, folder)
-        metrics = measure(run, arguments)
-        shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
-        print(f"{variant}: {shown}; {seconds:.0f} CPU s of training", flush=True)
-        gain = paired_bootstrap(metrics["whole"], metrics["the others"])
-        print(f"    over the others: {_shown(gain)}", flush=True)
-        if reference is not None:
-            print(f"    over {reference[0]}: {_shown(paired_bootstrap(metrics['whole'], reference[1]))}", flush=True)
-        reference = reference or (variant, metrics["whole"])
+            print(f"{variant}: {seconds:.0f} CPU s of training", flush=True)
+            for gallery, given in galleries(run, arguments).items():
+                metrics = measure(run, *given, arguments)
+                shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
+                print(f"    {gallery}: {shown}", flush=True)
+                gain = paired_bootstrap(metrics["whole"], metrics["the others"])
+                print(f"        over the others: {_shown(gain)}", flush=True)
+                reference = references.setdefault(gallery, (variant, metrics["whole"]))
+                if reference[0] != variant:
+                    gain = paired_bootstrap(metrics["whole"], reference[1])
+                    print(f"        over {reference[0]}: {_shown(gain)}", flush=True)
 
 
 def _shown(gain) -> str:
