@@ -510,6 +510,12 @@ def test_a_region_cache_replaces_the_pictures_and_a_stale_one_is_refused(configu
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     with pytest.raises(StaleStoreError, match="backbone"):
         Training(configure(**keys, regions=regions, seed=5))
+    # Regions of whatever made them, for a model that has no tower of its own.
+    alone = {**keys, "model": {"dropout": 0.0}, "output_dir": str(tmp_path / "alone")}
+    result = train(configure(**alone, regions=regions))
+    assert result["model_config"]["region_feature_size"] == TINY_VIT["hidden_size"]
+    with pytest.raises(ValueError, match="no region cache in .*tvrn regions scenes --features MODEL"):
+        Training(configure(**alone, regions=str(tmp_path / "nothing" / "{split}")))
 
 
 # -- how it stops ----------------------------------------------------------------------------------------

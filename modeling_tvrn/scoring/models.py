@@ -29,12 +29,6 @@ class PairModel(Protocol):
     def match(self, images: Any, texts: Any, chunk_size: int | None = None) -> Tensor: ...
 
 
-class ScoringModel(PairModel, Protocol):
-    """One whose logits become matching scores in (0, 1), as `TVRNModel.scores` makes them."""
-
-    def scores(self, logits: Tensor) -> Tensor: ...
-
-
 class EmbeddingScore:
     """The cosine of `image_embeds` and `text_embeds` as a pair score: what a search by embeddings alone ranks by."""
 

@@ -13,7 +13,7 @@ from ..configuration_tvrn import PIXEL_INPUTS, TVRNConfig
 from ..modeling_tvrn import TVRNModel
 from ..processing_tvrn import TVRNProcessor, build_word_tokenizer, special_ids
 from ..scoring.models import evaluating
-from ..teachers import with_checked_regions
+from ..teachers import RegionCache, with_checked_regions
 from ..towers_tvrn import build_tower, region_feature_size
 from .continuing import check_finished, continued
 from .lora import add_adapters
@@ -38,14 +38,17 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     try:
         return with_checked_regions(records, folder, model, processor)
     except FileNotFoundError as error:
-        tower = config.dual_encoder or config.start_from or config.vision
-        named = {"detector": config.detector, "features": tower or ("" if config.detector else "MODEL")}
-        options = " ".join(f"--{option} {name}" for option, name in named.items() if name)
-        raise ValueError(
-            f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
-            f"{options}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read "
-            "the pictures"
-        ) from error
+        raise _no_cache(config, split, folder) from error
+
+
+def _no_cache(config: TrainingConfig, split: str, folder: str) -> ValueError:
+    tower = config.dual_encoder or config.start_from or config.vision
+    named = {"detector": config.detector, "features": tower or ("" if config.detector else "MODEL")}
+    options = " ".join(f"--{option} {name}" for option, name in named.items() if name)
+    return ValueError(
+        f"regions = {config.regions!r}: no region cache in {folder!r}; build it with `tvrn regions {config.data} "
+        f"{options}{_grid_option(config)} --split {split} --output {folder}`, or drop regions to read the pictures"
+    )
 
 
 def _grid_option(config: TrainingConfig) -> str:
@@ -120,7 +123,7 @@ def _on_backbones(
     if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
     if config.vision is None and config.detector is None:
-        fields.setdefault("region_feature_size", _region_feature_size(fields, train_records))
+        fields.setdefault("region_feature_size", _region_feature_size(config, fields, train_records))
     towers = {name: getattr(config, name) for name in ("vision", "text", "detector", "word_embeddings")}
     model = model_class.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
@@ -163,14 +166,20 @@ def _size_words(fields: dict[str, Any], processor: TVRNProcessor) -> None:
     target.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
 
 
-def _region_feature_size(fields: dict[str, Any], train_records: Any) -> int:
+def _region_feature_size(config: TrainingConfig, fields: dict[str, Any], train_records: Any) -> int:
     vision_config = fields.get("vision_config")
     if vision_config is not None:
         return region_feature_size(build_tower(TVRNConfig(vision_config=vision_config).vision_config))
+    if config.regions is not None:  # of any tower, which the model then does not need
+        folder = config.regions.replace("{split}", config.train_split)
+        try:
+            return int(RegionCache.load(folder).store.layout["region_features"][1][-1])
+        except FileNotFoundError as error:
+            raise _no_cache(config, config.train_split, folder) from error
     record = next(iter(train_records))
     if "region_features" not in record:
         raise ValueError(
             "the data holds pictures but there is no vision tower; name one with vision=… (Hub id or path) or "
-            "model.vision_config, or give data with region_features"
+            "model.vision_config, give a cache of regions (regions=…), or data with region_features"
         )
     return int(record["region_features"].shape[-1])

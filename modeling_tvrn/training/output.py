@@ -74,7 +74,7 @@ def write_results(run: Run) -> dict[str, Any]:
     table = recall_table(report.systems(), f"{split_label(results)}, percent")
     if report.gain is not None:
         table += f"\n\nPair score over its embeddings, rSum: {report.gain.in_words()}"
-    if config.data == "scenes" and "image" in run.pictures[0]:
+    if config.data == "scenes" and "image" in run.pictures[0] and model.config.looks:
         # What single recalls hardly show: whether it tells apart what differs in one thing.
         contrast = evaluate_contrast(model, run.processor, run.validation_records, progress=sys.stderr.isatty())
         results["contrast"] = contrast.as_dict()["kinds"]
