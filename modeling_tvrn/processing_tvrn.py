@@ -255,9 +255,10 @@ class TVRNProcessor(ProcessorMixin):
     def _need(self, name: str, given: str) -> Any:
         part = getattr(self, name)
         if part is None:
+            ready = ", or give a model of regions what it reads: region_features (--regions)"
             raise ValueError(
                 f"{given} given, but this processor has no {name}: build it with TVRNProcessor({name}=...), "
-                "from_backbones(...) or from_captions(...)"
+                f"from_backbones(...) or from_captions(...){ready if name == 'image_processor' else ''}"
             )
         return part
 

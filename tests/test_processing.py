@@ -336,6 +336,11 @@ class TestCaptions:
             TVRNProcessor(tokenizer=bert_like_tokenizer(), max_text_length=length)
 
 
+def test_pictures_for_a_model_of_regions_are_refused_with_what_it_reads():
+    with pytest.raises(ValueError, match=r"images given, but .* no image_processor: .*region_features \(--regions\)"):
+        TVRNProcessor.from_captions(CAPTIONS)(images=photograph(8, 8))
+
+
 class TestWordTokenizer:
     def test_vocabulary_of_the_training_captions(self):
         processor = TVRNProcessor.from_captions(CAPTIONS)
