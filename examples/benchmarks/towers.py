@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from origin import say_origin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vit-batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--inductor", action="store_true", help="torch.compile with frozen weights as well (minutes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--cpu-time", action="store_true", help="this process's CPU time in place of wall time, for a busy machine"
@@ -82,11 +84,11 @@ def bare(cache: Path, threads: int) -> Callable[[Tensor], Any]:
     return lambda pixels: session.run(None, {"pixels": pixels.numpy()})
 
 
-def ways_of(tower: nn.Module, pixels: Tensor, cache: Path, threads: int) -> dict[str, Way]:
+def ways_of(tower: nn.Module, pixels: Tensor, cache: Path, arguments: argparse.Namespace) -> dict[str, Way]:
     plain, graph, folded = tower, copy.deepcopy(tower), copy.deepcopy(tower)
     engines.enable(graph, "onnxruntime")
     graph(pixel_values=pixels)  # makes the graph
-    run, last = bare(cache, threads), pixels.contiguous(memory_format=torch.channels_last)
+    run, last = bare(cache, arguments.threads), pixels.contiguous(memory_format=torch.channels_last)
     ways: dict[str, Way] = {
         "torch": lambda: plain(pixel_values=pixels),
         "torch, channels-last pixels": lambda: plain(pixel_values=last),
@@ -96,6 +98,11 @@ def ways_of(tower: nn.Module, pixels: Tensor, cache: Path, threads: int) -> dict
     if any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
         engines.enable(folded, "folded")
         ways["folded"] = lambda: folded(pixel_values=pixels)
+    if arguments.inductor:
+        torch._inductor.config.freezing = True  # weights are constants, folded into what reads them
+        compiled = torch.compile(copy.deepcopy(tower))
+        ways["inductor, frozen"] = lambda: compiled(pixel_values=pixels)
+        ways["inductor, frozen, channels-last pixels"] = lambda: compiled(pixel_values=last)
     return ways
 
 
@@ -140,7 +147,7 @@ def main() -> None:
             ImagePreparation(processor), _Rows(records, arguments.images), 0, arguments.batch_size
         )
         pixels = prepared[0]["pixel_values"]
-        ways = ways_of(tower, pixels, Path(folder), arguments.threads)
+        ways = ways_of(tower, pixels, Path(folder), arguments)
         found = measure(ways, len(pixels), arguments.rounds, clock)
         engines.enable(model, "onnxruntime")
 
@@ -156,7 +163,7 @@ def main() -> None:
         for name in arguments.towers:
             vit = VITS[name]().eval()
             pixels = torch.randn(arguments.vit_batch_size, 3, 224, 224)
-            ways = ways_of(vit, pixels, Path(folder), arguments.threads)
+            ways = ways_of(vit, pixels, Path(folder), arguments)
             report(name, measure(ways, len(pixels), arguments.rounds, clock))
         if arguments.model:
             recalls(arguments)
