@@ -122,7 +122,8 @@ def test_looking_up_items_does_not_load_the_store(tmp_path):
     """64 MB in one file, two items: the pages are mapped from the file, the process's own memory hardly grows."""
 
     def own_memory() -> int:
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     writer = StoreWriter(tmp_path, FINGERPRINT)
     for start in range(0, 256, 64):
