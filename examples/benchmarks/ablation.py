@@ -9,7 +9,8 @@ through starts anew, with one module switched off or exchanged, and is trained b
 Prints for each variant the rSum in percent of the reasoning alone and of the whole score on the first photographs of
 the validation split, with a paired bootstrap against the first variant, beside the other components alone. "full" has
 all of the paper's modules, whatever the recipe has; "checkpoint" is the one given, as it was trained. For a decision:
-the whole last phase of every seed, judged on all photographs by a shortlist in place of every pair,
+the whole last phase of every seed, judged on all photographs by a shortlist in place of every pair (and on other
+images too, with --transfer-data, --transfer-split and --transfer-regions),
 
     python examples/benchmarks/ablation.py runs/flickr8k --variants full "no module" "no text refinement" \
         --images 1000 --shortlist-size 48 --config … data=… seed=0
@@ -89,7 +90,7 @@ def train(arguments: argparse.Namespace, variant: str, folder: str) -> tuple[Tra
 
 def galleries(run: Training, arguments: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
     """Records to measure on, each with what reads their captions."""
-    records = run.validation_records.select(range(min(arguments.images, len(run.validation_records))))
+    records = run.validation_records.select(range(arguments.images))
     found = {"validation": (records, run.input_processor)}
     if arguments.transfer_data is not None:
         records = load_pairs(arguments.transfer_data, arguments.transfer_split)
@@ -125,17 +126,18 @@ def main() -> None:
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             run, seconds = train(arguments, variant, folder)
-            print(f"{variant}: {seconds:.0f} CPU s of training", flush=True)
-            for gallery, given in galleries(run, arguments).items():
-                metrics = measure(run, *given, arguments)
-                shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
-                print(f"    {gallery}: {shown}", flush=True)
-                gain = paired_bootstrap(metrics["whole"], metrics["the others"])
-                print(f"        over the others: {_shown(gain)}", flush=True)
-                reference = references.setdefault(gallery, (variant, metrics["whole"]))
-                if reference[0] != variant:
-                    gain = paired_bootstrap(metrics["whole"], reference[1])
-                    print(f"        over {reference[0]}: {_shown(gain)}", flush=True)
+        print(f"{variant}: {seconds:.0f} CPU s of training", flush=True)
+        for gallery, given in galleries(run, arguments).items():
+            metrics = measure(run, *given, arguments)
+            shown = ", ".join(f"{key} {value.rsum:.1f}" for key, value in metrics.items())
+            print(f"    {gallery}: {shown}", flush=True)
+            gain = paired_bootstrap(metrics["whole"], metrics["the others"])
+            print(f"        over the others: {_shown(gain)}", flush=True)
+            if gallery in references:
+                first, reference = references[gallery]
+                print(f"        over {first}: {_shown(paired_bootstrap(metrics['whole'], reference))}", flush=True)
+            else:
+                references[gallery] = variant, metrics["whole"]
 
 
 def _shown(gain) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from origin import say_origin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -99,7 +98,9 @@ def ways_of(tower: nn.Module, pixels: Tensor, cache: Path, arguments: argparse.N
         engines.enable(folded, "folded")
         ways["folded"] = lambda: folded(pixel_values=pixels)
     if arguments.inductor:
-        torch._inductor.config.freezing = True  # weights are constants, folded into what reads them
+        import torch._inductor.config as inductor  # seconds, which the other ways need not wait
+
+        inductor.freezing = True  # weights are constants, folded into what reads them
         compiled = torch.compile(copy.deepcopy(tower))
         ways["inductor, frozen"] = lambda: compiled(pixel_values=pixels)
         ways["inductor, frozen, channels-last pixels"] = lambda: compiled(pixel_values=last)

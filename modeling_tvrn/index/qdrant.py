@@ -61,8 +61,7 @@ def connect(url: Any, **options: Any) -> Any:
         return QdrantClient(":memory:")
     if "://" not in address:
         return QdrantClient(path=address)
-    key = {"api_key": os.environ[API_KEY]} if os.environ.get(API_KEY) else {}
-    client = QdrantClient(url=address, **key | options)
+    client = QdrantClient(url=address, **{"api_key": os.environ.get(API_KEY) or None} | options)
     with answered(client):
         client.get_aliases()
     return client

@@ -34,14 +34,18 @@ def with_cached_regions(config: TrainingConfig, split: str, records: Any, model:
     """
     if config.regions is None:
         return records
-    folder = config.regions.replace("{split}", split)
     try:
-        return with_checked_regions(records, folder, model, processor)
+        return with_checked_regions(records, _regions_folder(config, split), model, processor)
     except FileNotFoundError as error:
-        raise _no_cache(config, split, folder) from error
+        raise _no_cache(config, split) from error
 
 
-def _no_cache(config: TrainingConfig, split: str, folder: str) -> ValueError:
+def _regions_folder(config: TrainingConfig, split: str) -> str:
+    return str(config.regions).replace("{split}", split)
+
+
+def _no_cache(config: TrainingConfig, split: str) -> ValueError:
+    folder = _regions_folder(config, split)
     tower = config.dual_encoder or config.start_from or config.vision
     named = {"detector": config.detector, "features": tower or ("" if config.detector else "MODEL")}
     options = " ".join(f"--{option} {name}" for option, name in named.items() if name)
@@ -122,8 +126,8 @@ def _on_backbones(
 ) -> TVRNModel:
     if config.text is None and config.word_embeddings is None:
         _size_words(fields, processor)
-    if config.vision is None and config.detector is None:
-        fields.setdefault("region_feature_size", _region_feature_size(config, fields, train_records))
+    if config.vision is None and config.detector is None and "region_feature_size" not in fields:
+        fields["region_feature_size"] = _region_feature_size(config, fields, train_records)
     towers = {name: getattr(config, name) for name in ("vision", "text", "detector", "word_embeddings")}
     model = model_class.from_backbones(**towers, trust_remote_code=config.trust_remote_code, **fields)
     _check_classes(model)
@@ -171,11 +175,11 @@ def _region_feature_size(config: TrainingConfig, fields: dict[str, Any], train_r
     if vision_config is not None:
         return region_feature_size(build_tower(TVRNConfig(vision_config=vision_config).vision_config))
     if config.regions is not None:  # of any tower, which the model then does not need
-        folder = config.regions.replace("{split}", config.train_split)
         try:
-            return int(RegionCache.load(folder).store.layout["region_features"][1][-1])
+            cache = RegionCache.load(_regions_folder(config, config.train_split))
         except FileNotFoundError as error:
-            raise _no_cache(config, config.train_split, folder) from error
+            raise _no_cache(config, config.train_split) from error
+        return int(cache.store.layout["region_features"][1][-1])
     record = next(iter(train_records))
     if "region_features" not in record:
         raise ValueError(
